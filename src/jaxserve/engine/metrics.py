@@ -1,0 +1,447 @@
+"""Counters, gauges and histograms of one engine, and their Prometheus text.
+
+The engine thread calls the verbs; any other thread may read the attributes or render a page. Names,
+labels and bucket bounds are those that dashboards of the field already use.
+"""
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxserve.core.event import FinishReason, RequestMetrics
+from jaxserve.core.request import SamplingParams
+
+PREFIX = "jaxserve"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+LATENCY_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+ITL_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+)  # fmt: skip
+ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+N_BUCKETS = (1, 2, 5, 10, 20)
+PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
+
+
+def one_two_five_buckets(max_value: int) -> tuple[int, ...]:
+    """Return the series 1, 2, 5, 10, 20, 50, ... up to a bound.
+
+    Args:
+        max_value: Largest bucket bound allowed; at least 1.
+
+    Source: vLLM's buckets for lengths in tokens.
+
+    >>> one_two_five_buckets(100)
+    (1, 2, 5, 10, 20, 50, 100)
+    """
+    bounds: list[int] = []
+    scale = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * scale > max_value:
+                return tuple(bounds)
+            bounds.append(digit * scale)
+        scale *= 10
+
+
+class Histogram:
+    """Observations sorted into buckets with fixed upper bounds; not locked by itself.
+
+    Attributes:
+        bounds: Upper bounds, rising; a last bucket without a bound is implied.
+        counts: Observations per bucket, not cumulative; one longer than `bounds`.
+        total: Sum of all observations.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start empty."""
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    @property
+    def count(self) -> int:
+        """Number of observations."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """Average observation; 0 when there is none."""
+        count = self.count
+        return self.total / count if count else 0.0
+
+    def observe(self, value: float) -> None:
+        """Add one observation."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def copy(self) -> "Histogram":
+        """Return an independent copy."""
+        twin = Histogram(self.bounds)
+        twin.counts = list(self.counts)
+        twin.total = self.total
+        return twin
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """One metric as it stands on the page: labelled numbers, or one histogram."""
+
+    name: str
+    kind: str
+    text: str
+    values: Sequence[tuple[Mapping[str, str], float]] = ()
+    histogram: Histogram | None = None
+    has_engine_label: bool = True
+
+
+class EngineMetrics:
+    """What an engine counts and times.
+
+    Verbs are called by the engine thread, each costing about a microsecond. One lock makes every
+    page of `render` a consistent picture; it is held only while numbers are copied.
+
+    Args:
+        max_model_len: Bounds the buckets of the length histograms.
+        cache_config: Facts about the cache (page size, number of pages, ...), published as labels.
+        engine: Index of the engine, the value of the label `engine`.
+
+    Attributes:
+        num_running: Sequences that hold a row of the batch.
+        num_waiting: Sequences that wait for one.
+        kv_usage: Share of the pages in use, 0 to 1.
+        num_steps: Steps taken.
+        num_compilations: Step shapes compiled, warm-up included.
+        compile_seconds: Seconds spent on that.
+        num_preemptions: Sequences that lost their pages.
+        prompt_tokens: Prompt tokens of admitted sequences.
+        cached_tokens: Those of them that the prefix cache supplied.
+        generation_tokens: Tokens generated.
+        finished_by_reason: Ended completions per finish reason.
+        rejections: Refused requests per reason.
+
+    Source: metric names, labels and buckets of vLLM, under our own prefix.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 8192,
+        cache_config: Mapping[str, object] | None = None,
+        engine: int = 0,
+    ) -> None:
+        """Start with everything at zero."""
+        self._lock = threading.Lock()
+        self._engine = str(engine)
+        self._cache_config = {name: str(value) for name, value in (cache_config or {}).items()}
+        self.num_running = 0
+        self.num_waiting = 0
+        self.kv_usage = 0.0
+        self.num_steps = 0
+        self.num_compilations = 0
+        self.compile_seconds = 0.0
+        self.num_preemptions = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generation_tokens = 0
+        self.finished_by_reason: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
+        self.rejections: Counter[str] = Counter({"max_num_queued_reqs": 0})
+        self._make_histograms(max_model_len)
+
+    def _make_histograms(self, max_model_len: int) -> None:
+        lengths = one_two_five_buckets(max(1, max_model_len))
+        self.iteration_tokens = Histogram(ITERATION_BUCKETS)
+        self.ttft = Histogram(TTFT_BUCKETS)
+        self.itl = Histogram(ITL_BUCKETS)
+        self.tpot = Histogram(ITL_BUCKETS)
+        self.e2e_latency = Histogram(LATENCY_BUCKETS)
+        self.queue_time = Histogram(LATENCY_BUCKETS)
+        self.inference_time = Histogram(LATENCY_BUCKETS)
+        self.prefill_time = Histogram(LATENCY_BUCKETS)
+        self.decode_time = Histogram(LATENCY_BUCKETS)
+        self.request_prompt_tokens = Histogram(lengths)
+        self.request_generation_tokens = Histogram(lengths)
+        self.request_max_tokens = Histogram(lengths)
+        self.request_computed_tokens = Histogram(lengths)
+        self.request_n = Histogram(N_BUCKETS)
+        self.request_preemptions = Histogram(PREEMPTION_BUCKETS)
+
+    def set_cache_config(self, facts: Mapping[str, object]) -> None:
+        """Publish facts about the cache, known only after its memory has been planned."""
+        with self._lock:
+            self._cache_config = {name: str(value) for name, value in facts.items()}
+
+    def step(self, *, num_running: int, num_waiting: int, kv_usage: float, num_tokens: int) -> None:
+        """Record one turn of the engine.
+
+        Args:
+            num_running: Sequences that hold a row after it.
+            num_waiting: Sequences that wait for one.
+            kv_usage: Share of the pages in use, 0 to 1.
+            num_tokens: Tokens computed in it; 0 only refreshes the gauges.
+        """
+        with self._lock:
+            self.num_running = num_running
+            self.num_waiting = num_waiting
+            self.kv_usage = kv_usage
+            if num_tokens > 0:
+                self.num_steps += 1
+                self.iteration_tokens.observe(num_tokens)
+
+    def admitted(self, *, prompt_len: int, num_cached: int, queue_time: float) -> None:
+        """Record that a sequence got its first row; not called again after a preemption.
+
+        Args:
+            prompt_len: Tokens of its prompt.
+            num_cached: Those of them found in the prefix cache.
+            queue_time: Seconds since its arrival.
+        """
+        with self._lock:
+            self.prompt_tokens += prompt_len
+            self.cached_tokens += num_cached
+            self.queue_time.observe(queue_time)
+            self.request_computed_tokens.observe(prompt_len - num_cached)
+
+    def first_token(self, ttft: float) -> None:
+        """Record the seconds from a sequence's arrival to its first token."""
+        with self._lock:
+            self.ttft.observe(ttft)
+
+    def tokens(self, count: int, gap: float | None) -> None:
+        """Record generated tokens of one sequence.
+
+        Args:
+            count: How many came at once.
+            gap: Seconds since the sequence's previous token; None for its first.
+        """
+        with self._lock:
+            self.generation_tokens += count
+            if gap is not None:
+                self.itl.observe(gap)
+
+    def preempted(self) -> None:
+        """Record that a sequence lost its pages."""
+        with self._lock:
+            self.num_preemptions += 1
+
+    def finished(
+        self,
+        *,
+        reason: FinishReason,
+        prompt_len: int,
+        output_len: int,
+        metrics: RequestMetrics,
+        sampling: SamplingParams,
+        index: int = 0,
+    ) -> None:
+        """Record the end of one completion.
+
+        Args:
+            reason: Why it ended.
+            prompt_len: Tokens of its prompt.
+            output_len: Tokens it generated.
+            metrics: Its times.
+            sampling: What was asked for.
+            index: Which of the n completions; what concerns the whole request is counted with 0.
+        """
+        with self._lock:
+            self.finished_by_reason[reason.value] += 1
+            self.request_prompt_tokens.observe(prompt_len)
+            self.request_generation_tokens.observe(output_len)
+            self.request_preemptions.observe(metrics.num_preemptions)
+            if index == 0:
+                self.request_n.observe(sampling.n)
+                if sampling.max_tokens is not None:
+                    self.request_max_tokens.observe(sampling.max_tokens)
+            self._observe_times(metrics, output_len)
+
+    def _observe_times(self, times: RequestMetrics, output_len: int) -> None:
+        if times.finished_time is not None:
+            self.e2e_latency.observe(times.finished_time - times.arrival_time)
+        start, first, last = (
+            times.first_scheduled_time,
+            times.first_token_time,
+            times.last_token_time,
+        )
+        if start is None or first is None or last is None:
+            return  # aborted before its first token
+        self.inference_time.observe(last - start)
+        self.prefill_time.observe(first - start)
+        self.decode_time.observe(last - first)
+        if output_len > 1:
+            self.tpot.observe((last - first) / (output_len - 1))
+
+    def compiled(self, seconds: float) -> None:
+        """Record the compilation of one step shape."""
+        with self._lock:
+            self.num_compilations += 1
+            self.compile_seconds += seconds
+
+    def rejected(self, reason: str) -> None:
+        """Record a request that was refused, such as `max_num_queued_reqs`; from any thread."""
+        with self._lock:
+            self.rejections[reason] += 1
+
+    def render(self, model_name: str, *, aliases: Iterable[str] = ()) -> str:
+        """Return the page that Prometheus scrapes.
+
+        Args:
+            model_name: Value of the label `model_name`.
+            aliases: Further prefixes under which everything is repeated, such as `vllm`.
+
+        Returns:
+            Text in Prometheus' exposition format 0.0.4, ending with a newline.
+        """
+        with self._lock:
+            families = [*self._scalars(), *self._histograms()]
+        lines: list[str] = []
+        for prefix in dict.fromkeys((PREFIX, *aliases)):
+            for family in families:
+                lines.extend(_lines(family, prefix, model_name, self._engine))
+        return "\n".join(lines) + "\n"
+
+    def _scalars(self) -> Iterator[_Family]:
+        def one(name: str, kind: str, text: str, value: float) -> _Family:
+            return _Family(name, kind, text, [({}, value)])
+
+        def many(name: str, kind: str, text: str, label: str, values: Mapping[str, int]) -> _Family:
+            return _Family(name, kind, text, [({label: key}, n) for key, n in values.items()])
+
+        yield one("num_requests_running", "gauge", "Sequences in the batch.", self.num_running)
+        yield one("num_requests_waiting", "gauge", "Sequences that wait.", self.num_waiting)
+        yield many(
+            "num_requests_waiting_by_reason", "gauge", "Sequences that wait, by reason.",
+            "reason", {"capacity": self.num_waiting, "deferred": 0},
+        )  # fmt: skip
+        yield one("kv_cache_usage_perc", "gauge", "Share of pages in use, 0 to 1.", self.kv_usage)
+        if self._cache_config:
+            yield _Family(
+                "cache_config_info", "gauge", "Settings of the cache.", [(self._cache_config, 1)]
+            )
+        yield one(
+            "prefix_cache_queries_total", "counter", "Tokens looked up in the prefix cache.",
+            self.prompt_tokens,
+        )  # fmt: skip
+        yield one(
+            "prefix_cache_hits_total", "counter", "Tokens found in the prefix cache.",
+            self.cached_tokens,
+        )  # fmt: skip
+        yield one(
+            "num_preemptions_total", "counter", "Sequences that lost their pages.",
+            self.num_preemptions,
+        )  # fmt: skip
+        yield one("prompt_tokens_total", "counter", "Prompt tokens.", self.prompt_tokens)
+        yield one(
+            "prompt_tokens_cached_total", "counter", "Prompt tokens from the prefix cache.",
+            self.cached_tokens,
+        )  # fmt: skip
+        yield many(
+            "prompt_tokens_by_source_total", "counter", "Prompt tokens, by where they came from.",
+            "source",
+            {
+                "local_compute": self.prompt_tokens - self.cached_tokens,
+                "local_cache_hit": self.cached_tokens,
+                "external_kv_transfer": 0,
+            },
+        )  # fmt: skip
+        yield one(
+            "generation_tokens_total", "counter", "Tokens generated.", self.generation_tokens
+        )
+        yield many(
+            "request_success_total", "counter", "Ended completions, by finish reason.",
+            "finished_reason", dict(self.finished_by_reason),
+        )  # fmt: skip
+        yield _Family(
+            "admission_rejections_total", "counter", "Refused requests, by reason.",
+            [({"reason": reason}, n) for reason, n in self.rejections.items()],
+            has_engine_label=False,
+        )  # fmt: skip
+        yield one(
+            "compilations_total", "counter", "Step shapes compiled.", self.num_compilations
+        )
+        yield one(
+            "compile_seconds_total", "counter", "Seconds spent compiling.", self.compile_seconds
+        )
+
+    def _histograms(self) -> Iterator[_Family]:
+        table = (
+            ("iteration_tokens_total", "Tokens per step.", self.iteration_tokens),
+            ("time_to_first_token_seconds", "Arrival to first token.", self.ttft),
+            ("inter_token_latency_seconds", "Gap between two tokens.", self.itl),
+            (
+                "request_time_per_output_token_seconds",
+                "Mean time per token after the first.",
+                self.tpot,
+            ),
+            ("e2e_request_latency_seconds", "Arrival to the end.", self.e2e_latency),
+            ("request_queue_time_seconds", "Arrival to admission.", self.queue_time),
+            ("request_inference_time_seconds", "Admission to last token.", self.inference_time),
+            ("request_prefill_time_seconds", "Admission to first token.", self.prefill_time),
+            ("request_decode_time_seconds", "First to last token.", self.decode_time),
+            ("request_prompt_tokens", "Prompt tokens per request.", self.request_prompt_tokens),
+            (
+                "request_generation_tokens",
+                "Generated tokens per request.",
+                self.request_generation_tokens,
+            ),
+            (
+                "request_max_num_generation_tokens",
+                "Generated tokens per completion.",
+                self.request_generation_tokens,
+            ),
+            ("request_params_max_tokens", "max_tokens as requested.", self.request_max_tokens),
+            (
+                "request_prefill_kv_computed_tokens",
+                "Prompt tokens computed, cached ones left out.",
+                self.request_computed_tokens,
+            ),
+            ("request_params_n", "n as requested.", self.request_n),
+            ("request_num_preemptions", "Preemptions per request.", self.request_preemptions),
+        )
+        for name, text, histogram in table:
+            yield _Family(name, "histogram", text, histogram=histogram.copy())
+
+
+def _lines(family: _Family, prefix: str, model_name: str, engine: str) -> Iterator[str]:
+    name = f"{prefix}:{family.name}"
+    yield f"# HELP {name} {family.text}"
+    yield f"# TYPE {name} {family.kind}"
+    base = {"model_name": model_name}
+    if family.has_engine_label:
+        base = {"engine": engine, **base}
+    for labels, value in family.values:
+        yield f"{name}{{{_labels({**base, **labels})}}} {_number(value)}"
+    if family.histogram is None:
+        return
+    common = _labels(base)
+    below = 0
+    bounds = [*map(_number, family.histogram.bounds), "+Inf"]
+    for bound, count in zip(bounds, family.histogram.counts, strict=True):
+        below += count
+        yield f'{name}_bucket{{{common},le="{bound}"}} {_number(below)}'
+    yield f"{name}_sum{{{common}}} {_number(family.histogram.total)}"
+    yield f"{name}_count{{{common}}} {_number(below)}"
+
+
+def _number(value: float) -> str:
+    return repr(float(value))
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{name}="{_escape(value)}"' for name, value in labels.items())
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
