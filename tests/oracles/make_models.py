@@ -1,0 +1,236 @@
+"""Write tiny random checkpoints of transformers, with the logits it computes from them.
+
+Run in the oracle environment (torch and transformers; jaxserve is not imported):
+
+    python tests/oracles/make_models.py                    # every case -> golden/models/<name>/
+    python tests/oracles/make_models.py --random SEED --out DIR   # one fresh random case -> DIR
+
+Each directory holds an ordinary Hugging Face checkpoint (config.json and safetensors) and
+`golden.npz`: for sequence i the ids `tokens_i`, the logits `prefill_i` of its first part in one
+forward pass, and the logits `decode_i` of the rest, fed one token at a time through the cache.
+Everything is float32 on the CPU with eager attention. `golden/models/meta.json` names the versions
+and seeds.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden" / "models"
+SEED = 20260101
+PREFILL_LENGTHS = (3, 9, 24)
+NUM_DECODE = 6
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Common shape; head_dim times heads differs from hidden_size on purpose."""
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CASES: dict[str, dict] = {
+    "llama_plain": {"family": "llama", "head_dim": 6},
+    "llama_gqa": {"family": "llama", "num_key_value_heads": 2, "max_shard_size": "20KB"},
+    "llama_tied": {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama_llama3_rope": {
+        "family": "llama",
+        "num_key_value_heads": 2,
+        "rope_parameters": LLAMA3_ROPE,
+        "tie_word_embeddings": True,
+    },
+    "llama_linear_rope": {
+        "family": "llama",
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "llama_bias": {
+        "family": "llama",
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "qwen2_plain": {
+        "family": "qwen2",
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "qwen2_tied_bfloat16": {
+        "family": "qwen2",
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "tie_word_embeddings": True,
+        "stored_dtype": "bfloat16",
+    },
+    "qwen3_plain": {
+        "family": "qwen3",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+    },
+    "qwen3_tied_bias": {
+        "family": "qwen3",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+    },
+}
+
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def random_case(seed: int) -> dict:
+    """Draw a configuration that none of the committed cases has."""
+    rng = random.Random(seed)
+    family = rng.choice(sorted(FAMILIES))
+    kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
+    head_dim = rng.choice([4, 8, 16, 32])
+    case = {
+        "family": family,
+        "vocab_size": rng.randrange(40, 300),
+        "intermediate_size": rng.randrange(8, 96, 4),
+        "num_hidden_layers": rng.choice([1, 2, 3]),
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * group,
+        "head_dim": head_dim,
+        "hidden_size": rng.randrange(16, 96, 8),
+        "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-3]),
+        "tie_word_embeddings": rng.random() < 0.5,
+    }
+    if family == "qwen2":  # this family has no head_dim of its own
+        case["hidden_size"] = kv_heads * group * head_dim
+    else:
+        case["attention_bias"] = rng.random() < 0.5
+    if family == "llama":
+        case["mlp_bias"] = rng.random() < 0.5
+        case["rope_parameters"] = rng.choice(
+            [LLAMA3_ROPE, {"rope_type": "default", "rope_theta": rng.choice([500.0, 5e5])}]
+        )
+    return case
+
+
+def build(case: dict, seed: int) -> transformers.PreTrainedModel:
+    """Make the model of a case, with every weight, norm and bias drawn at random."""
+    fields = {k: v for k, v in case.items() if k not in ("family", "max_shard_size", "stored_dtype")}
+    make_config, make_model = FAMILIES[case["family"]]
+    config = make_config(**{**SMALL, **fields})
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = make_model(config).eval().to(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if "norm" in name:
+                parameter.copy_(1.0 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            elif "embed" in name:
+                parameter.copy_(noise * (0.3 if case.get("tie_word_embeddings") else 1.0))
+            else:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+        if case.get("stored_dtype"):
+            for parameter in model.parameters():
+                stored = parameter.to(getattr(torch, case["stored_dtype"]))
+                parameter.copy_(stored.to(torch.float32))
+    model.tie_weights()
+    return model
+
+
+def logits_of(model: transformers.PreTrainedModel, seed: int) -> dict[str, np.ndarray]:
+    """Compute the logits of a few sequences: prefill at once, decode step by step."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    out: dict[str, np.ndarray] = {}
+    for i, length in enumerate(PREFILL_LENGTHS):
+        vocab = model.config.vocab_size
+        ids = torch.randint(0, vocab, (1, length + NUM_DECODE), generator=generator)
+        with torch.no_grad():
+            result = model(ids[:, :length], use_cache=True)
+            cache, steps = result.past_key_values, []
+            for at in range(length, length + NUM_DECODE):
+                step = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+                cache = step.past_key_values
+                steps.append(step.logits[0, -1])
+        out[f"tokens_{i}"] = ids[0].numpy().astype(np.int32)
+        out[f"prefill_{i}"] = result.logits[0].numpy().astype(np.float32)
+        out[f"decode_{i}"] = torch.stack(steps).numpy().astype(np.float32)
+    return out
+
+
+def write(case: dict, seed: int, folder: Path) -> None:
+    """Write the checkpoint of a case and what it computes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = build(case, seed)
+    golden = logits_of(model, seed)
+    if case.get("stored_dtype"):
+        model = model.to(getattr(torch, case["stored_dtype"]))
+    model.save_pretrained(folder, max_shard_size=case.get("max_shard_size", "1GB"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(folder / "golden.npz", **golden)
+
+
+def main() -> None:
+    """Read the command line and write one random case, or all committed ones."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random", type=int, metavar="SEED", help="one fresh random case")
+    parser.add_argument("--out", type=Path, help="where the random case goes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    if args.random is not None:
+        if args.out is None:
+            parser.error("--random needs --out DIR")
+        case = random_case(args.random)
+        write(case, args.random, args.out)
+        print(json.dumps(case))
+        return
+    for number, (name, case) in enumerate(CASES.items()):
+        write(case, SEED + number, GOLDEN / name)
+        size = sum(path.stat().st_size for path in (GOLDEN / name).iterdir())
+        print(f"{name}: {size / 1000:.0f} kB")
+    meta = {
+        "generator": "tests/oracles/make_models.py",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "dtype": "float32, eager attention, CPU",
+        "seeds": {name: SEED + number for number, name in enumerate(CASES)},
+        "cases": CASES,
+    }
+    (GOLDEN / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
