@@ -1,0 +1,1 @@
+"""Model families as nnx modules, and the checkpoints that fill them."""
