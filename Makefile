@@ -1,0 +1,94 @@
+# `make help` lists the targets. Everything they need is set up below this folder, by uv, which
+# comes from the PATH or through pip (scripts/uv); nothing is set up twice (stamp files).
+
+MODEL ?=
+PORT ?= 8000
+ARGS ?=
+TESTS ?=
+JOBS ?= 2
+PEERS ?= transformers,llama.cpp
+OUT ?= benchmarks/results
+
+VENV ?= .venv
+OLDEST ?= .venv-jax0112
+ORACLES ?= .venv-oracles
+
+UV := scripts/uv
+BIN := $(VENV)/bin
+PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-oldest check format bench gpu oracles constraints clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.stamp-dev ## set up .venv with everything that the other targets need
+
+serve: $(VENV)/.stamp-serve ## serve a model on PORT: make serve [MODEL=...] [PORT=8000] [ARGS='--flag ...']
+	@exec $(BIN)/python -m jaxserve.serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: $(VENV)/.stamp-dev ## run the tests: make test [TESTS='tests/unit -k name'] [JOBS=2]
+	@$(BIN)/python $(PYTEST) $(TESTS)
+
+test-oldest: $(OLDEST)/.stamp-dev ## run the engine and model tests on the oldest supported JAX
+	@$(OLDEST)/bin/python $(PYTEST) $(or $(TESTS),tests/engine tests/models)
+
+check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/basedpyright
+	@$(BIN)/lint-imports
+	@$(BIN)/typos
+
+format: $(VENV)/.stamp-dev ## format, and fix what the linter can fix
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are there: make bench [PEERS=...]
+	@$(BIN)/python -m benchmarks.golden
+	@$(BIN)/python -m benchmarks.steady
+	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
+
+# Where a GPU is, JAX for it is too: this target installs nothing and needs no package index.
+gpu: ## all GPU tests and benchmarks, at most ten minutes, results in OUT; says what it would do without one
+	@python=$$(scripts/find-python \
+	    "import jax; assert jax.__version_info__ >= (0, 11, 2), jax.__version__" 2>/dev/null) \
+	  || { [ -x $(BIN)/python ] && python=$(BIN)/python; } \
+	  || { echo "make gpu needs a python3 (3.12 or newer) with JAX 0.11.2 or newer; name it: make gpu PYTHON=..."; exit 1; }; \
+	OUT="$(OUT)" PYTHONPATH=src $$python -m benchmarks.gpu
+
+oracles: $(ORACLES)/.stamp ## write the golden tensors again with torch: make oracles [ORACLE_PYTHON=python3.11]
+	@set -e; for script in tests/oracles/make_*.py; do \
+	  echo "$$script"; PYTHONPATH=src:. $(ORACLES)/bin/python "$$script"; \
+	done
+
+constraints: ## resolve the pins again (constraints*.txt)
+	@scripts/pin
+
+clean: ## remove everything that these targets made
+	rm -rf .venv .venv-jax0112 .venv-oracles .tools .cache dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+%/bin/python:
+	@$(UV) venv --quiet --seed --clear --python "$$(scripts/find-python)" $*
+
+$(VENV)/.stamp-serve: pyproject.toml constraints.txt | $(BIN)/python
+	@$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	    --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	    --editable '.[serve]' --group test --group lint --group bench
+	@touch $@ $(VENV)/.stamp-serve
+
+$(OLDEST)/.stamp-dev: pyproject.toml constraints-jax-0.11.2.txt | $(OLDEST)/bin/python
+	@$(UV) pip install --quiet --python $(OLDEST)/bin/python \
+	    --constraint constraints-jax-0.11.2.txt --editable '.[serve]' --group test
+	@touch $@
+
+$(ORACLES)/.stamp: scripts/make-oracles-env
+	@scripts/make-oracles-env $(ORACLES)
+	@touch $@

@@ -1,0 +1,80 @@
+"""LLM serving on JAX: an OpenAI-compatible server and a library over one engine.
+
+Importing this package touches no device and loads neither JAX nor a web library; each public name
+is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxserve.core.config import EngineConfig
+    from jaxserve.core.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        EngineDeadError,
+        JaxserveError,
+        MissingExtraError,
+        ModelNotFoundError,
+        RequestError,
+        UnsupportedError,
+    )
+    from jaxserve.core.event import CompletionOutput, FinishReason, Logprob, RequestOutput
+    from jaxserve.core.request import Request, SamplingParams
+    from jaxserve.engine.async_engine import AsyncLLM
+    from jaxserve.engine.llm import LLM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CapacityError",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "EngineDeadError",
+    "FinishReason",
+    "JaxserveError",
+    "Logprob",
+    "MissingExtraError",
+    "ModelNotFoundError",
+    "Request",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "UnsupportedError",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "jaxserve.engine.llm",
+    "AsyncLLM": "jaxserve.engine.async_engine",
+    "EngineConfig": "jaxserve.core.config",
+    "CompletionOutput": "jaxserve.core.event",
+    "FinishReason": "jaxserve.core.event",
+    "Logprob": "jaxserve.core.event",
+    "RequestOutput": "jaxserve.core.event",
+    "Request": "jaxserve.core.request",
+    "SamplingParams": "jaxserve.core.request",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name at its first use.
+
+    Raises:
+        AttributeError: If there is no such name.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "jaxserve.core.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})
