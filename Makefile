@@ -24,6 +24,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/.stamp-dev ## set up .venv with everything that the other targets need
+	@:
 
 serve: $(VENV)/.stamp-serve ## serve a model on PORT: make serve [MODEL=...] [PORT=8000] [ARGS='--flag ...']
 	@exec $(BIN)/python -m jaxserve.serve $(MODEL) --port $(PORT) $(ARGS)

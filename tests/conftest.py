@@ -1,0 +1,71 @@
+"""Settings and fixtures of every test."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before anything imports JAX. GPU runs set JAX_PLATFORMS themselves.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import hypothesis
+import pytest
+
+try:
+    from jaxtyping import install_import_hook
+except ImportError:  # a GPU machine may lack it; every other run has it
+    pass
+else:
+    # Where arrays are. The faces check what users pass by themselves, and tests pass them nonsense.
+    install_import_hook(
+        [f"jaxserve.{name}" for name in ("attention", "cache", "models", "sharding")],
+        "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+    )
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    if item.get_closest_marker("gpu") is not None:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip("needs a GPU, and JAX_PLATFORMS=cuda where tests run")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of large public test data, where it lies beside the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the test data in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oracle_python() -> Path:
+    """The Python of the environment that `make oracles` builds."""
+    python = Path(os.environ.get("ORACLES", ROOT / ".venv-oracles")) / "bin" / "python"
+    if not python.exists():
+        pytest.skip("needs torch and transformers beside it; run `make oracles` first")
+    return python
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The weights of the default model, fetched once."""
+    from jaxserve.core.errors import JaxserveError
+    from jaxserve.models.hub import DEFAULT_MODEL, resolve_model
+
+    try:
+        return resolve_model(DEFAULT_MODEL, progress=False)
+    except JaxserveError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the default model cannot be had: {error}")
