@@ -6,6 +6,7 @@ model is ever run as if it were a slightly different one.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,9 @@ from jaxtyping import Float32
 from jaxserve.core.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean
 
 RopeKind = Literal["linear", "llama3", "yarn", "factors"]
+
+_HUGE = 1e30
+"""No setting is beyond this; it keeps float32 arithmetic on settings finite."""
 
 _FAMILY_OF = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Hugging Face `model_type` -> our family."""
@@ -89,6 +93,13 @@ class RopeScaling:
             )
         if self.kind == "factors" and not all(f > 0 and math.isfinite(f) for f in self.factors):
             raise ConfigError(f"rope factors must be positive numbers, got {self.factors}.")
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied with; 1 except under yarn."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return _yarn_magnitude(self.factor, 1.0) if self.kind == "yarn" else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +180,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not value > 0 or not math.isfinite(value):
                 raise ConfigError(f"{name} must be positive, got {value}.")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta must be greater than 1, got {self.rope_theta}.")
         scaling = self.rope_scaling
         if scaling and scaling.kind == "factors" and 2 * len(scaling.factors) != self.head_dim:
             raise ConfigError(
@@ -199,16 +212,13 @@ class ModelConfig:
                 f"config.json: found model_type {model_type!r}, expected one of "
                 f"{', '.join(_FAMILY_OF)}; this model family is not supported.{hint}"
             )
-        values = _Values(raw, _HF_DEFAULTS[model_type])
+        values = Fields(raw, _HF_DEFAULTS[model_type])
         _refuse_variations(values, model_type)
         family = _FAMILY_OF[model_type]
         num_heads = values.count("num_attention_heads")
         hidden_size = values.count("hidden_size")
         max_position = values.count("max_position_embeddings")
         rope_theta, rope_scaling = _read_rope(values, max_position)
-        if rope_scaling and rope_scaling.kind == "yarn":
-            stretched = round(rope_scaling.factor * rope_scaling.original_max_position)
-            max_position = max(max_position, stretched)
         # mistral has no such switch and qwen2 always has biases on q, k and v, never on o.
         attention_bias = model_type in {"llama", "qwen3"} and values.flag("attention_bias")
         try:
@@ -224,7 +234,7 @@ class ModelConfig:
                 rms_norm_eps=values.number("rms_norm_eps", 1e-6),
                 rope_theta=rope_theta,
                 rope_scaling=rope_scaling,
-                max_position=max_position,
+                max_position=stretched_length(max_position, rope_scaling),
                 tie_word_embeddings=values.flag("tie_word_embeddings"),
                 qkv_bias=attention_bias or family == "qwen2",
                 o_bias=attention_bias,
@@ -262,14 +272,27 @@ class ModelConfig:
             return _llama3_frequencies(plain, scaling), 1.0
         keep = np.float32(1) - _yarn_ramp(self.head_dim, self.rope_theta, scaling)
         stretched = np.float32(1) / (factor * wavelengths)
-        attention_factor = scaling.attention_factor
-        if attention_factor is None:
-            attention_factor = _yarn_magnitude(scaling.factor, 1.0)
-        return stretched * (1 - keep) + plain * keep, attention_factor
+        return stretched * (1 - keep) + plain * keep, scaling.magnitude
 
 
-class _Values:
-    """Checked access to a parsed JSON object; a null is the same as a missing key."""
+def stretched_length(max_position: int, scaling: RopeScaling | None) -> int:
+    """Return the most tokens of context, given what a checkpoint states and how it is stretched.
+
+    Checkpoints that add yarn later often leave the stated length as it was.
+    """
+    if scaling is None or scaling.kind != "yarn":
+        return max_position
+    return max(max_position, round(scaling.factor * scaling.original_max_position))
+
+
+class Fields:
+    """Checked access to the named values of a file; a null is the same as a missing one.
+
+    Args:
+        raw: The values.
+        defaults: What a missing one means.
+        where: The file, for error messages.
+    """
 
     def __init__(
         self,
@@ -279,46 +302,75 @@ class _Values:
     ) -> None:
         self._raw = raw
         self._defaults = defaults or {}
-        self._where = where
+        self.where = where
+
+    def __contains__(self, key: str) -> bool:
+        return self._raw.get(key) is not None
 
     def get(self, key: str, default: object = None) -> object:
+        """Return a value as it is; an explicit null gives `default`."""
         if key in self._raw:
-            # An explicit null switches a window off; elsewhere it stands for the derived value.
             return default if self._raw[key] is None else self._raw[key]
         return self._defaults.get(key, default)
 
     def _wrong(self, key: str, found: object, expected: str) -> CheckpointError:
-        shown = "nothing" if found is None else repr(found)
+        shown = "nothing" if found is None else reprlib.repr(found)
         return CheckpointError(
-            f"{self._where}: found {shown} for {key!r}, expected {expected}; repair the file or "
+            f"{self.where}: found {shown} for {key!r}, expected {expected}; repair the file or "
             "download the model again."
         )
 
     def count(self, key: str, default: int | None = None) -> int:
+        """Return a whole number of at least 1.
+
+        Raises:
+            CheckpointError: If it is missing without a default, or something else.
+        """
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             raise self._wrong(key, value, "a whole number of at least 1")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number.
+
+        Raises:
+            CheckpointError: If it is missing without a default, or something else.
+        """
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        if not ok or not abs(value) < _HUGE:
             raise self._wrong(key, value, "a number")
         return float(value)
 
-    def flag(self, key: str, default: bool = False) -> bool:  # noqa: FBT001, FBT002  a plain value
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """Return true or false.
+
+        Raises:
+            CheckpointError: If it is something else.
+        """
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
 
     def word(self, key: str) -> str | None:
+        """Return a string, or None if there is none.
+
+        Raises:
+            CheckpointError: If it is something else.
+        """
         value = self.get(key)
         if value is not None and not isinstance(value, str):
             raise self._wrong(key, value, "a word")
         return value
 
     def table(self, key: str) -> Mapping[str, object] | None:
+        """Return an object, or None if there is none.
+
+        Raises:
+            CheckpointError: If it is something else.
+        """
         value = self.get(key)
         if value is None:
             return None
@@ -327,17 +379,22 @@ class _Values:
         return {str(name): item for name, item in value.items()}
 
     def token_ids(self, key: str) -> tuple[int, ...]:
+        """Return one or several token ids, without repetitions; none if there are none.
+
+        Raises:
+            CheckpointError: If it is something else.
+        """
         value = self.get(key)
         items = () if value is None else value if isinstance(value, list | tuple) else (value,)
         found: list[int] = []
         for item in items:
-            if isinstance(item, bool) or not isinstance(item, int) or item < 0:
+            if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**31:
                 raise self._wrong(key, value, "a token id or a list of them")
             found.append(item)
         return tuple(dict.fromkeys(found))
 
 
-def _refuse_variations(values: _Values, model_type: str) -> None:
+def _refuse_variations(values: Fields, model_type: str) -> None:
     """Refuse what would be computed wrongly."""
 
     def refuse(found: str, expected: str) -> None:
@@ -367,12 +424,12 @@ def _refuse_variations(values: _Values, model_type: str) -> None:
         refuse(f"layer_types {', '.join(kinds)}", "full_attention in every layer")
 
 
-def _read_rope(values: _Values, max_position: int) -> tuple[float, RopeScaling | None]:
+def _read_rope(values: Fields, max_position: int) -> tuple[float, RopeScaling | None]:
     """Return base and stretching of the rotary frequencies, from either spelling."""
     old = values.table("rope_scaling")
     table = values.table("rope_parameters") or old or {}
     where = "config.json, rope_parameters" if old is None else "config.json, rope_scaling"
-    rope = _Values(table, where=where)
+    rope = Fields(table, where=where)
     theta = rope.number("rope_theta", values.number("rope_theta", 10000.0))
     kind = rope.word("rope_type") or rope.word("type") or "default"
     if kind == "default":
@@ -415,7 +472,7 @@ def _read_rope(values: _Values, max_position: int) -> tuple[float, RopeScaling |
             beta_fast=rope.number("beta_fast", 32.0),
             beta_slow=rope.number("beta_slow", 1.0),
             attention_factor=_yarn_attention_factor(rope, factor),
-            truncate=rope.flag("truncate", True),  # noqa: FBT003  the default of a JSON key
+            truncate=rope.flag("truncate", default=True),
         )
     except CheckpointError:
         raise
@@ -423,7 +480,7 @@ def _read_rope(values: _Values, max_position: int) -> tuple[float, RopeScaling |
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _yarn_attention_factor(rope: _Values, factor: float) -> float | None:
+def _yarn_attention_factor(rope: Fields, factor: float) -> float | None:
     given = rope.get("attention_factor")
     if given is not None:
         return rope.number("attention_factor")

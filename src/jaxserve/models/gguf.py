@@ -1,0 +1,528 @@
+"""GGUF files: metadata, tensors by their Hugging Face names, and the model's configuration.
+
+The file is mapped into memory and nothing in it is trusted: every length is checked against what is
+left of the file before it is used. Three things differ from a Hugging Face checkpoint and are undone
+here: dimensions are listed in reverse, tensors have other names, and files of the llama architecture
+have the rows of query and key weights reordered for interleaved rotation.
+
+Source: the GGUF specification (versions 2 and 3) in the ggml repository; names of keys and tensors
+as llama.cpp's converter writes them.
+"""
+
+import contextlib
+import dataclasses
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxserve.core.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean
+from jaxserve.models.config import Fields, ModelConfig, RopeScaling, stretched_length
+from jaxserve.models.files import AGAIN, cannot_open, describe_start
+from jaxserve.models.ggml import FORMATS, OTHER_FORMATS, Format, dequantize
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_DIMS = 4
+_DEFAULT_ALIGNMENT = 32
+_MAX_ALIGNMENT = 1 << 20
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_NUMBERS: dict[int, np.dtype] = {
+    0: np.dtype("<u1"),
+    1: np.dtype("<i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+
+_TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+_SAMPLING_KEYS = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_OTHER_MATHEMATICS = (
+    "expert_count",
+    "attention.sliding_window",
+    "attention.scale",
+    "attention.logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+)
+"""Keys below the architecture that would change what is computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor of a GGUF file lies.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape, slowest axis first, as numpy counts.
+        format: How its weights are packed.
+        offset: Bytes from the start of the file.
+        nbytes: Its size in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    offset: int
+    nbytes: int
+
+
+class _Cursor:
+    """A place in a mapped file; every step is checked against its end."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data = data
+        self.path = path
+        self.pos = 0
+
+    def fail(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: at byte {self.pos}: {what}; {AGAIN}")
+
+    def need(self, nbytes: int, what: str) -> None:
+        left = len(self.data) - self.pos
+        if nbytes > left:
+            raise self.fail(f"found {left} bytes, expected {nbytes} more for {what}")
+
+    def u32(self, what: str) -> int:
+        self.need(4, what)
+        (value,) = _U32.unpack_from(self.data, self.pos)
+        self.pos += 4
+        return value
+
+    def u64(self, what: str) -> int:
+        self.need(8, what)
+        (value,) = _U64.unpack_from(self.data, self.pos)
+        self.pos += 8
+        return value
+
+    def strings(self, count: int, what: str) -> list[str]:
+        self.need(8 * count, what)  # so that a wrong count cannot start a giant loop
+        data, pos, end, unpack = self.data, self.pos, len(self.data), _U64.unpack_from
+        found: list[str] = []
+        for _ in range(count):
+            (length,) = unpack(data, pos) if pos + 8 <= end else (end,)
+            start, pos = pos + 8, pos + 8 + length
+            if pos > end:
+                self.pos = start
+                raise self.fail(f"found {max(0, end - start)} bytes, expected more for {what}")
+            try:
+                found.append(data[start:pos].decode())
+            except UnicodeDecodeError as error:
+                self.pos = start
+                raise self.fail(f"found bytes that are not UTF-8, expected {what}") from error
+        self.pos = pos
+        return found
+
+    def string(self, what: str) -> str:
+        return self.strings(1, what)[0]
+
+    def value(self, kind: int, what: str) -> object:
+        """Read a metadata value; arrays of numbers become numpy arrays, of strings lists."""
+        if kind == _STRING:
+            return self.string(what)
+        if kind == _ARRAY:
+            kind, count = self.u32(what), self.u64(what)
+            return self.strings(count, what) if kind == _STRING else self.numbers(kind, count, what)
+        return self.numbers(kind, 1, what)[0].item()
+
+    def numbers(self, kind: int, count: int, what: str) -> np.ndarray:
+        dtype = np.dtype("u1") if kind == _BOOL else _NUMBERS.get(kind)
+        if dtype is None:
+            raise self.fail(f"found value type {kind} for {what}, expected a number, a string or one array of them")
+        nbytes = count * dtype.itemsize
+        self.need(nbytes, what)
+        found = np.frombuffer(self.data[self.pos : self.pos + nbytes], dtype)
+        self.pos += nbytes
+        return found != 0 if kind == _BOOL else found
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            if head[:4] != _MAGIC:
+                raise CheckpointError(
+                    f"{path}: expected a GGUF file (beginning with {_MAGIC!r}), "
+                    f"{describe_start(head)}"
+                )
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise cannot_open(path, error) from error
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, object], int]:
+    """Return the metadata and the number of tensors; leave the cursor at the first one."""
+    cursor.pos = len(_MAGIC)
+    version = cursor.u32("the version")
+    if version not in _VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        what = "a big-endian file" if swapped in _VERSIONS else f"version {version}"
+        raise CheckpointError(
+            f"{cursor.path}: found {what}, expected a little-endian GGUF file of version 2 or 3; "
+            "convert it again with a current converter."
+        )
+    num_tensors, num_values = cursor.u64("the number of tensors"), cursor.u64("the metadata count")
+    cursor.need(13 * num_values + 25 * num_tensors, f"{num_values} values, {num_tensors} tensors")
+    metadata: dict[str, object] = {}
+    for _ in range(num_values):
+        key = cursor.string("a metadata key")
+        if key in metadata:
+            raise cursor.fail(f"found the metadata key {key!r} twice")
+        metadata[key] = cursor.value(cursor.u32("a value type"), f"metadata {key!r}")
+    return metadata, num_tensors
+
+
+def _read_tensor_infos(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInfo]:
+    places: list[tuple[str, tuple[int, ...], Format, int]] = []
+    for _ in range(count):
+        name = cursor.string("a tensor name")
+        num_dims = cursor.u32(f"tensor {name!r}")
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise cursor.fail(f"found {num_dims} dimensions for tensor {name!r}, expected 1 to 4")
+        reversed_shape = [cursor.u64(f"tensor {name!r}") for _ in range(num_dims)]
+        kind = _format(cursor, name, cursor.u32(f"tensor {name!r}"))
+        if min(reversed_shape) < 1 or reversed_shape[0] % kind.block_len:
+            raise cursor.fail(
+                f"found dimensions {reversed_shape} for tensor {name!r}, expected positive numbers "
+                f"and the first a multiple of {kind.block_len} ({kind.name})"
+            )
+        offset = cursor.u64(f"tensor {name!r}")
+        if offset % alignment:
+            raise cursor.fail(
+                f"found offset {offset} for tensor {name!r}, expected a multiple of {alignment}"
+            )
+        places.append((name, tuple(reversed_shape[::-1]), kind, offset))
+    begin = -(-cursor.pos // alignment) * alignment
+    infos: dict[str, TensorInfo] = {}
+    end_of_last = begin
+    for name, shape, kind, offset in sorted(places, key=lambda place: place[3]):
+        nbytes = math.prod(shape) // kind.block_len * kind.block.itemsize
+        start = begin + offset
+        if name in infos or start < end_of_last:
+            raise cursor.fail(f"found tensor {name!r} twice or inside another one")
+        end_of_last = start + nbytes
+        if end_of_last > len(cursor.data):
+            raise CheckpointError(
+                f"{cursor.path}: found {len(cursor.data)} bytes, expected at least {end_of_last} "
+                f"(tensor {name!r} ends there); {AGAIN}"
+            )
+        infos[name] = TensorInfo(name=name, shape=shape, format=kind, offset=start, nbytes=nbytes)
+    return infos
+
+
+def _format(cursor: _Cursor, name: str, number: int) -> Format:
+    if number in FORMATS:
+        return FORMATS[number]
+    known = ", ".join(kind.name for kind in FORMATS.values())
+    raise CheckpointError(
+        f"{cursor.path}: found tensor {name!r} in the format "
+        f"{OTHER_FORMATS.get(number, f'number {number}')}, expected one of {known}; get the model "
+        "in one of these (Q8_0 and Q4_K_M files are common)."
+    )
+
+
+def read_metadata(path: Path) -> dict[str, object]:
+    """Read the metadata of a GGUF file, such as its tokenizer, and none of its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Key -> number, bool, string, list of strings, or numpy array of numbers.
+
+    Raises:
+        ModelNotFoundError: If there is no such file.
+        CheckpointError: If it is not a whole GGUF file.
+    """
+    with _map_file(path) as data:
+        return _read_header(_Cursor(data, path))[0]
+
+
+class GgufCheckpoint:
+    """A model in one GGUF file; tensors are dequantised as they are read.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        metadata: As `read_metadata` returns it.
+        config: The model's configuration.
+        is_quantized: Whether any weights are quantised.
+        generation_config: Sampling defaults that the file recommends, if any.
+
+    Raises:
+        ModelNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged or holds an unknown format.
+        UnsupportedError: If the model is of another architecture, or a variation that would not be
+            computed right.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and check everything but the weights themselves."""
+        self.path = path
+        self._data = _map_file(path)
+        try:
+            cursor = _Cursor(self._data, path)
+            self.metadata, num_tensors = _read_header(cursor)
+            where = str(path)
+            _refuse_splits(Fields(self.metadata, where=where))
+            infos = _read_tensor_infos(cursor, num_tensors, _alignment(cursor, self.metadata))
+            self._tensors = {
+                _hf_name(name): info for name, info in infos.items() if name != _ROPE_FACTORS
+            }
+            factors = infos.get(_ROPE_FACTORS)
+            self.config = _read_config(
+                Fields(self.metadata, where=where),
+                infos,
+                () if factors is None else self._numbers(factors).reshape(-1).tolist(),
+            )
+        except BaseException:
+            self.close()
+            raise
+        self.is_quantized = any(info.format.is_quantized for info in infos.values())
+        prefix = "general.sampling."
+        self.generation_config: dict[str, object] = {
+            ours: self.metadata[prefix + theirs]
+            for theirs, ours in _SAMPLING_KEYS.items()
+            if prefix + theirs in self.metadata
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, by Hugging Face name where it has one."""
+        return {name: info.shape for name, info in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor.
+
+        Args:
+            name: Its Hugging Face name.
+
+        Returns:
+            The weights in Hugging Face's orientation and order of rows: float32 for quantised
+            formats, otherwise as stored. It may be a read-only view of the file.
+
+        Raises:
+            CheckpointError: If there is no such tensor, or it holds damaged values.
+        """
+        info = self._tensors.get(name)
+        if info is None:
+            hint = did_you_mean(name, self._tensors)
+            raise CheckpointError(f"{self.path}: no tensor {name!r}.{hint}")
+        heads = 0
+        if self.config.model_type == "llama":
+            if ".q_proj." in name:
+                heads = self.config.num_heads
+            elif ".k_proj." in name:
+                heads = self.config.num_kv_heads
+        return self._numbers(info, heads)
+
+    def _numbers(self, info: TensorInfo, heads: int = 0) -> np.ndarray:
+        raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+        if heads:
+            raw = self._half_split(raw, info, heads)
+        try:
+            return dequantize(raw, info.format).reshape(info.shape)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: tensor {info.name!r}: {error}; {AGAIN}") from error
+
+    def _half_split(self, raw: np.ndarray, info: TensorInfo, heads: int) -> np.ndarray:
+        """Reorder rows from interleaved (0, 1, 2, ...) to half-split (0, 2, ..., 1, 3, ...).
+
+        Rows are moved while they are still packed, as whole blocks lie along the other axis.
+        """
+        if info.shape[0] != heads * self.config.head_dim:
+            raise CheckpointError(
+                f"{self.path}: found {info.shape[0]} rows in tensor {info.name!r}, expected "
+                f"{heads} heads of {self.config.head_dim}; {AGAIN}"
+            )
+        rows = raw.reshape(heads, self.config.head_dim // 2, 2, -1)
+        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+
+    def close(self) -> None:
+        """Give the file back; views that `read` returned keep it until they are gone."""
+        with contextlib.suppress(BufferError):  # in use; the mapping goes with the last view
+            self._data.close()
+
+
+def _alignment(cursor: _Cursor, metadata: Mapping[str, object]) -> int:
+    found = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if not isinstance(found, int) or not 1 <= found <= _MAX_ALIGNMENT or found & (found - 1):
+        raise cursor.fail(f"found general.alignment {found!r}, expected a power of two")
+    return found
+
+
+def _refuse_splits(fields: Fields) -> None:
+    if "split.count" in fields and fields.count("split.count") > 1:
+        raise UnsupportedError(
+            f"{fields.where}: found one part of a split GGUF file, expected a whole one; join the "
+            "parts with llama.cpp's `llama-gguf-split --merge`."
+        )
+
+
+def _hf_name(name: str) -> str:
+    """Translate a tensor's name; unknown ones stay as they are and are reported as extra."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{kind}"
+    match stem.split("."):
+        case ["blk", layer, part] if part in _LAYER_NAMES:
+            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        case _:
+            return name
+
+
+def _read_config(
+    fields: Fields, tensors: Mapping[str, TensorInfo], rope_factors: Iterable[float]
+) -> ModelConfig:
+    arch = fields.word("general.architecture")
+    if arch not in _ARCHITECTURES:
+        hint = did_you_mean(str(arch), _ARCHITECTURES)
+        raise UnsupportedError(
+            f"{fields.where}: found the architecture {arch!r}, expected one of "
+            f"{', '.join(_ARCHITECTURES)}; this model family is not supported.{hint}"
+        )
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(
+            f"{fields.where}: no tensor 'token_embd.weight', expected the embedding; {AGAIN}"
+        )
+    _refuse_variations(fields, arch)
+    num_heads = _same_in_all_layers(fields, f"{arch}.attention.head_count")
+    hidden_size = fields.count(f"{arch}.embedding_length")
+    head_dim = fields.count(f"{arch}.attention.key_length", hidden_size // num_heads or 1)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if fields.count(f"{arch}.{key}", head_dim) != head_dim:
+            raise UnsupportedError(
+                f"{fields.where}: found {arch}.{key} {fields.get(f'{arch}.{key}')}, expected the "
+                f"head size {head_dim}; this variation of {arch} is not supported."
+            )
+    max_position = fields.count(f"{arch}.context_length")
+    eos_keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    eos = [i for key in eos_keys for i in fields.token_ids(f"tokenizer.ggml.{key}")]
+    is_quantized = any(info.format.is_quantized for info in tensors.values())
+    try:
+        scaling = _read_rope_scaling(fields, arch, max_position, tuple(rope_factors))
+        return ModelConfig(
+            model_type=arch,
+            vocab_size=embedding.shape[0],
+            hidden_size=hidden_size,
+            intermediate_size=_same_in_all_layers(fields, f"{arch}.feed_forward_length"),
+            num_layers=fields.count(f"{arch}.block_count"),
+            num_heads=num_heads,
+            num_kv_heads=_same_in_all_layers(fields, f"{arch}.attention.head_count_kv", num_heads),
+            head_dim=head_dim,
+            rms_norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+            # The format's meaning of a missing base; converters leave out the Llama 2 value.
+            rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
+            rope_scaling=scaling,
+            max_position=stretched_length(max_position, scaling),
+            tie_word_embeddings="output.weight" not in tensors,
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            o_bias="blk.0.attn_output.bias" in tensors,
+            mlp_bias="blk.0.ffn_gate.bias" in tensors,
+            qk_norm=arch == "qwen3",
+            eos_token_ids=tuple(dict.fromkeys(eos)),
+            bos_token_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
+            torch_dtype=None if is_quantized else _STORED_AS.get(embedding.format.name),
+        )
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise CheckpointError(f"{fields.where}: {error}") from error
+
+
+_STORED_AS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _refuse_variations(fields: Fields, arch: str) -> None:
+    for key in _OTHER_MATHEMATICS:
+        found = fields.get(f"{arch}.{key}")
+        if found is not None and np.any(np.asarray(found)):
+            raise UnsupportedError(
+                f"{fields.where}: found {arch}.{key} {found}, expected none; this variation of "
+                f"{arch} is not supported."
+            )
+
+
+def _same_in_all_layers(fields: Fields, key: str, default: int | None = None) -> int:
+    """Return a number that may be given once, or once per layer."""
+    found = fields.get(key)
+    if not isinstance(found, np.ndarray):
+        return fields.count(key, default)
+    if len(found) == 0 or (found != found[0]).any() or found.dtype.kind not in "iu":
+        raise UnsupportedError(
+            f"{fields.where}: found {key} that differs between layers, expected one number; such "
+            "models are not supported."
+        )
+    return Fields({key: found[0].item()}, where=fields.where).count(key)
+
+
+def _read_rope_scaling(
+    fields: Fields, arch: str, max_position: int, factors: tuple[float, ...]
+) -> RopeScaling | None:
+    prefix = f"{arch}.rope.scaling."
+    kind = fields.word(f"{prefix}type") or "none"
+    if kind not in {"none", "linear", "yarn"} or (factors and kind != "none"):
+        raise UnsupportedError(
+            f"{fields.where}: found {prefix}type {kind!r}"
+            f"{' beside rope_freqs.weight' if factors else ''}, expected none, linear or yarn; "
+            "this model is not supported."
+        )
+    if factors:
+        is_plain = all(factor == 1 for factor in factors)
+        return None if is_plain else RopeScaling(kind="factors", factors=factors)
+    if kind == "none":
+        return None
+    factor = fields.number(f"{prefix}factor")
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    magnitude = fields.number(f"{prefix}yarn_attn_factor", 1.0) * fields.number(
+        f"{prefix}attn_factor", 1.0
+    )
+    scaling = RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_position=fields.count(f"{prefix}original_context_length", max_position),
+        beta_fast=fields.number(f"{prefix}yarn_beta_fast", 32.0),
+        beta_slow=fields.number(f"{prefix}yarn_beta_slow", 1.0),
+    )
+    return dataclasses.replace(scaling, attention_factor=magnitude * scaling.magnitude)

@@ -1,0 +1,310 @@
+"""Safetensors directories, and the way of weights from any checkpoint onto the devices."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from jaxserve.core.errors import CheckpointError, ModelNotFoundError, UnsupportedError, did_you_mean
+from jaxserve.models.buffer import prepare_buffer
+from jaxserve.models.config import Fields, ModelConfig
+from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_READABLE = ("F64", "F32", "F16", "BF16")
+_BUFFERS = ("rotary_emb.inv_freq",)
+"""Endings of tensors that old checkpoints hold but that are computed, not learnt."""
+_OUTPUT = "lm_head.weight"
+_MOST_NAMED = 5
+_MAX_THREADS = 4
+"""Tensors read at a time; each needs host memory, and more threads do not read faster."""
+
+
+class TensorSource(Protocol):
+    """What loading needs of a checkpoint."""
+
+    path: Path
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, by Hugging Face name."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor."""
+        ...
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face directory: `config.json` and one or more safetensors files.
+
+    Args:
+        path: The directory.
+
+    Attributes:
+        path: The directory.
+        config: The model's configuration; its end-of-sequence tokens include those of
+            `generation_config.json`.
+        is_quantized: False; quantised safetensors are refused.
+        generation_config: Contents of `generation_config.json`, empty if there is none.
+
+    Raises:
+        ModelNotFoundError: If there is no `config.json`.
+        CheckpointError: If a file is damaged or missing, or a tensor is named in two files.
+        UnsupportedError: If the model is of another family, or a variation that would not be
+            computed right.
+    """
+
+    is_quantized = False
+
+    def __init__(self, path: Path) -> None:
+        """Read the configuration and the header of every file, but no weights."""
+        self.path = path
+        config = ModelConfig.from_hf(read_json(path / "config.json"))
+        try:
+            self.generation_config: dict[str, object] = dict(
+                read_json(path / "generation_config.json")
+            )
+        except ModelNotFoundError:
+            self.generation_config = {}
+        fields = Fields(self.generation_config, where=str(path / "generation_config.json"))
+        eos = dict.fromkeys((*config.eos_token_ids, *fields.token_ids("eos_token_id")))
+        self.config = dataclasses.replace(config, eos_token_ids=tuple(eos))
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        index = _read_index(path)
+        for name in _shard_names(path, index):
+            self._open_shard(name)
+        lost = [tensor for tensor in index if tensor not in self._file_of]
+        if lost:
+            raise CheckpointError(
+                f"{path / _INDEX}: names {_some(lost)}, which no file holds; download the model "
+                "again."
+            )
+
+    def _open_shard(self, name: str) -> None:
+        path = self.path / name
+        try:
+            shard = safe_open(path, framework="numpy")
+        except OSError as error:
+            raise cannot_open(path, error) from error
+        except SafetensorError as error:
+            with path.open("rb") as file:
+                head = file.read(64)
+            told = describe_start(head) if not head[8:9] == b"{" else AGAIN
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {told}") from error
+        for tensor in shard.keys():  # noqa: SIM118  the object is no mapping
+            if tensor in self._file_of:
+                raise CheckpointError(
+                    f"{path}: found tensor {tensor!r} a second time, first in "
+                    f"{self._file_of[tensor]}; remove the files that do not belong to the model."
+                )
+            self._file_of[tensor] = name
+            self._shapes[tensor] = tuple(shard.get_slice(tensor).get_shape())
+        self._files[name] = shard
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, by name, file by file."""
+        return dict(self._shapes)
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The weights as stored.
+
+        Raises:
+            CheckpointError: If there is no such tensor.
+            UnsupportedError: If its weights are neither float nor bfloat16 numbers.
+        """
+        if name not in self._file_of:
+            hint = did_you_mean(name, self._file_of)
+            raise CheckpointError(f"{self.path}: no tensor {name!r}.{hint}")
+        shard = self._files[self._file_of[name]]
+        kind = shard.get_slice(name).get_dtype()
+        if kind not in _READABLE:
+            raise UnsupportedError(
+                f"{self.path / self._file_of[name]}: found tensor {name!r} of type {kind}, expected "
+                f"one of {', '.join(_READABLE)}; quantised safetensors are not supported, get the "
+                "original model or a GGUF file."
+            )
+        return shard.get_tensor(name)
+
+    def close(self) -> None:
+        """Give the files back."""
+        self._files.clear()
+
+
+def _read_index(path: Path) -> Mapping[str, str]:
+    """Return tensor -> file, empty if the directory has no index."""
+    try:
+        fields = Fields(read_json(path / _INDEX), where=str(path / _INDEX))
+    except ModelNotFoundError:
+        return {}
+    index: dict[str, str] = {}
+    for tensor, file in (fields.table("weight_map") or {}).items():
+        # A name with a folder in it would lead out of the checkpoint.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{path / _INDEX}: found {file!r} as the file of tensor {tensor!r}, expected the "
+                "name of a file beside it; download the model again."
+            )
+        index[tensor] = file
+    return index
+
+
+def _shard_names(path: Path, index: Mapping[str, str]) -> list[str]:
+    if index:
+        names = sorted(set(index.values()))
+        lost = [name for name in names if not (path / name).is_file()]
+        if lost:
+            raise CheckpointError(
+                f"{path}: {_INDEX} names {_some(lost)}, found no such file; download the model "
+                "again."
+            )
+        return names
+    if (path / _SINGLE).is_file():
+        return [_SINGLE]
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    if not names:
+        there = sorted(file.name for file in path.glob("*.bin")) or ["no weights"]
+        raise CheckpointError(
+            f"{path}: found {_some(there)}, expected *.safetensors files; get the model as "
+            "safetensors or GGUF."
+        )
+    return names
+
+
+def _some(names: Iterable[str]) -> str:
+    """List the first few names and count the others."""
+    listed = list(names)
+    shown = ", ".join(listed[:_MOST_NAMED])
+    return shown if len(listed) <= _MOST_NAMED else f"{shown} and {len(listed) - _MOST_NAMED} more"
+
+
+def hf_name(path: str) -> str:
+    """Translate the path of a parameter into its Hugging Face name.
+
+    Args:
+        path: Path in a model of this package.
+
+    Returns:
+        The name that checkpoints use.
+
+    >>> hf_name("layers.0.mlp.up_proj.kernel"), hf_name("lm_head.kernel")
+    ('model.layers.0.mlp.up_proj.weight', 'lm_head.weight')
+    """
+    stem, _, kind = path.rpartition(".")
+    name = f"{stem}.{'bias' if kind == 'bias' else 'weight'}"
+    return name if stem == "lm_head" else f"model.{name}"
+
+
+def _is_kernel(path: str) -> bool:
+    return path.endswith(".kernel")
+
+
+def check_tensors(source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Check that a checkpoint holds the parameters of a model, and nothing else.
+
+    Args:
+        source: The checkpoint.
+        abstract: Parameters by path.
+
+    Raises:
+        CheckpointError: If a tensor is missing, extra or of a wrong shape; names it.
+    """
+    found = source.tensor_shapes()
+    expected = {
+        hf_name(path): tuple(spec.shape[::-1] if _is_kernel(path) else spec.shape)
+        for path, spec in abstract.items()
+    }
+    # An output projection beside a tied embedding is a copy of it.
+    ignored = {_OUTPUT} - expected.keys()
+    extra = [
+        name
+        for name in found
+        if name not in expected and name not in ignored and not name.endswith(_BUFFERS)
+    ]
+    missing = [name for name in expected if name not in found]
+    shapes = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{what}: {_some(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("without a place in the model", extra),
+            ("of a wrong shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source.path}: the tensors do not fit the configuration. Tensors "
+            f"{'; tensors '.join(problems)}. Check that configuration and weights belong to the "
+            "same model, or download it again."
+        )
+
+
+def load_params(
+    checkpoint: TensorSource,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    dtype: DTypeLike | None = None,
+    progress: bool = False,
+) -> dict[str, jax.Array]:
+    """Read every parameter of a model onto its devices.
+
+    A few tensors are on their way at a time, so the host never holds a second copy of the model.
+    On a CPU the arrays are the memory they were read into.
+
+    Args:
+        checkpoint: Where the weights are.
+        abstract: Shape, dtype and, optionally, sharding of each parameter, by path.
+        dtype: Element type of all parameters; None takes that of `abstract`.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The parameters by path, in the order of `abstract`.
+
+    Raises:
+        CheckpointError: If a tensor is missing, extra, of a wrong shape, or damaged; names it.
+    """
+    check_tensors(checkpoint, abstract)
+    order = {name: place for place, name in enumerate(checkpoint.tensor_shapes())}
+    paths = sorted(abstract, key=lambda path: order[hf_name(path)])
+
+    def load(path: str) -> jax.Array:
+        spec = abstract[path]
+        kind = spec.dtype if dtype is None else dtype
+        value = prepare_buffer(checkpoint.read(hf_name(path)), kind, transpose=_is_kernel(path))
+        array = jax.device_put(value, spec.sharding)
+        return array.block_until_ready()  # so that buffers of running transfers do not pile up
+
+    with (
+        ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "load") as pool,
+        tqdm(total=len(paths), desc="Loading weights", unit="tensor", disable=not progress) as bar,
+    ):
+        loaded: dict[str, jax.Array] = {}
+        try:
+            for path, array in zip(paths, pool.map(load, paths), strict=True):
+                loaded[path] = array
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return {path: loaded[path] for path in abstract}
