@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+import hypothesis
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before anything imports JAX. GPU runs set JAX_PLATFORMS themselves.
@@ -11,9 +14,6 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("TQDM_DISABLE", "1")
-
-import hypothesis
-import pytest
 
 try:
     from jaxtyping import install_import_hook

@@ -68,7 +68,7 @@ def test_configurations_are_frozen():
             "max_num_batched_tokens must be at least 1, got -5",
         ),
         (lambda: RunnerOptions(tensor_parallel_size=0), "tensor_parallel_size must be at least 1"),
-        (lambda: RunnerOptions(max_logprobs=-1), "max_logprobs must be at least 0, got -1"),
+        (lambda: RunnerOptions(max_logprobs=-2), "max_logprobs must be at least -1, got -2"),
     ],
 )
 def test_impossible_numbers_are_refused(make, message):
@@ -84,7 +84,7 @@ def test_impossible_numbers_are_refused(make, message):
         (CacheOptions, "kv_layout", "page", "pages"),
         (SchedulerOptions, "scheduling_policy", "fcsf", "fcfs"),
         (RunnerOptions, "attention_backend", "ref", None),
-        (RunnerOptions, "warmup", "ful", "full"),
+        (RunnerOptions, "warmup", "fully", "full"),
         (RunnerOptions, "logprobs_mode", "raw_logprob", "raw_logprobs"),
     ],
 )

@@ -21,10 +21,10 @@ def make_output(num_completions=1):
 
 def test_events_add_up_to_the_completion():
     output = make_output()
-    output.apply(TokenEvent(request_id="r", token_ids=(5,), text="Hel"))
-    output.apply(TokenEvent(request_id="r", token_ids=(6, 7), text="lo"))
+    output.apply(TokenEvent(request_id="r", token_ids=(5,), text="One "))
+    output.apply(TokenEvent(request_id="r", token_ids=(6, 7), text="two"))
     (completion,) = output.outputs
-    assert completion.text == "Hello"
+    assert completion.text == "One two"
     assert completion.token_ids == [5, 6, 7]
     assert not completion.finished()
     assert not output.finished

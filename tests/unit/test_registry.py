@@ -41,7 +41,7 @@ def test_a_miss_suggests_the_nearest_name_and_lists_all(fruits):
 
 
 def test_a_miss_in_an_empty_registry_says_that_there_is_none():
-    with pytest.raises(ConfigError, match="unknown fruit 'fig'. Known: none"):
+    with pytest.raises(ConfigError, match=r"unknown fruit 'fig'\. Known: none"):
         Registry[str]("fruit")["fig"]
 
 
