@@ -1,7 +1,7 @@
 """Checkpoints of any format: what they have in common, and how to open one."""
 
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from jaxserve.models.loading import SafetensorsCheckpoint
 LoadFormat = Literal["auto", "safetensors", "gguf"]
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Weights on disk, described in the words of Hugging Face.
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ _MAX_THREADS = 4
 """Tensors read at a time; each needs host memory, and more threads do not read faster."""
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """What loading needs of a checkpoint."""
 
