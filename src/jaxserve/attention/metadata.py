@@ -1,0 +1,62 @@
+"""What one step's attention needs to know, as pytrees of device arrays.
+
+A step packs its tokens into one axis: first `rows` decode rows, row i belonging to sequence row i
+of the cache, then the tokens of prefill chunks. Nothing about lengths is static, so one compiled
+program serves every mix of lengths.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Int
+
+Backend = Literal["xla", "reference"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CausalPlan:
+    """Plain causal attention over `[batch, time]`, without a cache; differentiable."""
+
+    backend: Backend = dataclasses.field(default="xla", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """Attention of one step against the key-value cache.
+
+    A prefill block is a run of at most `q_block` tokens of one sequence. Blocks are processed in
+    order of `block_start`; a block shorter than `q_block` also computes the rows behind it, which
+    later blocks overwrite.
+
+    Attributes:
+        token_row: Sequence row of each packed token; -1 is padding.
+        token_position: Position of each token in its sequence.
+        decode_extent: Index into `extents` of the smallest extent that covers every decode row.
+        num_blocks: How many of the blocks are used.
+        block_start: Where each block begins among the prefill tokens.
+        block_row: Sequence row of each block.
+        block_position: Position of the block's first token.
+        block_extent: Index into `extents` of the smallest extent that covers the block's keys.
+        page_table: Pages of each sequence row, 0 where there is none; None with dense slots.
+        rows: Number of decode rows.
+        extents: Numbers of keys, ascending, that attention is compiled for.
+        q_block: Tokens per prefill block.
+        backend: Which implementation runs.
+    """
+
+    token_row: Int[Array, " tokens"]
+    token_position: Int[Array, " tokens"]
+    decode_extent: Int[Array, ""]
+    num_blocks: Int[Array, ""]
+    block_start: Int[Array, " blocks"]
+    block_row: Int[Array, " blocks"]
+    block_position: Int[Array, " blocks"]
+    block_extent: Int[Array, " blocks"]
+    page_table: Int[Array, "rows pages_per_row"] | None
+    rows: int = dataclasses.field(metadata={"static": True})
+    extents: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    q_block: int = dataclasses.field(metadata={"static": True})
+    backend: Backend = dataclasses.field(default="xla", metadata={"static": True})

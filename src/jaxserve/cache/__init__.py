@@ -1,0 +1,1 @@
+"""The key-value cache: device buffers, and the host's book-keeping of pages and prefixes."""

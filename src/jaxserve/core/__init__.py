@@ -1,0 +1,1 @@
+"""The words of the house: frozen records, protocols and errors; standard library and numpy only."""

@@ -1,0 +1,232 @@
+"""Configuration: composed frozen records from which the command line and the docs are made.
+
+A field of None means "auto"; `engine.setup.resolve` turns it into a number for one model on one
+device. Each record checks itself and changes nothing.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxserve.core.errors import ConfigError, did_you_mean
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+WarmupMode = Literal["none", "lazy", "full"]
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
+AttentionBackend = Literal["auto", "xla", "reference"]
+KvLayout = Literal["auto", "slots", "pages"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+
+def option(
+    default: object, text: str, *aliases: str, count: bool = False, hidden: bool = False
+) -> Any:  # noqa: ANN401  dataclass fields are typed by their annotation
+    """Describe one setting.
+
+    Args:
+        default: Its default.
+        text: Help text.
+        *aliases: Further flag names, without dashes in front.
+        count: Whether suffixes such as `4k` are understood.
+        hidden: Whether the command line leaves it out.
+    """
+    metadata = {"help": text, "aliases": aliases, "count": count, "hidden": hidden}
+    return field(default=default, metadata=metadata)
+
+
+def _at_least(config: object, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{name} must be at least {low}, got {value}.")
+
+
+def _one_of(config: object, **choices: object) -> None:
+    for name, literal in choices.items():
+        value = getattr(config, name)
+        known = typing.get_args(literal)
+        if value not in known:
+            hint = did_you_mean(str(value), map(str, known))
+            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}.{hint}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, in which precision, up to which length."""
+
+    dtype: Dtype = option(
+        "auto",
+        "Precision of weights and activations. auto: the checkpoint's; for quantised files "
+        "bfloat16, on CPUs without bfloat16 instructions float32.",
+    )
+    max_model_len: int | None = option(
+        None,
+        "Most tokens of prompt and output together. Default: the model's, as far as memory allows.",
+        "context-length",
+        count=True,
+    )
+    tokenizer: str | None = option(None, "Tokenizer directory or file, if not the model's own.")
+    revision: str | None = option(None, "Branch, tag or commit on the model hub.")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
+        "auto", "Format of the checkpoint; dummy draws random weights (for measurements)."
+    )
+    seed: int = option(0, "Seed for requests without one and for dummy weights.", "random-seed")
+    chat_template: str | None = option(None, "Jinja chat template: a file, or the text itself.")
+    generation_config: str = option(
+        "auto",
+        "auto: sampling defaults from the model's generation_config.json; vllm or none: ignore it.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _one_of(self, dtype=Dtype, load_format=Literal["auto", "safetensors", "gguf", "dummy"])
+        _at_least(self, 2, "max_model_len")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """The key-value cache."""
+
+    block_size: int = option(16, "Tokens per page of the key-value cache.", "page-size")
+    gpu_memory_utilization: float = option(
+        0.9,
+        "Share of free device memory for weights and cache; on a CPU, see kv-cache-memory-bytes.",
+        "device-memory-utilization",
+        "mem-fraction-static",
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "Memory for the key-value cache. Default: what gpu-memory-utilization leaves; on a CPU a "
+        "quarter of the free memory.",
+        count=True,
+    )
+    num_gpu_blocks_override: int | None = option(
+        None, "Exact number of pages, whatever the memory; for tests of preemption."
+    )
+    enable_prefix_caching: bool = option(True, "Reuse the pages of equal prompt prefixes.")
+    kv_layout: KvLayout = option(
+        "auto", "slots (dense rows; fast on a CPU) or pages (gathered). Default: by platform."
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _one_of(self, kv_layout=KvLayout)
+        _at_least(self, 1, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """How work is shared among requests."""
+
+    max_num_seqs: int | None = option(
+        None, "Most sequences running at once. Default: 256 on a GPU, 16 on a CPU.",
+        "max-running-requests",
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "Most tokens per step, decodes included. Default: 8192 on a GPU, 512 on a CPU.",
+        "chunked-prefill-size",
+        count=True,
+    )
+    scheduling_policy: SchedulingPolicy = option(
+        "fcfs",
+        "fcfs, or priority (lower value first, ties by arrival).",
+        "schedule-policy",
+    )
+    max_num_queued_reqs: int | None = option(
+        None,
+        "Most unfinished completions; more are refused with 503 and Retry-After.",
+        "max-queued-requests",
+    )
+    async_scheduling: bool = option(
+        True, "Prepare the next step while the device computes the current one."
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _one_of(self, scheduling_policy=SchedulingPolicy)
+        _at_least(
+            self, 1, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions:
+    """How steps are compiled and run."""
+
+    attention_backend: AttentionBackend = option("auto", "Implementation of attention.")
+    warmup: WarmupMode = option(
+        "full", "full: compile every step shape at start; lazy: at first use; none: as lazy."
+    )
+    enforce_no_recompile: bool = option(
+        False, "Fail instead of compiling after warm-up."
+    )
+    batch_invariant: bool = option(
+        False,
+        "One fixed step shape, so that a request's tokens do not depend on its neighbours.",
+        "enable-deterministic-inference",
+    )
+    compilation_cache_dir: str | None = option(
+        None, "Where compiled steps are kept. Default: below JAXSERVE_CACHE_DIR."
+    )
+    logprobs_mode: LogprobsMode = option(
+        "raw_logprobs", "Which values are reported as log-probabilities."
+    )
+    max_logprobs: int = option(20, "Most candidates per token that a request may ask for; -1 is the vocabulary.")
+    tensor_parallel_size: int = option(1, "Devices that share each layer.", "tp", "tp-size")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _one_of(
+            self,
+            attention_backend=AttentionBackend,
+            warmup=WarmupMode,
+            logprobs_mode=LogprobsMode,
+        )
+        _at_least(self, 1, "tensor_parallel_size")
+        _at_least(self, -1, "max_logprobs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine needs to know besides the weights."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    runner: RunnerOptions = field(default_factory=RunnerOptions)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":
+        """Build a configuration from flat names, such as keyword arguments of `LLM`.
+
+        Raises:
+            ConfigError: For an unknown name (the nearest known one is suggested) or a bad value.
+
+        >>> EngineConfig.from_settings({"max_num_seqs": 4}).scheduler.max_num_seqs
+        4
+        """
+        homes = {spec.name: part for part, spec in iter_options()}
+        parts: dict[str, dict[str, object]] = {}
+        for name, value in settings.items():
+            if name not in homes:
+                hint = did_you_mean(name, homes)
+                raise ConfigError(f"unknown setting {name!r}.{hint}")
+            parts.setdefault(homes[name], {})[name] = value
+        made: dict[str, Any] = {}
+        for part in dataclasses.fields(cls):
+            made[part.name] = part.type(**parts.get(part.name, {}))  # type: ignore[operator]
+        return cls(**made)
+
+
+def iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Yield every setting with the name of the part that holds it."""
+    for part in dataclasses.fields(EngineConfig):
+        for spec in dataclasses.fields(part.type):  # type: ignore[arg-type]
+            yield part.name, spec

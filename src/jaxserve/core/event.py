@@ -1,0 +1,158 @@
+"""What users get back: `TokenEvent` inside, `RequestOutput` at the library's face."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of one candidate token.
+
+    Attributes:
+        logprob: Natural logarithm of its probability.
+        rank: 1 for the most likely token; None where it was not computed.
+        decoded_token: Its text.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = Mapping[int, Logprob]
+"""Token id -> log-probability; the sampled (or prompt) token first, then the most likely ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMetrics:
+    """Times of one completion, in seconds of the engine's clock.
+
+    Attributes:
+        arrival_time: When the request reached the engine.
+        first_scheduled_time: When its first token was computed; None before that.
+        first_token_time: When its first output token was known.
+        last_token_time: When its latest output token was known.
+        finished_time: When it ended.
+        num_preemptions: How often it lost its pages and was recomputed.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """News of one completion: newly generated tokens, its end, or both.
+
+    Attributes:
+        request_id: The request that it belongs to.
+        index: Which of the request's n completions.
+        token_ids: Tokens since the previous event, in order.
+        text: Text since the previous event; never half a code point, never part of a stop string.
+        logprobs: One entry per token, if asked for.
+        prompt_logprobs: One entry per prompt token (None for the first), once, if asked for.
+        finish_reason: Set on the last event only.
+        stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
+        num_prompt_tokens: Length of the prompt.
+        num_cached_tokens: Prompt tokens found in the prefix cache.
+        metrics: Times, on the last event.
+        error: What went wrong, when `finish_reason` is ERROR.
+    """
+
+    request_id: str
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Attributes:
+        index: Which of the n completions.
+        text: Generated text.
+        token_ids: Generated ids.
+        cumulative_logprob: Sum of the tokens' log-probabilities, if asked for.
+        logprobs: Per token, if asked for.
+        finish_reason: `stop`, `length` or `abort`; None while it runs.
+        stop_reason: The stop string or id that ended it.
+    """
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """Tell whether this completion has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """A prompt with its completions.
+
+    Attributes:
+        request_id: The request's id.
+        prompt: Text of the prompt, if it was given as text.
+        prompt_token_ids: Its ids.
+        prompt_logprobs: Per prompt token, None for the first; if asked for.
+        outputs: The completions, by index.
+        finished: Whether all of them have ended.
+        num_cached_tokens: Prompt tokens found in the prefix cache.
+        metrics: Times of the first completion.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+
+    def apply(self, event: TokenEvent) -> None:
+        """Add the news of one event to this record."""
+        out = self.outputs[event.index]
+        out.text += event.text
+        out.token_ids.extend(event.token_ids)
+        if event.logprobs is not None:
+            out.logprobs = [*(out.logprobs or []), *event.logprobs]
+            total = sum(next(iter(lp.values())).logprob for lp in event.logprobs)
+            out.cumulative_logprob = (out.cumulative_logprob or 0.0) + total
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = list(event.prompt_logprobs)
+        self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        if event.finish_reason is not None:
+            out.finish_reason = event.finish_reason.value
+            out.stop_reason = event.stop_reason
+            self.finished = all(o.finished() for o in self.outputs)
+            if event.index == 0:
+                self.metrics = event.metrics

@@ -1,0 +1,225 @@
+"""What a caller asks for: `SamplingParams` and `Request`."""
+
+import dataclasses
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NewType
+
+from jaxserve.core.errors import RequestError
+
+RequestId = NewType("RequestId", str)
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this mean greedy decoding."""
+MAX_N = 16384
+MAX_STOP_STRINGS = 4
+DEFAULT_MAX_LOGPROBS = 20
+
+
+def new_request_id() -> RequestId:
+    """Return a fresh random request id."""
+    return RequestId(uuid.uuid4().hex)
+
+
+def _check(ok: bool, name: str, rule: str, value: object) -> None:
+    if not ok:
+        raise RequestError(f"{name} must be {rule}, got {value!r}.", param=name)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when a completion ends.
+
+    Names, defaults and rules are vLLM's, so that code and requests carry over.
+
+    Attributes:
+        n: Completions per prompt; completion i of a seeded request draws from seed + i.
+        presence_penalty: Subtracted once from the logit of every generated token; [-2, 2].
+        frequency_penalty: Subtracted per occurrence of a generated token; [-2, 2].
+        repetition_penalty: Divides positive and multiplies negative logits of every token in
+            prompt or output; > 0, 1 is off.
+        temperature: Divides the logits; [0, 2], below 1e-5 is greedy.
+        top_p: Keep the smallest set of most likely tokens whose mass reaches this; (0, 1].
+        top_k: Keep this many most likely tokens; 0 and -1 are off.
+        min_p: Drop tokens less likely than this share of the most likely one; [0, 1].
+        seed: Makes the random stream depend on (seed, output position) alone; None and -1 draw one.
+        stop: Strings that end the completion; at most four.
+        stop_token_ids: Tokens that end the completion.
+        include_stop_str_in_output: Keep the stop string in the text.
+        ignore_eos: Go on after the model's end-of-sequence token.
+        max_tokens: Most tokens to generate; None fills the context.
+        min_tokens: No end-of-sequence or stop token before this many tokens.
+        logprobs: Report the log-probability of each output token and of this many most likely
+            ones; -1 is the whole vocabulary.
+        prompt_logprobs: The same for each prompt token.
+        detokenize: Turn ids into text; off saves host time.
+        skip_special_tokens: Leave special tokens out of the text.
+        spaces_between_special_tokens: Accepted for compatibility; special tokens carry no spaces.
+        logit_bias: Token id -> value added to its logit, clamped to [-100, 100].
+        allowed_token_ids: Only these tokens may be generated.
+
+    Raises:
+        RequestError: If a value is outside its range; names the field.
+
+    Source: vLLM `SamplingParams` (names, defaults, limits).
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every range, and put the sequences into one form."""
+        put = object.__setattr__
+        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        put(self, "stop_token_ids", tuple(dict.fromkeys(self.stop_token_ids or ())))
+        if self.seed == -1:
+            put(self, "seed", None)
+        if self.logprobs is True:
+            put(self, "logprobs", 1)
+        if self.prompt_logprobs is True:
+            put(self, "prompt_logprobs", 1)
+        self._check_numbers()
+        self._check_lengths()
+        if self.logit_bias is not None:
+            put(
+                self,
+                "logit_bias",
+                {int(k): min(100.0, max(-100.0, float(v))) for k, v in self.logit_bias.items()},
+            )
+        if self.allowed_token_ids is not None:
+            _check(len(self.allowed_token_ids) > 0, "allowed_token_ids", "not empty", [])
+            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if 0 < self.temperature < 0.01 and self.temperature >= GREEDY_BELOW:
+            put(self, "temperature", 0.01)  # below this a softmax over float32 logits overflows
+
+    def _check_numbers(self) -> None:
+        _check(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", f"an integer in 1..{MAX_N}", self.n)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(_is_finite(value) and -2 <= value <= 2, name, "in [-2, 2]", value)
+        _check(
+            _is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty", "finite and greater than zero", self.repetition_penalty,
+        )
+        _check(
+            _is_finite(self.temperature) and 0 <= self.temperature <= 2,
+            "temperature", "in [0, 2]", self.temperature,
+        )
+        _check(
+            _is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p
+        )
+        _check(
+            _is_int(self.top_k) and self.top_k >= -1,
+            "top_k", "0 or -1 (off), or an integer of at least 1", self.top_k,
+        )
+        _check(_is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
+        if self.seed is not None:
+            ok = _is_int(self.seed) and -(2**63) <= self.seed < 2**63
+            _check(ok, "seed", "a 64-bit integer", self.seed)
+        if self.n > 1 and self.is_greedy:
+            raise RequestError(
+                f"n must be 1 with greedy sampling (temperature 0), got {self.n}; every completion "
+                "would be the same.",
+                param="n",
+            )
+
+    def _check_lengths(self) -> None:
+        _check(all(s for s in self.stop), "stop", "made of non-empty strings", list(self.stop))
+        _check(
+            len(self.stop) <= MAX_STOP_STRINGS,
+            "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop),
+        )
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True.", param="stop")
+        for token in self.stop_token_ids:
+            _check(_is_int(token) and token >= 0, "stop_token_ids", "made of token ids", token)
+        if self.max_tokens is not None:
+            ok = _is_int(self.max_tokens) and self.max_tokens >= 1
+            _check(ok, "max_tokens", "an integer of at least 1", self.max_tokens)
+        _check(
+            _is_int(self.min_tokens) and self.min_tokens >= 0,
+            "min_tokens", "an integer of at least 0", self.min_tokens,
+        )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}.",
+                param="min_tokens",
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _check(_is_int(value) and value >= -1, name, "-1 or at least 0", value)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def needs_penalties(self) -> bool:
+        """Whether token counts are needed to draw the next token."""
+        return (
+            self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        )
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether some logits are shifted or forbidden."""
+        return bool(self.logit_bias) or self.allowed_token_ids is not None
+
+    def replace(self, **changes: object) -> "SamplingParams":
+        """Return a checked copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt on its way to becoming one or more completions.
+
+    Attributes:
+        request_id: Unique among unfinished requests.
+        prompt_token_ids: The prompt; never empty.
+        sampling: How to draw tokens.
+        prompt: Text of the prompt, if it came as text.
+        arrival: Clock time of arrival in seconds.
+        priority: Lower is served first, under the `priority` policy; otherwise ignored.
+        cache_salt: Requests share cached prefixes only with requests of the same salt.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    prompt: str | None = None
+    arrival: float = 0.0
+    priority: int = 0
+    cache_salt: str = ""

@@ -1,0 +1,64 @@
+"""Frozen snapshots that policies see. No policy ever sees a device array."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceView:
+    """One unfinished sequence, as a scheduler sees it.
+
+    Attributes:
+        seq_id: Identity, unique in the engine.
+        arrival: Clock time of arrival in seconds.
+        priority: Lower first, under a priority policy.
+        prompt_len: Tokens of the prompt.
+        num_tokens: Prompt and generated tokens known or in flight.
+        num_computed: Tokens whose keys and values are in the cache, in-flight work included.
+        max_total_len: Most tokens the sequence can reach.
+        num_pages: Pages it holds.
+        is_running: Whether it holds a row of the batch; otherwise it waits.
+        num_cached: Prompt tokens that the prefix cache can supply, while it waits.
+        num_draft: Draft tokens that could be verified in the next step.
+    """
+
+    seq_id: int
+    arrival: float
+    priority: int
+    prompt_len: int
+    num_tokens: int
+    num_computed: int
+    max_total_len: int
+    num_pages: int
+    is_running: bool
+    num_cached: int = 0
+    num_draft: int = 0
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that must be computed before the next one can be drawn; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """One engine, as a scheduler sees it.
+
+    Attributes:
+        now: Clock time in seconds.
+        running: Sequences that hold a row, in the order in which they were admitted.
+        waiting: The others, in order of arrival (preempted ones keep theirs).
+        num_free_pages: Pages that can be taken, evictable cached ones included.
+        num_pages: All pages.
+        page_size: Tokens per page.
+        max_num_seqs: Most sequences running at once.
+        max_num_batched_tokens: Most tokens in one step.
+    """
+
+    now: float
+    running: tuple[SequenceView, ...]
+    waiting: tuple[SequenceView, ...]
+    num_free_pages: int
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int

@@ -1,0 +1,460 @@
+"""Runs steps on the device: owns the compiled programs, the cache buffers and the row state."""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.attention.metadata import AttentionPlan, Backend
+from jaxserve.cache import buffers
+from jaxserve.cache.buffers import KvBuffers
+from jaxserve.core.config import LogprobsMode
+from jaxserve.core.errors import JaxserveError
+from jaxserve.engine.sampler import RowState, Sampled, SamplingInputs, report, sample
+from jaxserve.engine.shapes import (
+    FLAGS,
+    FLOAT_FIELDS,
+    INT_FIELDS,
+    PackedStep,
+    ShapeTable,
+    StepShape,
+    packed_size,
+    unpack,
+)
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import CausalLM
+
+logger = logging.getLogger(__name__)
+
+MAX_MOVES = 64
+"""Pages copied between slots and store by one launch."""
+
+_PROMPT_LOGPROB_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerSpec:
+    """What is fixed for the life of a runner.
+
+    Attributes:
+        config: The model's shape.
+        dtype: Precision of weights and activations.
+        shapes: The step shapes.
+        max_num_seqs: Sequence rows.
+        num_pages: Pages, the dummy page 0 not counted.
+        page_size: Tokens per page.
+        max_model_len: Most tokens per sequence.
+        use_pages: Paged layout; otherwise dense slots.
+        keep_store: With slots: whether a page store for prefixes exists.
+        backend: Attention implementation.
+        logprobs_mode: What is reported.
+        num_candidates: Most candidates reported per token.
+        matmul_precision: Precision of matrix products; "highest" for float32.
+    """
+
+    config: ModelConfig
+    dtype: str
+    shapes: ShapeTable
+    max_num_seqs: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    use_pages: bool
+    keep_store: bool
+    backend: Backend
+    logprobs_mode: LogprobsMode
+    num_candidates: int
+    matmul_precision: str
+
+
+@dataclass(slots=True, kw_only=True)
+class StepResult:
+    """Results of one step, still on their way from the device.
+
+    Attributes:
+        sampled: Tokens and log-probabilities per row.
+        hidden: Final hidden states of the prefill tokens.
+    """
+
+    sampled: Sampled
+    hidden: jax.Array
+
+
+class Runner:
+    """Executes step plans that the batcher has turned into packed buffers.
+
+    Args:
+        spec: What is fixed.
+        graph: Structure of the model.
+        state: Its weights; used where they are, never copied.
+        mesh: Devices.
+        on_compile: Called with the seconds of every compilation.
+        cache_dir: Where compiled programs are kept between processes; None keeps none.
+        forbid_late: Whether a compilation after warm-up is an error.
+
+    The runner never sees a request or a deadline.
+    """
+
+    def __init__(
+        self,
+        spec: RunnerSpec,
+        graph: nnx.GraphDef[CausalLM],
+        state: nnx.State,
+        *,
+        mesh: jax.sharding.Mesh,
+        on_compile: Callable[[float], None],
+        cache_dir: str | None = None,
+        forbid_late: bool = False,
+    ) -> None:
+        """Allocate cache and row state; compiles nothing yet."""
+        self.spec = spec
+        self._graph = graph
+        leaves, self._tree = jax.tree.flatten(state)
+        self._params: tuple[jax.Array, ...] = tuple(leaves)
+        self._mesh = mesh
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._on_compile = on_compile
+        self._cache_dir = cache_dir
+        self._programs: dict[object, Callable[..., Any]] = {}
+        self._forbid_late = forbid_late
+        self._in_warm_up = False
+        self.is_sealed = False
+        self._allocate()
+
+    def _allocate(self) -> None:
+        spec, config = self.spec, self.spec.config
+        dtype = jnp.dtype(spec.dtype)
+        heads = config.num_kv_heads
+        tensor = self._mesh.axis_names[0]
+        split = tensor if heads % self._mesh.devices.size == 0 else None
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
+        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
+        self.slots: KvBuffers = ()
+        self.pages: KvBuffers = ()
+        if not spec.use_pages:
+            capacity = buffers.slot_capacity(spec.max_model_len, spec.shapes.q_block)
+            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
+            self.slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
+        if spec.use_pages or spec.keep_store:
+            self.pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
+        rows, vocab = spec.max_num_seqs, config.vocab_size
+        self._rows = jax.device_put(
+            RowState(
+                last_token=jnp.zeros((rows,), jnp.int32),
+                counts=jnp.zeros((rows, vocab), jnp.int32),
+                prompt_seen=jnp.zeros((rows, vocab), bool),
+                bias=jnp.zeros((rows, vocab), jnp.float32),
+            ),
+            self._everywhere,
+        )
+
+    # Programs ---------------------------------------------------------------------------------
+
+    def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile every program, so that no later step compiles anything.
+
+        Args:
+            on_progress: Called with (programs done, programs in all).
+        """
+        todo: list[Callable[[], object]] = [
+            functools.partial(self._step_program, shape) for shape in self.spec.shapes.all_shapes()
+        ]
+        todo += [
+            functools.partial(self._prompt_logprob_program, size)
+            for size in self.spec.shapes.prefill_buckets
+        ]
+        todo += [self._row_program, self._move_row_program]
+        if self.slots and self.pages:
+            todo += [self._save_program, self._load_program]
+        with self._persistent_cache():
+            self._in_warm_up = True
+            for index, compile_one in enumerate(todo):
+                compile_one()
+                if on_progress is not None:
+                    on_progress(index + 1, len(todo))
+            self._in_warm_up = False
+        self.is_sealed = True
+
+    @contextlib.contextmanager
+    def _persistent_cache(self) -> Iterator[None]:
+        """Use our compile cache for these compilations only, unless the user set one up."""
+        if self._cache_dir is None or jax.config.jax_compilation_cache_dir:
+            yield
+            return
+        from jax.experimental.compilation_cache import compilation_cache
+
+        names = (
+            "jax_compilation_cache_dir",
+            "jax_persistent_cache_min_compile_time_secs",
+            "jax_persistent_cache_min_entry_size_bytes",
+        )
+        before = {name: getattr(jax.config, name) for name in names}
+        for name, value in zip(names, (self._cache_dir, 0.0, -1), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+    def _program(
+        self, key: object, fn: Callable[..., Any], donate: Sequence[int], *args: object
+    ) -> Callable[..., Any]:
+        program = self._programs.get(key)
+        if program is None:
+            start = time.perf_counter()
+            with jax.default_matmul_precision(self.spec.matmul_precision):
+                lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
+            if self.is_sealed and self._forbid_late:
+                raise LateCompileError(f"{key} would be compiled after warm-up.")
+            if not self._in_warm_up:
+                with self._persistent_cache():
+                    program = lowered.compile()
+            else:
+                program = lowered.compile()
+            self._programs[key] = program
+            self._on_compile(time.perf_counter() - start)
+            logger.debug("compiled %s in %.2f s", key, time.perf_counter() - start)
+        return program
+
+    def _step_program(self, shape: StepShape) -> Callable[..., Any]:
+        cache = self.pages if self.spec.use_pages else self.slots
+        packed = jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32, sharding=self._everywhere)
+        fn = functools.partial(_step, self._graph, self._tree, self.spec, shape)
+        return self._program(("step", shape), fn, (1, 2), self._params, cache, self._rows, packed)
+
+    def _row_program(self) -> Callable[..., Any]:
+        vocab = self.spec.config.vocab_size
+        return self._program(
+            "row", _set_row, (0,), self._rows, self._spec(()), self._spec((vocab,)),
+            self._spec((vocab,), jnp.bool_), self._spec((vocab,), jnp.float32),
+        )
+
+    def _move_row_program(self) -> Callable[..., Any]:
+        index = self._spec(())
+        return self._program(
+            "move_row", _move_row, (0, 1), self.slots, self._rows, index, index, index
+        )
+
+    def _save_program(self) -> Callable[..., Any]:
+        moves = [self._spec((MAX_MOVES,))] * 3
+        return self._program(
+            "save", buffers.save_pages, (0,), self.pages, self.slots, self._spec(()), *moves
+        )
+
+    def _load_program(self) -> Callable[..., Any]:
+        moves = [self._spec((MAX_MOVES,))] * 3
+        return self._program(
+            "load", buffers.load_pages, (0,), self.slots, self.pages, self._spec(()), *moves
+        )
+
+    def _prompt_logprob_program(self, size: int) -> Callable[..., Any]:
+        hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
+        fn = functools.partial(_prompt_logprobs, self._graph, self._tree, self.spec)
+        return self._program(
+            ("prompt_logprobs", size), fn, (), self._params, hidden, self._spec((size,))
+        )
+
+    def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
+
+    # Work -------------------------------------------------------------------------------------
+
+    def run(self, packed: PackedStep) -> StepResult:
+        """Launch one step; returns at once, results follow when they are read."""
+        program = self._step_program(packed.shape)
+        cache = self.pages if self.spec.use_pages else self.slots
+        sampled, hidden, cache, self._rows = program(
+            self._params, cache, self._rows, self._put(packed.buffer)
+        )
+        if self.spec.use_pages:
+            self.pages = cache
+        else:
+            self.slots = cache
+        return StepResult(sampled=sampled, hidden=hidden)
+
+    def set_row(
+        self, row: int, counts: np.ndarray, prompt_seen: np.ndarray, bias: np.ndarray
+    ) -> None:
+        """Set what the sampler knows of a row; needed only for penalties and biases."""
+        self._rows = self._row_program()(
+            self._rows,
+            self._put(np.int32(row)),
+            self._put(counts.astype(np.int32)),
+            self._put(prompt_seen.astype(np.bool_)),
+            self._put(bias.astype(np.float32)),
+        )
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Move a sequence to another row: its slot's first `length` tokens and sampler state."""
+        self.slots, self._rows = self._move_row_program()(
+            self.slots, self._rows, *(self._put(np.int32(i)) for i in (source, target, length))
+        )
+
+    def save_pages(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Copy (row, block, page) parts of slots into the page store."""
+        for count, columns in self._batches(moves):
+            self.pages = self._save_program()(self.pages, self.slots, count, *columns)
+
+    def load_pages(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Copy pages of the store into (row, block, page) parts of slots."""
+        for count, columns in self._batches(moves):
+            self.slots = self._load_program()(self.slots, self.pages, count, *columns)
+
+    def prompt_logprobs(self, hidden: jax.Array, targets: np.ndarray) -> Sampled:
+        """Score the token that follows each prefill token.
+
+        Args:
+            hidden: Hidden states of a step's prefill tokens.
+            targets: The following token of each, 0 where there is none.
+        """
+        program = self._prompt_logprob_program(hidden.shape[0])
+        return program(self._params, hidden, self._put(targets.astype(np.int32)))
+
+    def _batches(
+        self, moves: Sequence[tuple[int, int, int]]
+    ) -> Iterator[tuple[jax.Array, list[jax.Array]]]:
+        for start in range(0, len(moves), MAX_MOVES):
+            part = moves[start : start + MAX_MOVES]
+            columns = np.zeros((3, MAX_MOVES), np.int32)
+            columns[:, : len(part)] = np.asarray(part, np.int32).T
+            yield self._put(np.int32(len(part))), [self._put(column) for column in columns]
+
+    def _put(self, value: np.ndarray | np.generic) -> jax.Array:
+        return jax.device_put(value, self._everywhere)
+
+    @property
+    def params(self) -> nnx.State:
+        """The weights being served."""
+        return jax.tree.unflatten(self._tree, self._params)
+
+    @property
+    def num_programs(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
+
+    def cache_bytes(self) -> int:
+        """Bytes of key-value cache on the device."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.slots, self.pages)))
+
+    def close(self) -> None:
+        """Free cache, row state and programs; the weights belong to the caller."""
+        for leaf in jax.tree.leaves((self.slots, self.pages, self._rows)):
+            leaf.delete()
+        self._programs.clear()
+        self.slots = self.pages = ()
+        self._params = ()
+
+
+class LateCompileError(JaxserveError, RuntimeError):
+    """A program was compiled after warm-up although that is forbidden."""
+
+
+def _step(
+    graph: nnx.GraphDef[CausalLM],
+    tree: Any,  # noqa: ANN401  jax exports no public type of a tree structure
+    spec: RunnerSpec,
+    shape: StepShape,
+    params: tuple[jax.Array, ...],
+    cache: KvBuffers,
+    rows: RowState,
+    packed: jax.Array,
+) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
+    """Embed, run all layers, sample. Donates `cache` and `rows`."""
+    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
+    part = unpack(packed, shape)
+    token_ids = jnp.concatenate([rows.last_token[: shape.rows], part["prefill_token"]])
+    plan = AttentionPlan(
+        token_row=part["token_row"],
+        token_position=part["token_position"],
+        decode_extent=part["decode_extent"],
+        num_blocks=part["num_blocks"],
+        block_start=part["block_start"],
+        block_row=part["block_row"],
+        block_position=part["block_position"],
+        block_extent=part["block_extent"],
+        page_table=part["page_table"] if spec.use_pages else None,
+        rows=shape.rows,
+        extents=spec.shapes.extents,
+        q_block=shape.q_block,
+        backend=spec.backend,
+    )
+    hidden, new_cache = model(
+        token_ids, jnp.maximum(part["token_position"], 0), cache, plan
+    )
+    index = part["sample_index"]
+    logits = model.logits(hidden[jnp.maximum(index, 0)])
+    inputs = SamplingInputs(
+        **{name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, *FLAGS, "seed", "banned")}
+    )
+    with jax.named_scope("sample"):
+        sampled = sample(
+            logits, inputs, rows,
+            num_candidates=spec.num_candidates, mode=spec.logprobs_mode,
+        )
+    is_new = index >= 0
+    row = jnp.arange(shape.rows)
+    last = jnp.where(is_new, sampled.token, rows.last_token[: shape.rows])
+    rows = RowState(
+        last_token=rows.last_token.at[: shape.rows].set(last),
+        counts=rows.counts.at[row, sampled.token].add(is_new.astype(jnp.int32)),
+        prompt_seen=rows.prompt_seen,
+        bias=rows.bias,
+    )
+    return sampled, hidden[shape.rows :], new_cache, rows
+
+
+def _set_row(
+    rows: RowState, row: jax.Array, counts: jax.Array, prompt_seen: jax.Array, bias: jax.Array
+) -> RowState:
+    return RowState(
+        last_token=rows.last_token,
+        counts=rows.counts.at[row].set(counts),
+        prompt_seen=rows.prompt_seen.at[row].set(prompt_seen),
+        bias=rows.bias.at[row].set(bias),
+    )
+
+
+def _move_row(
+    slots: KvBuffers, rows: RowState, source: jax.Array, target: jax.Array, length: jax.Array
+) -> tuple[KvBuffers, RowState]:
+    moved = jax.tree.map(lambda x: x.at[target].set(x[source]), rows)
+    return buffers.move_row(slots, source, target, length) if slots else slots, moved
+
+
+def _prompt_logprobs(
+    graph: nnx.GraphDef[CausalLM],
+    tree: Any,  # noqa: ANN401
+    spec: RunnerSpec,
+    params: tuple[jax.Array, ...],
+    hidden: jax.Array,
+    targets: jax.Array,
+) -> Sampled:
+    """Score given tokens in slices, so that the logits of a long prompt never exist at once."""
+    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
+    size = min(_PROMPT_LOGPROB_TOKENS, hidden.shape[0])
+    pad = -hidden.shape[0] % size
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, size, hidden.shape[1])
+    targets = jnp.pad(targets, (0, pad)).reshape(-1, size)
+    yes = jnp.bool_(True)  # noqa: FBT003  a traced flag
+
+    def score(part: tuple[jax.Array, jax.Array]) -> Sampled:
+        logits = model.logits(part[0])
+        return report(
+            logits, part[1], yes, yes, num_candidates=spec.num_candidates,
+            normalize=spec.logprobs_mode.endswith("logprobs"),
+        )
+
+    scored = jax.lax.map(score, (hidden, targets))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)

@@ -1,0 +1,112 @@
+"""`SequenceState`: the one mutable record of the engine. Only the engine touches it."""
+
+import enum
+from dataclasses import dataclass, field
+
+from jaxserve.cache.pages import PageHash
+from jaxserve.core.event import FinishReason, TokenLogprobs
+from jaxserve.core.request import Request, SamplingParams
+from jaxserve.core.view import SequenceView
+from jaxserve.engine.tokenizer import Detokenizer
+
+
+class Phase(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SequenceState:
+    """One completion under way.
+
+    Attributes:
+        seq_id: Identity, unique in the engine.
+        request: What was asked for.
+        index: Which of the request's n completions.
+        sampling: The request's parameters, with this completion's own seed.
+        max_total_len: Most tokens it can reach.
+        stop_ids: Tokens that end it.
+        detokenizer: Turns ids into text; None if no text is wanted.
+        prompt_len: Tokens of the prompt.
+        token_ids: Prompt and committed output tokens.
+        num_computed: Tokens whose keys and values are in the cache or on their way.
+        num_in_flight: Sampled tokens that the host has not read yet.
+        row: Sequence row on the device; -1 while waiting.
+        pages: Pages held, in order.
+        hashes: Hashes of full pages, as far as computed.
+        num_named: Leading pages that the prefix cache knows.
+        num_cached: Prompt tokens found in the prefix cache at admission.
+    """
+
+    seq_id: int
+    request: Request
+    index: int
+    sampling: SamplingParams
+    max_total_len: int
+    stop_ids: frozenset[int]
+    detokenizer: Detokenizer | None
+    prompt_len: int
+    seed_words: tuple[int, int]
+    root_hash: PageHash
+    token_ids: list[int] = field(default_factory=list)
+    phase: Phase = Phase.WAITING
+    num_computed: int = 0
+    num_in_flight: int = 0
+    row: int = -1
+    pages: list[int] = field(default_factory=list)
+    hashes: list[PageHash] = field(default_factory=list)
+    num_named: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    needs_row_setup: bool = False
+    was_admitted: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    are_prompt_logprobs_sent: bool = False
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known or in flight, as far as they must ever be computed."""
+        return min(len(self.token_ids) + self.num_in_flight, self.max_total_len - 1)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens that the host has read."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def has_length_left(self) -> bool:
+        """Whether a further token may be drawn beyond those in flight."""
+        return len(self.token_ids) + self.num_in_flight < self.max_total_len
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt are still owed."""
+        return (
+            self.sampling.prompt_logprobs is not None
+            and self.index == 0
+            and not self.are_prompt_logprobs_sent
+        )
+
+    def view(self, num_cached: int = 0) -> SequenceView:
+        """Freeze what a scheduler may see."""
+        return SequenceView(
+            seq_id=self.seq_id,
+            arrival=self.request.arrival,
+            priority=self.request.priority,
+            prompt_len=self.prompt_len,
+            num_tokens=self.num_tokens,
+            num_computed=self.num_computed,
+            max_total_len=self.max_total_len,
+            num_pages=len(self.pages),
+            is_running=self.phase is Phase.RUNNING,
+            num_cached=num_cached,
+        )
+
+

@@ -1,0 +1,245 @@
+"""The small, fixed set of compiled step shapes, and the packed buffer that feeds them.
+
+Everything that a step needs from the host travels in one int32 buffer: one transfer per step, and
+the layout below is the only place that knows where what lies.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxserve.engine.sampler import MAX_BANNED
+
+_SMALLEST_PREFILL = 32
+_SMALLEST_EXTENT = 256
+
+INT_FIELDS = ("top_k", "output_position")
+FLOAT_FIELDS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+FLAGS = (
+    "any_random",
+    "any_filter",
+    "any_penalty",
+    "any_bias",
+    "any_logprobs",
+    "any_top_logprobs",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """One compiled step.
+
+    Attributes:
+        rows: Decode rows; covers every occupied sequence row.
+        prefill: Prefill tokens, padding included; 0 for a pure decode.
+        q_block: Tokens per prefill block.
+        pages_per_row: Width of the page table; 0 with dense slots.
+    """
+
+    rows: int
+    prefill: int
+    q_block: int
+    pages_per_row: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens of the step."""
+        return self.rows + self.prefill
+
+    @property
+    def num_blocks(self) -> int:
+        """Most prefill blocks: full ones, and one shorter one per sequence."""
+        return 0 if not self.prefill else -(-self.prefill // self.q_block) + self.rows
+
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """Name every part of the packed buffer with its shape, in order."""
+        rows, blocks = self.rows, self.num_blocks
+        fields: dict[str, tuple[int, ...]] = {
+            "prefill_token": (self.prefill,),
+            "token_row": (self.num_tokens,),
+            "token_position": (self.num_tokens,),
+            "decode_extent": (),
+            "num_blocks": (),
+            "block_start": (blocks,),
+            "block_row": (blocks,),
+            "block_position": (blocks,),
+            "block_extent": (blocks,),
+            "page_table": (rows, self.pages_per_row),
+            "sample_index": (rows,),
+            "seed": (rows, 2),
+            "banned": (rows, MAX_BANNED),
+        }
+        fields.update({name: (rows,) for name in (*INT_FIELDS, *FLOAT_FIELDS)})
+        fields.update({name: () for name in FLAGS})
+        return fields
+
+
+@functools.lru_cache(maxsize=256)
+def _offsets(shape: StepShape) -> tuple[dict[str, tuple[int, int, tuple[int, ...]]], int]:
+    offsets: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    total = 0
+    for name, dims in shape.fields().items():
+        size = int(np.prod(dims, dtype=np.int64))
+        offsets[name] = (total, total + size, dims)
+        total += size
+    return offsets, total
+
+
+class PackedStep:
+    """Views into one host buffer, by field name; floats are views of the same bits."""
+
+    def __init__(self, shape: StepShape) -> None:
+        """Allocate a buffer of zeros."""
+        offsets, total = _offsets(shape)
+        self.shape = shape
+        self.buffer = np.zeros(total, np.int32)
+        as_float = self.buffer.view(np.float32)
+        self.fields = {
+            name: (as_float if name in FLOAT_FIELDS else self.buffer)[low:high].reshape(dims)
+            for name, (low, high, dims) in offsets.items()
+        }
+
+
+def unpack(buffer: jax.Array, shape: StepShape) -> dict[str, jax.Array]:
+    """Take the packed buffer apart inside a compiled step."""
+    parts: dict[str, jax.Array] = {}
+    for name, (low, high, dims) in _offsets(shape)[0].items():
+        part = lax.slice(buffer, (low,), (high,)).reshape(dims)
+        if name in FLOAT_FIELDS:
+            part = lax.bitcast_convert_type(part, jnp.float32)
+        elif name in FLAGS:
+            part = part != 0
+        elif name == "seed":
+            part = lax.bitcast_convert_type(part, jnp.uint32)
+        parts[name] = part
+    return parts
+
+
+def packed_size(shape: StepShape) -> int:
+    """Return the length of the packed buffer in 32-bit words."""
+    return _offsets(shape)[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeTable:
+    """Every step shape of one engine.
+
+    Attributes:
+        row_buckets: Numbers of rows of pure decode steps, ascending.
+        mixed_row_buckets: The fewer numbers of rows of steps with prefill.
+        prefill_buckets: Numbers of prefill tokens, ascending.
+        extents: Numbers of keys that attention is compiled for, ascending.
+        q_block: Tokens per prefill block.
+        pages_per_row: Width of the page table; 0 with dense slots.
+    """
+
+    row_buckets: tuple[int, ...]
+    mixed_row_buckets: tuple[int, ...]
+    prefill_buckets: tuple[int, ...]
+    extents: tuple[int, ...]
+    q_block: int
+    pages_per_row: int
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        page_size: int,
+        use_pages: bool,
+        q_block: int,
+        batch_invariant: bool,
+        min_rows: int = 1,
+    ) -> "ShapeTable":
+        """Choose buckets: powers of two, ending at the limits themselves.
+
+        Args:
+            max_num_seqs: Most sequences running at once.
+            max_num_batched_tokens: Most tokens per step.
+            max_model_len: Most tokens per sequence.
+            page_size: Tokens per page.
+            use_pages: Whether attention goes through page tables.
+            q_block: Tokens per prefill block.
+            batch_invariant: One shape for all decodes and one for all prefills.
+            min_rows: Fewest decode rows; XLA's CPU library has no fast path for bfloat16 products
+                of fewer than four rows.
+        """
+        rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
+        prefill = _powers(min(_SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
+        extents = _powers(min(_SMALLEST_EXTENT, max_model_len), max_model_len)
+        # Every other bucket: idle rows cost little beside a prefill, a compiled shape much.
+        mixed = rows[::-2][::-1]
+        if rows[0] not in mixed:
+            mixed = (rows[0], *mixed)
+        if batch_invariant:
+            rows, mixed, prefill, extents = rows[-1:], rows[-1:], prefill[-1:], extents[-1:]
+        return cls(
+            row_buckets=rows,
+            mixed_row_buckets=mixed,
+            prefill_buckets=prefill,
+            extents=extents,
+            q_block=min(q_block, prefill[-1]),
+            pages_per_row=-(-max_model_len // page_size) if use_pages else 0,
+        )
+
+    def shape(self, *, rows: int, prefill: int) -> StepShape:
+        """Return the smallest shape that holds so many rows and prefill tokens."""
+        buckets = self.mixed_row_buckets if prefill else self.row_buckets
+        tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
+        return StepShape(
+            rows=_ceil_to(rows, buckets),
+            prefill=tokens,
+            q_block=min(self.q_block, tokens) if tokens else self.q_block,
+            pages_per_row=self.pages_per_row,
+        )
+
+    def all_shapes(self) -> list[StepShape]:
+        """List every shape, those that the first request needs first."""
+        decodes = [self.shape(rows=r, prefill=0) for r in self.row_buckets]
+        mixed = [
+            self.shape(rows=r, prefill=p)
+            for p in self.prefill_buckets
+            for r in self.mixed_row_buckets
+        ]
+        return sorted([*decodes, *mixed], key=lambda s: (s.rows, s.prefill))
+
+    def extent_index(self, length: int) -> int:
+        """Return the index of the smallest extent that covers `length` keys."""
+        for index, extent in enumerate(self.extents):
+            if length <= extent:
+                return index
+        raise AssertionError(f"{length} keys exceed the largest extent {self.extents[-1]}")
+
+    def row_bucket(self, rows: int) -> int:
+        """Return the number of rows that a pure decode with `rows` rows runs with."""
+        return _ceil_to(rows, self.row_buckets)
+
+
+def _powers(low: int, high: int) -> tuple[int, ...]:
+    powers: list[int] = []
+    value = low
+    while value < high:
+        powers.append(value)
+        value *= 2
+    return (*powers, high)
+
+
+def _ceil_to(value: int, buckets: Iterable[int]) -> int:
+    for bucket in buckets:
+        if value <= bucket:
+            return bucket
+    raise AssertionError(f"{value} exceeds every bucket of {tuple(buckets)}")

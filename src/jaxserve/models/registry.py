@@ -1,0 +1,116 @@
+"""Model families by their Hugging Face `model_type`, and how to describe, draw and fill them."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.registry import Registry
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import CausalLM
+from jaxserve.models.llama import Llama
+from jaxserve.models.qwen2 import Qwen2
+from jaxserve.models.qwen3 import Qwen3
+from jaxserve.sharding.rules import LogicalAxisRules
+
+FAMILIES: Registry[type[CausalLM]] = Registry("model family")
+FAMILIES.register("llama")(Llama)
+FAMILIES.register("qwen2")(Qwen2)
+FAMILIES.register("qwen3")(Qwen3)
+
+
+def path_name(path: tuple[object, ...]) -> str:
+    """Write the path of a parameter with dots, as in `layers.0.mlp.up_proj.kernel`."""
+    return ".".join(str(part) for part in path)
+
+
+def abstract_model(
+    config: ModelConfig, *, dtype: jnp.dtype
+) -> tuple[nnx.GraphDef[CausalLM], nnx.State]:
+    """Describe a model without allocating it: its structure, and shapes for weights."""
+    cls = FAMILIES[config.model_type]
+    return nnx.split(nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def abstract_params(
+    state: nnx.State, *, mesh: jax.sharding.Mesh, rules: LogicalAxisRules
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """List every parameter by path with its shape, dtype and sharding on `mesh`."""
+    described: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, variable in state.flat_state():
+        leaf = variable.get_value()
+        axes = variable.get_metadata("axes")
+        sharding = rules.sharding(axes, leaf.shape, mesh)
+        described[path_name(path)] = jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        )
+    return described
+
+
+def fill(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
+    """Put arrays, by path, in the place of a state's values; nothing is copied.
+
+    Raises:
+        ConfigError: If a parameter is missing, unknown or of another shape; it is named.
+    """
+    flat = state.flat_state()
+    known = {path_name(path) for path, _ in flat}
+    extra = sorted(set(arrays) - known)
+    missing = sorted(known - set(arrays))
+    if extra or missing:
+        raise ConfigError(
+            f"parameters do not match the model: missing {missing[:5]}, unknown {extra[:5]} "
+            f"({len(missing)} missing, {len(extra)} unknown in all)."
+        )
+    filled: list[tuple[tuple[object, ...], nnx.Variable[jax.Array]]] = []
+    for path, variable in flat:
+        name = path_name(path)
+        value, expected = arrays[name], variable.get_value().shape
+        if tuple(value.shape) != tuple(expected):
+            raise ConfigError(
+                f"parameter {name} has shape {tuple(value.shape)}, expected {tuple(expected)}."
+            )
+        filled.append((path, variable.replace(value)))
+    return nnx.State.from_flat_path(filled)
+
+
+def draw_params(
+    described: Mapping[str, jax.ShapeDtypeStruct], *, seed: int
+) -> dict[str, jax.Array]:
+    """Draw random weights straight onto the devices, for measurements without a checkpoint.
+
+    Args:
+        described: Names, shapes, dtypes and shardings, from `abstract_params`.
+        seed: Seed of the draw.
+
+    Returns:
+        Norm scales of one, biases of zero, everything else normal with a deviation that keeps
+        activations near one.
+    """
+    key = jax.random.key(seed)
+    drawn: dict[str, jax.Array] = {}
+    for index, (name, spec) in enumerate(described.items()):
+        kind = name.rpartition(".")[2]
+        deviation = {"embedding": 0.02, "scale": 0.0, "bias": 0.0}.get(kind)
+        if deviation is None:
+            deviation = 1 / math.sqrt(spec.shape[0])
+        # One small program per distinct shape: a single program over all weights of a deep model
+        # takes half a minute to compile.
+        draw = _draw_program(spec.shape, spec.dtype, spec.sharding)
+        mean = 1.0 if kind == "scale" else 0.0
+        drawn[name] = draw(jax.random.fold_in(key, index), mean, deviation)
+    return drawn
+
+
+@functools.lru_cache(maxsize=64)
+def _draw_program(
+    shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding
+) -> Callable[[jax.Array, float, float], jax.Array]:
+    def draw(key: jax.Array, mean: float, deviation: float) -> jax.Array:
+        return (mean + deviation * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)

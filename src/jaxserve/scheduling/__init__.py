@@ -1,0 +1,1 @@
+"""Pure policies: which tokens run next. Standard library and numpy only."""

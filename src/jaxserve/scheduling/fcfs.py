@@ -1,0 +1,139 @@
+"""First come, first served, with chunked prefill: the baseline of every comparison.
+
+Decodes go first, then the prefills under way, then new requests, until the token budget is used.
+"""
+
+from dataclasses import dataclass, field
+
+from jaxserve.core.plan import StepPlan, Work
+from jaxserve.core.view import ReplicaView, SequenceView
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left to give out while a plan is made."""
+
+    tokens: int
+    pages: int
+    work: list[Work] = field(default_factory=list)
+    admit: list[int] = field(default_factory=list)
+    preempt: list[int] = field(default_factory=list)
+
+
+def pages_for(view: ReplicaView, sequence: SequenceView, num_tokens: int) -> int:
+    """Count the further pages that a sequence needs to compute `num_tokens` more tokens."""
+    total = -(-(sequence.num_computed + num_tokens) // view.page_size)
+    return max(0, total - sequence.num_pages)
+
+
+class FcfsScheduler:
+    """Continuous batching in order of arrival.
+
+    Args:
+        by_priority: Order by `priority` (lower first), then arrival. Otherwise by arrival.
+        mix: Whether a step may hold prefills and decodes. Without, prefills run alone, one
+            sequence at a time, so that the shape of a step does not depend on its neighbours.
+        max_chunk: Most prefill tokens of one sequence in one step; None is the whole budget.
+
+    When pages run out, the running sequence that comes last in that order loses its pages and is
+    recomputed later; a waiting one is admitted only if its whole prompt fits, so that an admitted
+    prefill never stalls for memory.
+
+    Source: the default policy of vLLM (decode first, chunked prefill, preemption by recompute).
+    """
+
+    def __init__(
+        self, *, by_priority: bool = False, mix: bool = True, max_chunk: int | None = None
+    ) -> None:
+        """Keep the three choices."""
+        self._by_priority = by_priority
+        self._mix = mix
+        self._max_chunk = max_chunk
+
+    def plan(self, view: ReplicaView) -> StepPlan:
+        """Answer one snapshot with one plan."""
+        running = sorted(view.running, key=self._rank)
+        budget = _Budget(tokens=view.max_num_batched_tokens, pages=view.num_free_pages)
+        decodes = [s for s in running if s.num_uncomputed == 1]
+        prefills = [s for s in running if s.num_uncomputed > 1]
+        waiting = sorted(view.waiting, key=self._rank)
+        if self._mix:
+            self._serve(view, decodes, running, budget)
+            self._serve(view, prefills, running, budget)
+            self._admit(view, waiting, len(running), budget)
+        elif prefills:
+            self._serve(view, prefills[:1], running, budget)
+        else:
+            self._admit(view, waiting[:1], len(running), budget)
+            if not budget.work:
+                self._serve(view, decodes, running, budget)
+        return StepPlan(
+            work=tuple(budget.work), admit=tuple(budget.admit), preempt=tuple(budget.preempt)
+        )
+
+    def _rank(self, sequence: SequenceView) -> tuple[int, float, int]:
+        priority = sequence.priority if self._by_priority else 0
+        return (priority, sequence.arrival, sequence.seq_id)
+
+    def _chunk(self, sequence: SequenceView, budget: _Budget, num_tokens: int) -> int:
+        chunk = min(num_tokens, budget.tokens)
+        return chunk if self._max_chunk is None else min(chunk, self._max_chunk)
+
+    def _serve(
+        self,
+        view: ReplicaView,
+        sequences: list[SequenceView],
+        running: list[SequenceView],
+        budget: _Budget,
+    ) -> None:
+        for sequence in sequences:
+            if sequence.seq_id in budget.preempt or budget.tokens == 0:
+                continue
+            num_tokens = self._chunk(sequence, budget, sequence.num_uncomputed)
+            needed = pages_for(view, sequence, num_tokens)
+            while needed > budget.pages and self._preempt_last(running, sequence, budget):
+                pass
+            if sequence.seq_id in budget.preempt or needed > budget.pages:
+                continue
+            budget.pages -= needed
+            budget.tokens -= num_tokens
+            budget.work.append(Work(seq_id=sequence.seq_id, num_tokens=num_tokens))
+
+    def _preempt_last(
+        self, running: list[SequenceView], beneficiary: SequenceView, budget: _Budget
+    ) -> bool:
+        """Take the pages of the last in rank; False if the beneficiary itself had to give up."""
+        served = {item.seq_id for item in budget.work}
+        for victim in reversed(running):
+            if victim.seq_id in budget.preempt:
+                continue
+            if victim.seq_id in served:
+                continue
+            if self._rank(victim) < self._rank(beneficiary):
+                return False
+            budget.preempt.append(victim.seq_id)
+            budget.pages += victim.num_pages
+            return victim.seq_id != beneficiary.seq_id
+        return False
+
+    def _admit(
+        self, view: ReplicaView, waiting: list[SequenceView], num_running: int, budget: _Budget
+    ) -> None:
+        if budget.preempt:
+            return  # memory is short: nobody new until the preempted ones are back
+        for sequence in waiting:
+            if num_running + len(budget.admit) >= view.max_num_seqs or budget.tokens == 0:
+                return
+            missing = sequence.num_tokens - sequence.num_cached
+            needed = -(-sequence.num_tokens // view.page_size)
+            # Every running sequence may want a page soon; without this reserve a preempted one
+            # would come back only to be preempted again.
+            reserve = num_running + len(budget.admit)
+            if needed + reserve > budget.pages:
+                return
+            num_tokens = self._chunk(sequence, budget, missing)
+            # Pages for the whole prompt are set aside, not only for the first chunk.
+            budget.pages -= needed
+            budget.tokens -= num_tokens
+            budget.admit.append(sequence.seq_id)
+            budget.work.append(Work(seq_id=sequence.seq_id, num_tokens=num_tokens))

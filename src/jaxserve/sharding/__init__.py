@@ -1,0 +1,1 @@
+"""Meshes, and the rules that turn logical axis names into shardings."""
