@@ -1,4 +1,4 @@
-"""Host arrays that a device can take over: aligned, contiguous, and laid out as models want them."""
+"""Host arrays that a device can take over: aligned, contiguous, laid out as models want them."""
 
 import math
 

@@ -79,16 +79,16 @@ def _gguf_file(place: Path, load_format: str) -> Path | None:
     """Return the GGUF file meant by a path, or None for a Hugging Face directory."""
     if place.is_file():
         return None if place.suffix == ".safetensors" and load_format == "auto" else place
-    if load_format == "auto" and (place / "config.json").is_file():
-        if any(place.glob("*.safetensors")):
-            return None
+    has_config = (place / "config.json").is_file()
+    if load_format == "auto" and has_config and any(place.glob("*.safetensors")):
+        return None
     files = sorted(place.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
     if files:
         raise CheckpointError(
-            f"{place}: found {len(files)} GGUF files ({', '.join(f.name for f in files)}), expected "
-            "one; pass the path of a file."
+            f"{place}: found {len(files)} GGUF files ({', '.join(f.name for f in files)}), "
+            "expected one; pass the path of a file."
         )
     if load_format == "gguf":
         raise CheckpointError(f"{place}: found no *.gguf file; pass the path of one.")
@@ -113,7 +113,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     if problem:
         checkpoint.close()
         raise CheckpointError(
-            f"{checkpoint.path}: {problem}; check that configuration and weights belong to the same "
-            "model, or download it again."
+            f"{checkpoint.path}: {problem}; check that configuration and weights belong to the "
+            "same model, or download it again."
         )
     return checkpoint

@@ -58,7 +58,7 @@ class RopeScaling:
     Raises:
         ConfigError: If a number is impossible.
 
-    Source: transformers `modeling_rope_utils` (names and formulas); llama.cpp's `rope_freqs` tensor.
+    Source: transformers `modeling_rope_utils` (names, formulas); llama.cpp's `rope_freqs` tensor.
     """
 
     kind: RopeKind
@@ -338,10 +338,9 @@ class Fields:
             CheckpointError: If it is missing without a default, or something else.
         """
         value = self.get(key, default)
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        if not ok or not abs(value) < _HUGE:
-            raise self._wrong(key, value, "a number")
-        return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE:
+            return float(value)
+        raise self._wrong(key, value, "a number")
 
     def flag(self, key: str, *, default: bool = False) -> bool:
         """Return true or false.

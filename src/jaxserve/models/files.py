@@ -1,4 +1,4 @@
-"""Reading files that may be damaged: their beginnings, and JSON, with errors that say what to do."""
+"""Reading files that may be damaged, with errors that say what was found and what to do."""
 
 import json
 from collections.abc import Mapping

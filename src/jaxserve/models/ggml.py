@@ -180,9 +180,7 @@ FORMATS: dict[int, Format] = {
     8: Format("Q8_0", np.dtype([("scale", _HALF), ("quants", "i1", 32)]), 32, _q8_0),
     12: Format(
         "Q4_K",
-        np.dtype(
-            [("scale", _HALF), ("low", _HALF), ("scales", _BYTE, 12), ("quants", _BYTE, 128)]
-        ),
+        np.dtype([("scale", _HALF), ("low", _HALF), ("scales", _BYTE, 12), ("quants", _BYTE, 128)]),
         256,
         _q4_k,
     ),

