@@ -74,8 +74,10 @@ def test_page_is_read_by_prometheus_own_parser() -> None:
     assert value(page, "jaxserve:compile_seconds_total") == 1.5
     odd = {"block_size": "16", "odd": 'a "quoted"\\ \n value'}
     assert value(page, "jaxserve:cache_config_info", **odd) == 1
-    rejected = ("jaxserve:admission_rejections_total",
-                frozenset({("model_name", "tiny"), ("reason", "max_num_queued_reqs")}))
+    rejected = (
+        "jaxserve:admission_rejections_total",
+        frozenset({("model_name", "tiny"), ("reason", "max_num_queued_reqs")}),
+    )
     assert samples(page)[rejected] == 1
 
 

@@ -156,7 +156,9 @@ class EngineMetrics:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generation_tokens = 0
-        self.finished_by_reason: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
+        self.finished_by_reason: Counter[str] = Counter(
+            {reason.value: 0 for reason in FinishReason}
+        )
         self.rejections: Counter[str] = Counter({"max_num_queued_reqs": 0})
         self._make_histograms(max_model_len)
 
@@ -356,9 +358,7 @@ class EngineMetrics:
                 "external_kv_transfer": 0,
             },
         )  # fmt: skip
-        yield one(
-            "generation_tokens_total", "counter", "Tokens generated.", self.generation_tokens
-        )
+        yield one("generation_tokens_total", "counter", "Tokens generated.", self.generation_tokens)
         yield many(
             "request_success_total", "counter", "Ended completions, by finish reason.",
             "finished_reason", dict(self.finished_by_reason),
@@ -368,9 +368,7 @@ class EngineMetrics:
             [({"reason": reason}, n) for reason, n in self.rejections.items()],
             has_engine_label=False,
         )  # fmt: skip
-        yield one(
-            "compilations_total", "counter", "Step shapes compiled.", self.num_compilations
-        )
+        yield one("compilations_total", "counter", "Step shapes compiled.", self.num_compilations)
         yield one(
             "compile_seconds_total", "counter", "Seconds spent compiling.", self.compile_seconds
         )

@@ -1,0 +1,143 @@
+"""`jaxserve serve | pull | models | version`."""
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from jaxserve import __version__
+from jaxserve.core.errors import JaxserveError, did_you_mean
+from jaxserve.core.units import format_bytes
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+USAGE = """\
+usage: jaxserve COMMAND ...
+
+commands:
+  serve [MODEL] [flags]   serve a model over the OpenAI API (serve --help lists the flags)
+  pull NAME               download a model
+  models                  list the models on this machine
+  version                 print versions
+"""
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Run the server.
+
+    Returns:
+        The exit code.
+    """
+    from jaxserve.serve import launch  # noqa: PLC0415  other commands do not need it
+
+    return launch.main(argv, prog="jaxserve serve")
+
+
+def pull(argv: Sequence[str]) -> int:
+    """Download a model and print where it is.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        JaxserveError: If it cannot be had.
+    """
+    parser = _Parser(prog="jaxserve pull", description="Download a model.")
+    parser.add_argument(
+        "name", metavar="NAME", help="smollm2-135m-instruct, or org/name on the hub"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--quiet", action="store_true", help="show no progress; the path is printed all the same"
+    )
+    given = parser.parse_args(list(argv))
+    from jaxserve.models.hub import resolve_model  # noqa: PLC0415  loads the hub's client
+
+    _out(str(resolve_model(given.name, revision=given.revision, progress=not given.quiet)))
+    return 0
+
+
+def models(argv: Sequence[str]) -> int:
+    """List the models on this machine.
+
+    Returns:
+        The exit code.
+    """
+    _Parser(prog="jaxserve models", description="List the models here.").parse_args(list(argv))
+    from jaxserve.models.hub import list_models  # noqa: PLC0415
+
+    found = list_models()
+    width = max((len(entry.name) for entry in found), default=0)
+    for entry in found:
+        where = "not downloaded" if entry.path is None else entry.path
+        _out(f"{entry.name:{width}}  {format_bytes(entry.num_bytes):>10}  {entry.source}  {where}")
+    return 0
+
+
+def version(argv: Sequence[str]) -> int:
+    """Print versions of jaxserve and of what it stands on, without loading them.
+
+    Returns:
+        The exit code.
+    """
+    _Parser(prog="jaxserve version", description="Print versions.").parse_args(list(argv))
+    _out(f"jaxserve {__version__}")
+    _out(f"python {platform.python_version()}")
+    for package in ("jax", "jaxlib", "flax", "fastapi", "uvicorn"):
+        try:
+            _out(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            _out(f"{package} is not installed")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "pull": pull,
+    "models": models,
+    "version": version,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+
+    Returns:
+        Exit code: 0 for success, 1 for failure, 2 for wrong usage.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        _out(USAGE.rstrip())
+        return 0
+    name = "version" if words[0] in ("--version", "-V") else words[0]
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS)
+        sys.stderr.write(
+            f"jaxserve: error: unknown command {name!r}.{hint} Commands: {', '.join(COMMANDS)}.\n"
+        )
+        return EXIT_USAGE
+    try:
+        return COMMANDS[name](words[1:])
+    except JaxserveError as error:
+        sys.stderr.write(f"jaxserve {name}: error: {error}\n")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+    except BrokenPipeError:
+        return 0  # the reader of the output, such as head, has left
+    return EXIT_FAILED

@@ -1,0 +1,233 @@
+"""The ASGI application: routes, which translate and stream, nothing more."""
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from jaxserve import __version__
+from jaxserve.core.errors import RequestError
+from jaxserve.engine.metrics import CONTENT_TYPE
+from jaxserve.serve import errors
+from jaxserve.serve.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestIds
+from jaxserve.serve.openai_api import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeChatBody,
+    TokenizeTextBody,
+)
+from jaxserve.serve.replies import Answer, TokenWriter, chat_reply, completion_reply
+from jaxserve.serve.sse import (
+    STATUS_CLIENT_GONE,
+    ClientGoneError,
+    EventStream,
+    encode_json,
+    until_disconnect,
+)
+from jaxserve.serve.state import ServerState
+from jaxserve.serve.streams import gather, stream
+from jaxserve.serve.translate import Job, answer_id, chat_job, completion_job, tokenize
+
+if TYPE_CHECKING:
+    from jaxserve.engine.async_engine import AsyncLLM
+
+router = APIRouter()
+
+
+def _state(request: Request) -> ServerState:
+    return request.app.state.server
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(encode_json(value), status_code=status, media_type="application/json")
+
+
+async def _generate(request: Request, job: Job) -> Response:
+    """Run a job and answer with a stream or with one object."""
+    state = _state(request)
+    engine = state.ready_engine()
+    answer = Answer(job=job, created=int(state.clock.unix()))
+    writer = TokenWriter(engine.tokenizer, as_ids=job.tokens_as_ids)
+    sources = await state.open(engine, job)
+    if job.is_stream:
+        return EventStream(_counted(state, stream(answer, sources, writer)))
+    with state.working():
+        try:
+            await until_disconnect(request.receive, gather(answer, sources))
+        except ClientGoneError:
+            return Response(status_code=STATUS_CLIENT_GONE)
+    reply = chat_reply if job.role else completion_reply
+    return _json(reply(answer, writer))
+
+
+async def _counted(state: ServerState, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    with state.working():
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatBody, request: Request) -> Response:
+    """Answer a conversation."""
+    state = _state(request)
+    engine = state.ready_engine()
+    job = await chat_job(
+        engine,
+        body,
+        response_id=answer_id("chatcmpl-", request.headers.get(REQUEST_ID), body.request_id),
+        model=state.checked_model(body.model),
+        options=state.config.api,
+    )
+    return await _generate(request, job)
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionBody, request: Request) -> Response:
+    """Continue one or more prompts."""
+    state = _state(request)
+    engine = state.ready_engine()
+    job = await completion_job(
+        engine,
+        body,
+        response_id=answer_id("cmpl-", request.headers.get(REQUEST_ID), body.request_id),
+        model=state.checked_model(body.model),
+        options=state.config.api,
+    )
+    return await _generate(request, job)
+
+
+def _card(state: ServerState, engine: "AsyncLLM", name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.started,
+        "owned_by": "jaxserve",
+        "root": engine.model_name,
+        "parent": None,
+        "max_model_len": engine.max_model_len,
+    }
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """List the names under which the model is served."""
+    state = _state(request)
+    engine = state.ready_engine()
+    return _json({"object": "list", "data": [_card(state, engine, n) for n in state.model_names]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> Response:
+    """Describe the model of one name."""
+    state = _state(request)
+    engine = state.ready_engine()
+    return _json(_card(state, engine, state.checked_model(name)))
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize", include_in_schema=False)
+async def tokenize_text(body: TokenizeTextBody | TokenizeChatBody, request: Request) -> Response:
+    """Turn a prompt, or messages, into token ids."""
+    state = _state(request)
+    engine = state.ready_engine()
+    state.checked_model(body.model)
+    return _json(await tokenize(engine, body, state.config.api))
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize", include_in_schema=False)
+async def detokenize(body: DetokenizeBody, request: Request) -> Response:
+    """Turn token ids into text."""
+    state = _state(request)
+    engine = state.ready_engine()
+    state.checked_model(body.model)
+    body.check_extra()
+    bad = next((t for t in body.tokens if not 0 <= t < engine.vocab_size), None)
+    if bad is not None:
+        raise RequestError(
+            f"tokens must be ids below {engine.vocab_size}, got {str(bad)[:40]}.", param="tokens"
+        )
+    text = engine.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+    return _json({"prompt": text})
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Answer 200 when requests are taken: the model is warm and the server is not stopping."""
+    return Response(status_code=200 if _state(request).is_healthy() else 503)
+
+
+@router.get("/ping")
+async def ping(request: Request) -> Response:
+    """Answer like `GET /health`."""
+    return await health(request)
+
+
+@router.post("/ping")
+async def ping_post(request: Request) -> Response:
+    """Answer like `GET /health`, for platforms that probe with POST."""
+    return await health(request)
+
+
+@router.get("/version")
+async def version() -> Response:
+    """Tell the server's version."""
+    return _json({"version": __version__})
+
+
+@router.get("/load")
+async def load(request: Request) -> Response:
+    """Tell how many generating requests are being answered."""
+    return _json({"server_load": _state(request).load})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Tell everything that Prometheus scrapes."""
+    state = _state(request)
+    engine = state.engine
+    page = ""
+    if engine is not None:
+        aliases = state.config.api.metrics_alias
+        page = engine.metrics.render(state.model_names[0], aliases=aliases)
+    return Response(page, headers={"Content-Type": CONTENT_TYPE})
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """Build the application.
+
+    Args:
+        state: What all requests share; its engine may still be missing.
+
+    Returns:
+        An ASGI application.
+    """
+    config = state.config
+    hide_docs: dict[str, Any] = {}
+    if config.api.disable_fastapi_docs:
+        hide_docs = {"openapi_url": None, "docs_url": None, "redoc_url": None}
+    app = FastAPI(
+        title="jaxserve", version=__version__, root_path=config.listen.root_path, **hide_docs
+    )
+    app.state.server = state
+    app.include_router(router)
+    errors.install(app)
+    # the last one added sees a request first
+    app.add_middleware(BodyLimit, max_bytes=config.listen.max_request_body_bytes)
+    if config.access.api_key:
+        app.add_middleware(ApiKeys, keys=config.access.api_key)
+    if config.access.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.access.allowed_origins),
+            allow_methods=list(config.access.allowed_methods),
+            allow_headers=list(config.access.allowed_headers),
+            allow_credentials=config.access.allow_credentials,
+        )
+    app.add_middleware(RequestIds)
+    return app

@@ -1,0 +1,191 @@
+"""Request bodies of the OpenAI API, with the extra fields that the field's engines share.
+
+Unknown fields are kept aside, so that those which would change the answer can be refused by name
+and the others be warned about once.
+"""
+
+import logging
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jaxserve.core.errors import RequestError
+
+logger = logging.getLogger("jaxserve.serve")
+
+MAX_WARNED = 1000
+"""Names to remember; a client that invents more is not worth a line each."""
+
+SILENT = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+        "parallel_tool_calls",
+    }
+)  # fmt: skip
+"""Fields of the standard that change no answer of ours."""
+
+_warned: set[str] = set()
+
+
+def _is_set(value: object) -> bool:
+    return value is not None
+
+
+def _asks_for_tools(value: object) -> bool:
+    return value not in (None, "none")
+
+
+def _asks_for_format(value: object) -> bool:
+    return value is not None and (not isinstance(value, dict) or value.get("type") != "text")
+
+
+def _asks_for_sound(value: object) -> bool:
+    return value not in (None, ["text"])
+
+
+REFUSED = {
+    "tools": (_is_set, "tools are not supported"),
+    "tool_choice": (_asks_for_tools, "tools are not supported"),
+    "functions": (_is_set, "tools are not supported"),
+    "function_call": (_asks_for_tools, "tools are not supported"),
+    "response_format": (_asks_for_format, "only the format 'text' is supported"),
+    "structured_outputs": (_is_set, "structured outputs are not supported"),
+    "suffix": (bool, "the model does not fill in the middle"),
+    "use_beam_search": (bool, "beam search is not supported"),
+    "bad_words": (bool, "use logit_bias to forbid tokens"),
+    "prompt_embeds": (_is_set, "prompts must be text or token ids"),
+    "modalities": (_asks_for_sound, "only text is supported"),
+    "audio": (_is_set, "only text is supported"),
+    "documents": (bool, "put the documents into a message"),
+    "logprob_token_ids": (_is_set, "use logprobs"),
+    "thinking_token_budget": (_is_set, "use max_tokens"),
+    "repetition_detection": (_is_set, "use repetition_penalty"),
+}
+"""Fields that would change the answer, when they are in use, and what to say then."""
+
+
+class Body(BaseModel):
+    """A request body that tolerates unknown fields."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    def check_extra(self) -> None:
+        """Refuse what would change the answer; warn of the rest once per name.
+
+        Raises:
+            RequestError: If a field is used that this server cannot honour.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in REFUSED:
+                is_used, hint = REFUSED[name]
+                if is_used(value):
+                    raise RequestError(f"{name} cannot be used: {hint}.", param=name)
+            elif name not in SILENT and name not in _warned and len(_warned) < MAX_WARNED:
+                _warned.add(name)
+                logger.warning("request field %.100r is unknown and ignored", name)
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides the text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(Body):
+    """Fields that both generating endpoints share; None is "the server's default"."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    truncation_side: Literal["left", "right"] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: int = Field(default=0, ge=-(2**63), lt=2**63)
+    cache_salt: str | None = None
+    request_id: str | None = None
+
+
+class CompletionBody(GenerationBody):
+    """Body of `POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Text or token ids of one prompt, or a list of either."
+    )
+    echo: bool | None = False
+    logprobs: int | None = Field(default=None, ge=-1)
+    add_special_tokens: bool = True
+
+
+class ChatMessage(BaseModel):
+    """One message; fields besides these reach the chat template unchanged."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str = Field(min_length=1)
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatTemplateBody(Body):
+    """Fields that say how messages become a prompt."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(ChatTemplateBody, GenerationBody):
+    """Body of `POST /v1/chat/completions`."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=-1)
+    echo: bool = False
+
+
+class TokenizeTextBody(Body):
+    """Body of `POST /tokenize` with a prompt."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = False
+
+
+class TokenizeChatBody(ChatTemplateBody):
+    """Body of `POST /tokenize` with messages."""
+
+    model: str | None = None
+    return_token_strs: bool | None = False
+
+
+class DetokenizeBody(Body):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool = False

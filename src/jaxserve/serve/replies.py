@@ -1,0 +1,314 @@
+"""Pieces of answers: log-probabilities in both schemas, usage, finished choices."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jaxserve import __version__
+from jaxserve.core.event import FinishReason, Logprob, TokenEvent, TokenLogprobs
+from jaxserve.serve.translate import Job
+
+if TYPE_CHECKING:
+    from jaxserve.engine.tokenizer import Tokenizer
+
+MIN_LOGPROB = -9999.0
+"""What minus infinity becomes; JSON has no infinity."""
+FINGERPRINT = f"jaxserve-{__version__}"
+
+
+class GenerationFailedError(Exception):
+    """The engine gave up on a completion; its message is for the log, not for the client."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of an answer, as they grow.
+
+    Attributes:
+        prompt: Tokens of all prompts.
+        cached: Those found in the prefix cache.
+        completion: Tokens of all completions.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that clients know."""
+        return {
+            "prompt_tokens": self.prompt,
+            "total_tokens": self.prompt + self.completion,
+            "completion_tokens": self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass(slots=True)
+class Choice:
+    """One completion, gathered from its events.
+
+    Attributes:
+        index: Position among all completions of the answer.
+        text: Pieces of its text.
+        token_ids: Its tokens.
+        logprobs: Per token, if asked for.
+        finish_reason: Why it ended.
+        stop_reason: The stop string or id that ended it.
+    """
+
+    index: int
+    text: list[str] = field(default_factory=list[str])
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, event: TokenEvent) -> None:
+        """Take in the news of one event."""
+        self.text.append(event.text)
+        self.token_ids.extend(event.token_ids)
+        if event.logprobs is not None:
+            self.logprobs.extend(event.logprobs)
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason.value
+            self.stop_reason = event.stop_reason
+
+
+def check_event(event: TokenEvent) -> None:
+    """Turn the engine's own failure into an exception.
+
+    Raises:
+        GenerationFailedError: If the event reports one.
+    """
+    if event.finish_reason is FinishReason.ERROR:
+        raise GenerationFailedError(event.error or "the engine gave no reason")
+
+
+class TokenWriter:
+    """Writes tokens and their log-probabilities for one answer.
+
+    Args:
+        tokenizer: Gives text and bytes of a token.
+        as_ids: Whether to write `token_id:N` for the text.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", *, as_ids: bool) -> None:
+        """Keep the tokenizer."""
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def text(self, token: int, entry: Logprob | None = None) -> str:
+        """Return the text of a token."""
+        if self._as_ids:
+            return f"token_id:{token}"
+        if entry is not None and entry.decoded_token is not None:
+            return entry.decoded_token
+        return self._tokenizer.token_text(token)
+
+    def chat(self, tokens: Iterable[TokenLogprobs], num_top: int) -> list[dict[str, Any]]:
+        """Return the list `logprobs.content` of the chat schema."""
+        content: list[dict[str, Any]] = []
+        for candidates in tokens:
+            entries = [self._chat_entry(token, entry) for token, entry in candidates.items()]
+            limit = len(entries) if num_top < 0 else num_top
+            content.append({**entries[0], "top_logprobs": entries[:limit]})
+        return content
+
+    def _chat_entry(self, token: int, entry: Logprob) -> dict[str, Any]:
+        return {
+            "token": self.text(token, entry),
+            "logprob": clamp(entry.logprob),
+            "bytes": list(self._tokenizer.token_bytes(token)),
+        }
+
+    def completion(
+        self,
+        token_ids: Sequence[int],
+        entries: Sequence[TokenLogprobs | None],
+        num_top: int,
+        offset: int,
+    ) -> dict[str, list[Any]]:
+        """Return the four lists of the completions schema.
+
+        Args:
+            token_ids: The tokens.
+            entries: Candidates of each; None where there are none (the first prompt token).
+            num_top: Candidates to list besides the token itself; -1 is all.
+            offset: Characters before the first token.
+        """
+        lists: dict[str, list[Any]] = {
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
+        }  # fmt: skip
+        for token, candidates in zip(token_ids, entries, strict=True):
+            entry = None if candidates is None else candidates.get(token)
+            text = self.text(token, entry)
+            lists["tokens"].append(text)
+            lists["text_offset"].append(offset)
+            offset += len(text)
+            lists["token_logprobs"].append(None if entry is None else clamp(entry.logprob))
+            lists["top_logprobs"].append(self._top(candidates, num_top))
+        return lists
+
+    def _top(self, candidates: TokenLogprobs | None, num_top: int) -> dict[str, float] | None:
+        if candidates is None:
+            return None
+        limit = len(candidates) if num_top < 0 else num_top + 1
+        top: dict[str, float] = {}
+        for token, entry in list(candidates.items())[:limit]:
+            top.setdefault(self.text(token, entry), clamp(entry.logprob))
+        return top
+
+    def prompt(self, entries: Iterable[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+        """Return `prompt_logprobs`: null first, then candidates by token id."""
+        return [
+            None
+            if candidates is None
+            else {
+                str(token): {
+                    "logprob": clamp(entry.logprob),
+                    "rank": entry.rank,
+                    "decoded_token": self.text(token, entry),
+                }
+                for token, entry in candidates.items()
+            }
+            for candidates in entries
+        ]
+
+
+def clamp(logprob: float) -> float:
+    """Return a log-probability that JSON can hold.
+
+    >>> clamp(float("-inf"))
+    -9999.0
+    """
+    return max(MIN_LOGPROB, logprob)
+
+
+@dataclass(slots=True)
+class Answer:
+    """Everything that a job's events have told so far.
+
+    Attributes:
+        job: What was asked for.
+        created: Seconds since 1970.
+        choices: All completions, those of one prompt next to each other.
+        usage: Token counts.
+        prompt_logprobs: Those of each prompt, once known.
+    """
+
+    job: Job
+    created: int
+    choices: list[Choice] = field(init=False)
+    usage: Usage = field(init=False)
+    prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = field(init=False)
+    _cached: dict[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Prepare one empty choice per completion."""
+        self.choices = [Choice(index) for index in range(self.job.num_choices)]
+        self.usage = Usage(prompt=sum(len(r.prompt_token_ids) for r in self.job.requests))
+        self.prompt_logprobs = {}
+        self._cached = {}
+
+    def count(self, position: int, event: TokenEvent) -> None:
+        """Add an event's tokens to the usage.
+
+        Args:
+            position: Which of the job's requests it belongs to.
+            event: The news.
+        """
+        if not self.job.echo_only:
+            self.usage.completion += len(event.token_ids)
+        if event.num_cached_tokens > self._cached.get(position, 0):
+            self.usage.cached += event.num_cached_tokens - self._cached.get(position, 0)
+            self._cached[position] = event.num_cached_tokens
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs[position] = event.prompt_logprobs
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """Return the fields with which every answer and chunk begins."""
+        return {
+            "id": self.job.response_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.job.model,
+        }
+
+
+def chat_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
+    """Return the finished answer of `POST /v1/chat/completions`."""
+    job = answer.job
+    choices: list[dict[str, Any]] = []
+    for choice in answer.choices:
+        content = job.prefixes[0] + "".join(choice.text)
+        entry: dict[str, Any] = {
+            "index": choice.index,
+            "message": {"role": job.role, "content": content, "refusal": None},
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if job.num_top is not None:
+            entry["logprobs"] = {"content": writer.chat(choice.logprobs, job.num_top)}
+        if job.return_token_ids:
+            entry["token_ids"] = choice.token_ids
+        choices.append(entry)
+    reply = {
+        **answer.head("chat.completion"),
+        "choices": choices,
+        "usage": answer.usage.to_json(),
+        "system_fingerprint": FINGERPRINT,
+    }
+    return {**reply, **prompt_fields(answer, writer, 0)}
+
+
+def completion_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
+    """Return the finished answer of `POST /v1/completions`."""
+    job = answer.job
+    choices: list[dict[str, Any]] = []
+    for choice in answer.choices:
+        position = choice.index // job.n
+        text = "" if job.echo_only else "".join(choice.text)
+        entry: dict[str, Any] = {
+            "index": choice.index,
+            "text": job.prefixes[position] + text,
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if job.num_top is not None:
+            entry["logprobs"] = _echoed_logprobs(answer, choice, writer, job.num_top)
+        if job.return_token_ids:
+            entry["token_ids"] = [] if job.echo_only else choice.token_ids
+        choices.append({**entry, **prompt_fields(answer, writer, position)})
+    return {
+        **answer.head("text_completion"),
+        "choices": choices,
+        "usage": answer.usage.to_json(),
+        "system_fingerprint": FINGERPRINT,
+    }
+
+
+def _echoed_logprobs(
+    answer: Answer, choice: Choice, writer: TokenWriter, num_top: int
+) -> dict[str, list[Any]]:
+    job = answer.job
+    ids: list[int] = [] if job.echo_only else choice.token_ids
+    entries: list[TokenLogprobs | None] = [] if job.echo_only else [*choice.logprobs]
+    if job.echo:
+        position = choice.index // job.n
+        ids = [*job.requests[position].prompt_token_ids, *ids]
+        entries = [*answer.prompt_logprobs.get(position, ()), *entries]
+    return writer.completion(ids, entries, num_top, 0)
+
+
+def prompt_fields(answer: Answer, writer: TokenWriter, position: int) -> Mapping[str, Any]:
+    """Return what was asked about one prompt: its ids, its log-probabilities."""
+    job = answer.job
+    fields: dict[str, Any] = {}
+    if job.return_token_ids:
+        fields["prompt_token_ids"] = job.requests[position].prompt_token_ids
+    if job.prompt_logprobs:
+        fields["prompt_logprobs"] = writer.prompt(answer.prompt_logprobs.get(position, ()))
+    return fields

@@ -1,0 +1,150 @@
+"""What all requests share: the engine once it is there, the model's names, the load."""
+
+import logging
+from collections.abc import AsyncIterator, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from jaxserve.core.clock import WallClock
+from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError, did_you_mean
+from jaxserve.core.event import TokenEvent
+from jaxserve.serve.options import ServerConfig
+from jaxserve.serve.sse import close_all
+from jaxserve.serve.translate import Job
+
+if TYPE_CHECKING:
+    from jaxserve.engine.async_engine import AsyncLLM
+
+logger = logging.getLogger("jaxserve.serve")
+
+STARTING_RETRY_S = 5.0
+DRAINING_RETRY_S = 10.0
+
+
+class ServerState:
+    """The server between start and stop.
+
+    Args:
+        config: Settings of the server.
+        model: The model as the user named it.
+        engine: The engine, if it is ready already.
+
+    Attributes:
+        config: Settings of the server.
+        engine: The engine; None while the model is being loaded.
+        is_draining: Whether new requests are refused because the server is about to stop.
+        load: Generating requests that are being answered.
+        clock: Where `created` comes from.
+    """
+
+    def __init__(
+        self, config: ServerConfig, *, model: str | None = None, engine: "AsyncLLM | None" = None
+    ) -> None:
+        """Stand ready, with or without an engine."""
+        self.config = config
+        self.engine = engine
+        self.is_draining = False
+        self.load = 0
+        self.clock = WallClock()
+        self._model = model
+        self._started = int(self.clock.unix())
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may use; the first one is echoed."""
+        if self.config.api.served_model_name:
+            return self.config.api.served_model_name
+        loaded = () if self.engine is None else (self.engine.model_name,)
+        given = () if self._model is None else (self._model,)
+        return tuple(dict.fromkeys((*given, *loaded)))
+
+    @property
+    def started(self) -> int:
+        """Seconds since 1970 when the server started."""
+        return self._started
+
+    def ready_engine(self) -> "AsyncLLM":
+        """Return the engine, if it can take requests.
+
+        Raises:
+            CapacityError: While the model is being loaded or the server is stopping.
+            EngineDeadError: If the engine has stopped.
+        """
+        if self.is_draining:
+            raise CapacityError(
+                "The server is stopping; use another one.", retry_after_s=DRAINING_RETRY_S
+            )
+        if self.engine is None or not self.engine.is_ready:
+            if self.engine is not None:
+                self.engine.check_health()
+            raise CapacityError(
+                "The model is being loaded; try again soon.", retry_after_s=STARTING_RETRY_S
+            )
+        self.engine.check_health()
+        return self.engine
+
+    def is_healthy(self) -> bool:
+        """Tell whether requests would be taken now."""
+        try:
+            self.ready_engine()
+        except (CapacityError, EngineDeadError):
+            return False
+        return True
+
+    def checked_model(self, name: str | None) -> str:
+        """Return the name to echo for the model that a request asks for.
+
+        Raises:
+            RequestError: With status 404, if it is not served here.
+        """
+        names = self.model_names
+        if name is None:
+            return names[0]
+        if name not in names:
+            raise RequestError(
+                f"The model {name[:200]!r} does not exist here; this server has "
+                f"{', '.join(map(repr, names))}.{did_you_mean(name, names)}",
+                status=404,
+                param="model",
+            )
+        return name
+
+    async def open(self, engine: "AsyncLLM", job: Job) -> list[AsyncIterator[TokenEvent]]:
+        """Hand a job's requests to the engine.
+
+        Returns:
+            The events of each request; whoever gets them closes them.
+
+        Raises:
+            RequestError: If one of them is refused; none runs then.
+            CapacityError: If the queue is full; none runs then.
+        """
+        self._log(job)
+        sources: list[AsyncIterator[TokenEvent]] = []
+        try:
+            for request in job.requests:
+                sources.append(engine.events(request))  # noqa: PERF401  kept for the clean-up
+        except BaseException:
+            await close_all(sources)
+            raise
+        return sources
+
+    def _log(self, job: Job) -> None:
+        if not self.config.log.enable_log_requests:
+            return
+        for request in job.requests:
+            prompt = request.prompt
+            shown = repr(None if prompt is None else prompt[: self.config.log.max_log_len])
+            logger.info(
+                "request %s: %d prompt tokens, prompt %s, %s",
+                request.request_id, len(request.prompt_token_ids), shown, request.sampling,
+            )  # fmt: skip
+
+    @contextmanager
+    def working(self) -> Generator[None]:
+        """Count a request as being answered."""
+        self.load += 1
+        try:
+            yield
+        finally:
+            self.load -= 1
