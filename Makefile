@@ -73,7 +73,7 @@ clean: ## remove everything that these targets made
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/bin/python:
-	@$(UV) venv --quiet --seed --clear --python "$$(scripts/find-python)" $*
+	@$(UV) venv --quiet --seed --clear --python "$$(scripts/find-python)" $* || { rm -rf $*; exit 1; }
 
 $(VENV)/.stamp-serve: pyproject.toml constraints.txt | $(BIN)/python
 	@$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt \
