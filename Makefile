@@ -51,13 +51,16 @@ bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are
 	@$(BIN)/python -m benchmarks.steady
 	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
 
-# Where a GPU is, JAX for it is too: this target installs nothing and needs no package index.
-gpu: ## all GPU tests and benchmarks, at most ten minutes, results in OUT; says what it would do without one
-	@python=$$(scripts/find-python \
-	    "import jax; assert jax.__version_info__ >= (0, 11, 2), jax.__version__" 2>/dev/null) \
-	  || { [ -x $(BIN)/python ] && python=$(BIN)/python; } \
-	  || { echo "make gpu needs a python3 (3.12 or newer) with JAX 0.11.2 or newer; name it: make gpu PYTHON=..."; exit 1; }; \
-	OUT="$(OUT)" PYTHONPATH=src $$python -m benchmarks.gpu
+# Where a GPU is, JAX for it is too: with a Python that has JAX and Flax nothing is installed and no
+# package index is needed. Only a machine without them gets .venv, to be told what would be done.
+HAS_JAX := from importlib.metadata import version as v; v('flax'); \
+  assert tuple(map(int, v('jax').split('.')[:3])) >= (0, 11, 2)
+
+gpu: ## all GPU tests and benchmarks, ten minutes at most, results in OUT; without a GPU, says what it would do
+	@python=$$(scripts/find-python "$(HAS_JAX)" 2>/dev/null) \
+	  || { [ -z "$(PYTHON)" ] && $(MAKE) -s $(VENV)/.stamp-dev && python=$(BIN)/python; } \
+	  || { echo "make gpu needs a Python (3.12 or newer) with JAX 0.11.2 or newer and Flax" >&2; exit 1; }; \
+	OUT="$(OUT)" PYTHONPATH=src "$$python" -m benchmarks.gpu
 
 oracles: $(ORACLES)/.stamp ## write the golden tensors again with torch: make oracles [ORACLE_PYTHON=python3.11]
 	@set -e; for script in tests/oracles/make_*.py; do \
