@@ -12,13 +12,12 @@ from jaxserve import __version__
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.metrics import CONTENT_TYPE
 from jaxserve.serve import errors
-from jaxserve.serve.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestIds
+from jaxserve.serve.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestIds, RootPath
 from jaxserve.serve.openai_api import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    TokenizeChatBody,
-    TokenizeTextBody,
+    TokenizeBody,
 )
 from jaxserve.serve.replies import Answer, TokenWriter, chat_reply, completion_reply
 from jaxserve.serve.sse import (
@@ -131,7 +130,7 @@ async def model(name: str, request: Request) -> Response:
 
 @router.post("/tokenize")
 @router.post("/v1/tokenize", include_in_schema=False)
-async def tokenize_text(body: TokenizeTextBody | TokenizeChatBody, request: Request) -> Response:
+async def tokenize_text(body: TokenizeBody, request: Request) -> Response:
     """Turn a prompt, or messages, into token ids."""
     state = _state(request)
     engine = state.ready_engine()
@@ -211,9 +210,7 @@ def create_app(state: ServerState) -> FastAPI:
     hide_docs: dict[str, Any] = {}
     if config.api.disable_fastapi_docs:
         hide_docs = {"openapi_url": None, "docs_url": None, "redoc_url": None}
-    app = FastAPI(
-        title="jaxserve", version=__version__, root_path=config.listen.root_path, **hide_docs
-    )
+    app = FastAPI(title="jaxserve", version=__version__, **hide_docs)
     app.state.server = state
     app.include_router(router)
     errors.install(app)
@@ -230,4 +227,6 @@ def create_app(state: ServerState) -> FastAPI:
             allow_credentials=config.access.allow_credentials,
         )
     app.add_middleware(RequestIds)
+    if config.listen.root_path:
+        app.add_middleware(RootPath, path=config.listen.root_path.rstrip("/"))
     return app

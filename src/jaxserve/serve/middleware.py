@@ -131,3 +131,21 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, labelled)
+
+
+class RootPath:
+    """Answers below a path as well as without it, since some proxies strip it and some do not.
+
+    Args:
+        app: What comes next.
+        path: The path, without a slash at its end.
+    """
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        """Keep the path."""
+        self.app = app
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        await self.app({**scope, "root_path": self._path}, receive, send)

@@ -153,7 +153,7 @@ class ChatTemplateBody(Body):
     messages: list[ChatMessage] = Field(min_length=1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    add_special_tokens: bool = False
+    add_special_tokens: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -167,19 +167,13 @@ class ChatBody(ChatTemplateBody, GenerationBody):
     echo: bool = False
 
 
-class TokenizeTextBody(Body):
-    """Body of `POST /tokenize` with a prompt."""
+class TokenizeBody(ChatTemplateBody):
+    """Body of `POST /tokenize`, with either a prompt or messages."""
 
     model: str | None = None
-    prompt: str
-    add_special_tokens: bool = True
-    return_token_strs: bool | None = False
-
-
-class TokenizeChatBody(ChatTemplateBody):
-    """Body of `POST /tokenize` with messages."""
-
-    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] = Field(default=[])
+    add_special_tokens: bool | None = None
     return_token_strs: bool | None = False
 
 

@@ -14,8 +14,7 @@ from jaxserve.serve.openai_api import (
     ChatTemplateBody,
     CompletionBody,
     GenerationBody,
-    TokenizeChatBody,
-    TokenizeTextBody,
+    TokenizeBody,
 )
 from jaxserve.serve.options import ApiOptions
 
@@ -382,19 +381,20 @@ def _plain(message: ChatMessage) -> str:
     return content or ""
 
 
-async def tokenize(
-    engine: "AsyncLLM", body: TokenizeTextBody | TokenizeChatBody, options: ApiOptions
-) -> dict[str, Any]:
+async def tokenize(engine: "AsyncLLM", body: TokenizeBody, options: ApiOptions) -> dict[str, Any]:
     """Answer `POST /tokenize`.
 
     Raises:
-        RequestError: If the chat template refuses the messages.
+        RequestError: If there is neither prompt nor messages, or the chat template refuses them.
     """
     body.check_extra()
-    if isinstance(body, TokenizeChatBody):
+    if (body.prompt is None) == (not body.messages):
+        raise RequestError("/tokenize needs either prompt or messages, not both.", param="prompt")
+    if body.prompt is None:
         tokens = await encode_chat(engine, body, options)
     else:
-        tokens = await _encode(engine, body.prompt, add_special_tokens=body.add_special_tokens)
+        special = body.add_special_tokens is not False
+        tokens = await _encode(engine, body.prompt, add_special_tokens=special)
     strings = [engine.tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None
     return {
         "count": len(tokens),
