@@ -53,12 +53,13 @@ bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are
 
 # Where a GPU is, JAX for it is too: with a Python that has JAX and Flax nothing is installed and no
 # package index is needed. Only a machine without them gets .venv, to be told what would be done.
+SETUP := $(MAKE) --no-print-directory --silent
 HAS_JAX := from importlib.metadata import version as v; v('flax'); \
   assert tuple(map(int, v('jax').split('.')[:3])) >= (0, 11, 2)
 
 gpu: ## all GPU tests and benchmarks, ten minutes at most, results in OUT; without a GPU, says what it would do
 	@python=$$(scripts/find-python "$(HAS_JAX)" 2>/dev/null) \
-	  || { [ -z "$(PYTHON)" ] && $(MAKE) -s $(VENV)/.stamp-dev && python=$(BIN)/python; } \
+	  || { [ -z "$(PYTHON)" ] && $(SETUP) $(VENV)/.stamp-dev && python=$(BIN)/python; } \
 	  || { echo "make gpu needs a Python (3.12 or newer) with JAX 0.11.2 or newer and Flax" >&2; exit 1; }; \
 	OUT="$(OUT)" PYTHONPATH=src "$$python" -m benchmarks.gpu
 
