@@ -87,6 +87,10 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def knows(self, digest: PageHash) -> bool:
+        """Tell whether some page holds the prefix `digest`."""
+        return digest in self._page_of
+
     def hold(self, pages: Iterable[int]) -> None:
         """Add one holder to each of some cached pages, so that they are not evicted."""
         for page in pages:

@@ -32,6 +32,7 @@ from jaxserve.engine.shapes import (
 )
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
+from jaxserve.sharding.rules import TENSOR_AXIS
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +135,8 @@ class Runner:
         spec, config = self.spec, self.spec.config
         dtype = jnp.dtype(spec.dtype)
         heads = config.num_kv_heads
-        tensor = self._mesh.axis_names[0]
-        split = tensor if heads % self._mesh.devices.size == 0 else None
+        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
+        split = TENSOR_AXIS if size and heads % size == 0 else None
         sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
         page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
         self.slots: KvBuffers = ()
@@ -348,10 +349,19 @@ class Runner:
         """Bytes of key-value cache on the device."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.slots, self.pages)))
 
+    def reset(self) -> None:
+        """Replace cache and row state by fresh ones, after a failed step left them undefined."""
+        self._free()
+        self._allocate()
+
+    def _free(self) -> None:
+        for leaf in jax.tree.leaves((self.slots, self.pages, self._rows)):
+            if not leaf.is_deleted():
+                leaf.delete()
+
     def close(self) -> None:
         """Free cache, row state and programs; the weights belong to the caller."""
-        for leaf in jax.tree.leaves((self.slots, self.pages, self._rows)):
-            leaf.delete()
+        self._free()
         self._programs.clear()
         self.slots = self.pages = ()
         self._params = ()

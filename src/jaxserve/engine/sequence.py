@@ -31,6 +31,8 @@ class SequenceState:
         stop_ids: Tokens that end it.
         detokenizer: Turns ids into text; None if no text is wanted.
         prompt_len: Tokens of the prompt.
+        seed_words: The seed as two 32-bit words.
+        root_hash: Where its chain of prefix hashes begins.
         token_ids: Prompt and committed output tokens.
         num_computed: Tokens whose keys and values are in the cache or on their way.
         num_in_flight: Sampled tokens that the host has not read yet.
@@ -38,7 +40,11 @@ class SequenceState:
         pages: Pages held, in order.
         hashes: Hashes of full pages, as far as computed.
         num_named: Leading pages that the prefix cache knows.
-        num_cached: Prompt tokens found in the prefix cache at admission.
+        num_cached: Prompt tokens found in the prefix cache at first admission.
+        has_device_token: Whether its latest token is on the device, in its row; then it decodes.
+        num_preemptions: How often it lost its pages.
+        prompt_logprobs: Log-probabilities of prompt tokens, as far as computed.
+        are_prompt_logprobs_sent: Whether they have been handed out.
     """
 
     seq_id: int
@@ -60,9 +66,8 @@ class SequenceState:
     hashes: list[PageHash] = field(default_factory=list)
     num_named: int = 0
     num_cached: int = 0
+    has_device_token: bool = False
     num_preemptions: int = 0
-    needs_row_setup: bool = False
-    was_admitted: bool = False
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     are_prompt_logprobs_sent: bool = False
     first_scheduled_time: float | None = None

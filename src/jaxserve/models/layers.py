@@ -1,6 +1,7 @@
 """The few layers that all families share. Weights carry logical axis names in their metadata."""
 
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -230,6 +231,7 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "*tokens"],
         caches: tuple[KvLayer | None, ...],
         plan: Plan,
+        hook: Callable[[str, Array], Array] | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], tuple[KvLayer | None, ...]]:
         """Compute the final hidden states.
 
@@ -239,19 +241,25 @@ class CausalLM(nnx.Module):
             positions: Position of each token in its sequence.
             caches: One cache per layer; one None per layer with a `CausalPlan`. Donate them.
             plan: What each token sees.
+            hook: Called with the name and value of the embeddings (`embed_tokens`), of every
+                layer's output (`layers.i`) and of the final states (`norm`); its answer takes the
+                value's place. Traced.
 
         Returns:
             Hidden states after the last norm, and the updated caches.
         """
         with jax.named_scope("embed"):
             x = self.embed_tokens(token_ids)
+        visit = hook or _keep
+        x = visit("embed_tokens", x)
         rope = rope_tables(positions, self.config)
         new_caches: list[KvLayer | None] = []
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             graph, state = nnx.split(layer)
-            x, cache = _run_layer(graph, state, x, rope, cache, plan)
-            new_caches.append(cache)
-        return self.norm(x), tuple(new_caches)
+            x, new_cache = _run_layer(graph, state, x, rope, cache, plan)
+            x = visit(f"layers.{index}", x)
+            new_caches.append(new_cache)
+        return visit("norm", self.norm(x)), tuple(new_caches)
 
     def logits(self, hidden: Float[Array, "*tokens hidden"]) -> Float[Array, "*tokens vocab"]:
         """Project hidden states onto the vocabulary, in float32."""
@@ -260,6 +268,10 @@ class CausalLM(nnx.Module):
                 return self.embed_tokens.attend(hidden)
             kernel = self.lm_head.kernel[...]
             return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _keep(name: str, value: Array) -> Array:  # noqa: ARG001  the form of a hook
+    return value
 
 
 def _apply_layer(

@@ -1,0 +1,271 @@
+"""`AsyncLLM`: the asynchronous face, on which the server stands."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+import jax
+
+from jaxserve.core.config import EngineConfig
+from jaxserve.core.event import CompletionOutput, FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.protocols import Scheduler
+from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.host import EngineHost, Progress, Prompt
+from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.setup import ModelSource
+from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.config import ModelConfig
+
+
+class _Mailbox:
+    """Carries events from the engine's thread to one event loop, one wake-up per batch."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._letters: list[tuple[asyncio.Queue[TokenEvent], TokenEvent]] = []
+
+    def post(self, queue: "asyncio.Queue[TokenEvent]", event: TokenEvent) -> None:
+        """Deliver one event; from any thread."""
+        with self._lock:
+            self._letters.append((queue, event))
+            if len(self._letters) > 1:
+                return  # a delivery is on its way already
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            pass  # the loop has been closed: nobody is left to read
+
+    def _deliver(self) -> None:
+        with self._lock:
+            letters, self._letters = self._letters, []
+        for queue, event in letters:
+            queue.put_nowait(event)
+
+
+class AsyncLLM:
+    """A model behind asyncio.
+
+    Args:
+        model: Name, path, module, or (configuration, parameters).
+        tokenizer: Used instead of the model's own.
+        config: Settings; or give them one by one.
+        mesh: Devices.
+        scheduler: Used instead of the configured policy.
+        progress: Whether to show progress bars on stderr.
+        on_warm_up: Told about the progress of compilation.
+        **settings: Single settings, named as in `EngineConfig`.
+
+    Raises:
+        ConfigError: If settings, name, files or parameters are wrong.
+        CapacityError: If the cache does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource,
+        *,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        scheduler: Scheduler | None = None,
+        progress: bool = False,
+        on_warm_up: Progress | None = None,
+        **settings: object,
+    ) -> None:
+        """Load, warm up, start the engine's thread."""
+        self._host = EngineHost(
+            model,
+            tokenizer=tokenizer,
+            config=config,
+            mesh=mesh,
+            scheduler=scheduler,
+            progress=progress,
+            on_warm_up=on_warm_up,
+            **settings,
+        )
+        self._mailboxes: dict[int, _Mailbox] = {}
+        self.is_ready = True
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called."""
+        return self._host.name
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, if there is one."""
+        return self._host.tokenizer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's shape."""
+        return self._host.model_config
+
+    @property
+    def config(self) -> EngineConfig:
+        """Settings with every "auto" resolved."""
+        return self._host.config
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self._host.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding."""
+        return self._host.model_config.vocab_size
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counters of the engine."""
+        return self._host.metrics
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """Sampling defaults of the model, as keyword arguments of `SamplingParams`."""
+        return dict(self._host.default_sampling)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Completions under way."""
+        return self._host.engine.num_unfinished
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages of the key-value cache that nobody holds."""
+        return self._host.engine.pool.num_free
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Turn a prompt into a request; see `EngineHost.make_request`."""
+        return self._host.make_request(
+            prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
+
+    async def events(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        """Submit a request and yield its events; closing the generator early aborts it.
+
+        Raises:
+            RequestError: If it can never be served.
+            CapacityError: If too many completions are under way.
+            EngineDeadError: If the engine has stopped.
+        """
+        queue = self.submit(request)
+        async for event in self.follow(request, queue):
+            yield event
+
+    def submit(self, request: Request) -> "asyncio.Queue[TokenEvent]":
+        """Submit a request from within an event loop; `follow` then yields its events.
+
+        Raises:
+            RequestError: If it can never be served.
+            CapacityError: If too many completions are under way.
+            EngineDeadError: If the engine has stopped.
+        """
+        loop = asyncio.get_running_loop()
+        mailbox = self._mailboxes.get(id(loop))
+        if mailbox is None:
+            mailbox = self._mailboxes[id(loop)] = _Mailbox(loop)
+        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._host.thread.submit(request, lambda event: mailbox.post(queue, event))
+        return queue
+
+    async def follow(
+        self, request: Request, queue: "asyncio.Queue[TokenEvent]"
+    ) -> AsyncGenerator[TokenEvent]:
+        """Yield the events of a submitted request; closing the generator early aborts it."""
+        num_open = request.sampling.n
+        try:
+            while num_open:
+                event = await queue.get()
+                if event.finish_reason is not None:
+                    num_open -= 1
+                yield event
+        finally:
+            if num_open:
+                self._host.thread.cancel(request.request_id)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestOutput]:
+        """Yield the growing output of one prompt; the last item is finished.
+
+        Args:
+            prompt: Text, token ids, or a mapping.
+            sampling_params: Parameters; the model's defaults if absent.
+            request_id: Unique among unfinished requests.
+            priority: Lower is served first, under the `priority` policy.
+            cache_salt: Prefixes are shared only within one salt.
+
+        Raises:
+            RequestError: If it can never be served.
+            CapacityError: If too many completions are under way.
+            EngineDeadError: If the engine has stopped or failed at this request.
+        """
+        request = self.make_request(
+            prompt, sampling_params, request_id=request_id, priority=priority,
+            cache_salt=cache_salt,
+        )  # fmt: skip
+        output = empty_output(request)
+        async for event in self.events(request):
+            if event.finish_reason is FinishReason.ERROR:
+                from jaxserve.core.errors import EngineDeadError
+
+                raise EngineDeadError(event.error or "the engine failed at this request")
+            output.apply(event)
+            yield output
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End one or several requests; their completions finish with reason `abort`."""
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            self._host.thread.cancel(one)
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache."""
+        self._host.thread.forget_prefixes()
+
+    def check_health(self) -> None:
+        """Raise `EngineDeadError` if the engine has stopped."""
+        self._host.check_health()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is under way.
+
+        Args:
+            timeout_s: Longest wait in seconds.
+
+        Returns:
+            Whether everything has ended.
+        """
+        return await asyncio.to_thread(self._host.thread.drain, timeout_s)
+
+    def close(self) -> None:
+        """Abort what is under way and free the cache."""
+        self.is_ready = False
+        self._host.close()
+
+
+def empty_output(request: Request) -> RequestOutput:
+    """Return the record of a request of which nothing has been generated yet."""
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=list(request.prompt_token_ids),
+        outputs=[CompletionOutput(index=i) for i in range(request.sampling.n)],
+    )

@@ -1,0 +1,156 @@
+"""`StepPlan` and states -> one packed buffer of a compiled shape. The only place with buckets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.core.request import SamplingParams
+from jaxserve.engine.sampler import MAX_BANNED
+from jaxserve.engine.sequence import SequenceState
+from jaxserve.engine.shapes import FLAGS, FLOAT_FIELDS, PackedStep, ShapeTable
+
+_CONSTANT_FIELDS = (*FLOAT_FIELDS, "top_k", "seed")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Item:
+    """Work of one sequence in a step.
+
+    Attributes:
+        sequence: Whose work.
+        row: Its row when the step was launched.
+        start: Position of the first token.
+        num_tokens: Tokens computed.
+        is_sampled: Whether a new token is drawn.
+        prefill_start: Where its chunk lies among the step's prefill tokens; -1 for a decode.
+    """
+
+    sequence: SequenceState
+    row: int
+    start: int
+    num_tokens: int
+    is_sampled: bool
+    prefill_start: int = -1
+
+
+class RowTable:
+    """Sampling parameters per sequence row, kept on the host so that a step only copies them."""
+
+    def __init__(self, max_rows: int) -> None:
+        """Start with neutral parameters everywhere."""
+        self._values = {name: np.zeros(max_rows, np.float32) for name in FLOAT_FIELDS}
+        self._values["top_p"][:] = 1.0
+        self._values["repetition_penalty"][:] = 1.0
+        self._values["top_k"] = np.zeros(max_rows, np.int32)
+        self._values["seed"] = np.zeros((max_rows, 2), np.int32)
+        self._flags = {name: np.zeros(max_rows, bool) for name in FLAGS}
+
+    def set(self, row: int, sampling: SamplingParams, seed_words: tuple[int, int]) -> None:
+        """Install the parameters of the sequence that now occupies `row`."""
+        values, flags = self._values, self._flags
+        for name in FLOAT_FIELDS:
+            values[name][row] = getattr(sampling, name)
+        values["temperature"][row] = 0.0 if sampling.is_greedy else sampling.temperature
+        values["top_k"][row] = max(0, sampling.top_k)
+        values["seed"][row] = np.asarray(seed_words, np.uint32).view(np.int32)
+        flags["any_random"][row] = not sampling.is_greedy
+        flags["any_filter"][row] = not sampling.is_greedy and (
+            sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        )
+        flags["any_penalty"][row] = sampling.needs_penalties
+        flags["any_bias"][row] = sampling.needs_bias or sampling.min_tokens > 0
+        flags["any_logprobs"][row] = sampling.logprobs is not None
+        flags["any_top_logprobs"][row] = bool(sampling.logprobs)
+
+    def clear(self, row: int) -> None:
+        """Forget what a freed row asked for."""
+        for flag in self._flags.values():
+            flag[row] = False
+
+    def move(self, source: int, target: int) -> None:
+        """Move a row's parameters."""
+        for array in (*self._values.values(), *self._flags.values()):
+            array[target] = array[source]
+        self.clear(source)
+
+    def fill(self, packed: PackedStep) -> None:
+        """Copy the first rows into a step."""
+        rows = packed.shape.rows
+        for name in _CONSTANT_FIELDS:
+            packed.fields[name][...] = self._values[name][:rows]
+        for name, flag in self._flags.items():
+            packed.fields[name][...] = flag[:rows].any()
+
+
+def build(items: Sequence[Item], table: RowTable, shapes: ShapeTable) -> PackedStep:
+    """Lay a step out in the smallest compiled shape that holds it.
+
+    Args:
+        items: The step's work; sets `prefill_start` of those that are prefills.
+        table: Sampling parameters per row.
+        shapes: The compiled shapes.
+    """
+    prefills = [item for item in items if not item.sequence.has_device_token]
+    num_prefill = sum(item.num_tokens for item in prefills)
+    rows = 1 + max(item.row for item in items)
+    packed = PackedStep(shapes.shape(rows=rows, prefill=num_prefill))
+    fields, shape = packed.fields, packed.shape
+    table.fill(packed)
+    fields["token_row"][...] = -1
+    fields["sample_index"][...] = -1
+    fields["banned"][...] = -1
+    longest = 1
+    for item in items:
+        row = item.row
+        if item.sequence.has_device_token:
+            fields["token_row"][row] = row
+            fields["token_position"][row] = item.start
+            fields["sample_index"][row] = row if item.is_sampled else -1
+            longest = max(longest, item.start + 1)
+        _fill_sampling(packed, item)
+        if shape.pages_per_row:
+            pages = item.sequence.pages
+            fields["page_table"][row, : len(pages)] = pages
+    fields["decode_extent"][...] = shapes.extent_index(longest)
+    offset = block = 0
+    for item in prefills:
+        item.prefill_start = offset
+        _fill_prefill(packed, item, offset)
+        block = _fill_blocks(packed, item, offset, block, shapes)
+        offset += item.num_tokens
+    fields["num_blocks"][...] = block
+    return packed
+
+
+def _fill_sampling(packed: PackedStep, item: Item) -> None:
+    sequence, row = item.sequence, item.row
+    position = sequence.num_output + sequence.num_in_flight
+    packed.fields["output_position"][row] = position
+    if sequence.sampling.min_tokens > position:
+        banned = sorted(sequence.stop_ids)[:MAX_BANNED]
+        packed.fields["banned"][row, : len(banned)] = banned
+
+
+def _fill_prefill(packed: PackedStep, item: Item, offset: int) -> None:
+    fields, start, end = packed.fields, item.start, item.start + item.num_tokens
+    fields["prefill_token"][offset : offset + item.num_tokens] = item.sequence.token_ids[start:end]
+    low = packed.shape.rows + offset
+    fields["token_row"][low : low + item.num_tokens] = item.row
+    fields["token_position"][low : low + item.num_tokens] = np.arange(start, end)
+    if item.is_sampled:
+        fields["sample_index"][item.row] = low + item.num_tokens - 1
+
+
+def _fill_blocks(
+    packed: PackedStep, item: Item, offset: int, block: int, shapes: ShapeTable
+) -> int:
+    fields, q_block = packed.fields, packed.shape.q_block
+    for low in range(0, item.num_tokens, q_block):
+        end = item.start + min(low + q_block, item.num_tokens)
+        fields["block_start"][block] = offset + low
+        fields["block_row"][block] = item.row
+        fields["block_position"][block] = item.start + low
+        fields["block_extent"][block] = shapes.extent_index(end)
+        block += 1
+    return block

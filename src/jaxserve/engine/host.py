@@ -1,0 +1,197 @@
+"""What the synchronous and the asynchronous face share: a loaded engine on its thread."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from jaxserve.core.clock import WallClock
+from jaxserve.core.config import EngineConfig
+from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError
+from jaxserve.core.protocols import Scheduler
+from jaxserve.core.request import Request, RequestId, SamplingParams, new_request_id
+from jaxserve.engine.loop import EngineThread
+from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.setup import ModelSource, assemble
+from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.config import ModelConfig
+
+Prompt = str | Sequence[int] | Mapping[str, object]
+"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids` (and `cache_salt`)."""
+
+Progress = Callable[[int, int], None]
+"""Called with (programs compiled, programs in all) during warm-up."""
+
+
+class EngineHost:
+    """A model, loaded and warm, with its engine running on a thread of its own.
+
+    Args:
+        source: Name, path, module, or (configuration, parameters).
+        tokenizer: Used instead of the model's own.
+        config: Settings; or give them one by one.
+        mesh: Devices.
+        scheduler: Used instead of the configured policy.
+        progress: Whether to show progress bars on stderr.
+        on_warm_up: Told about the progress of compilation.
+        **settings: Single settings, named as in `EngineConfig`.
+
+    Attributes:
+        name: What the model is called.
+        tokenizer: Its tokenizer, if it has one.
+        model_config: Its shape.
+        config: Settings with every "auto" resolved.
+        default_sampling: Sampling defaults of the model.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        scheduler: Scheduler | None = None,
+        progress: bool = False,
+        on_warm_up: Progress | None = None,
+        **settings: object,
+    ) -> None:
+        """Load, warm up, start the thread."""
+        if config is not None and settings:
+            raise ConfigError(
+                f"give settings either in `config` or one by one, got both ({', '.join(settings)})."
+            )
+        self.clock = WallClock()
+        self._made = assemble(
+            source,
+            config or EngineConfig.from_settings(settings),
+            clock=self.clock,
+            tokenizer=tokenizer,
+            mesh=mesh,
+            scheduler=scheduler,
+            progress=progress,
+        )
+        self.engine = self._made.engine
+        self.name = self._made.model.name
+        self.tokenizer = self._made.tokenizer
+        self.model_config: ModelConfig = self._made.model.config
+        self.graph = self._made.model.graph
+        self.config = self._made.config
+        self.default_sampling = self._made.default_sampling
+        if self.config.runner.warmup == "full":
+            self.engine.runner.warm_up(on_warm_up or (_progress_bar() if progress else None))
+        self.thread = EngineThread(self.engine)
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counters of the engine."""
+        return self.engine.metrics
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self.engine.runner.spec.max_model_len
+
+    def check_health(self) -> None:
+        """Raise if the engine has stopped.
+
+        Raises:
+            EngineDeadError: With the reason.
+        """
+        if self.engine.dead is not None:
+            raise EngineDeadError(f"the engine has stopped: {self.engine.dead}")
+
+    def default_params(self) -> SamplingParams:
+        """Return the parameters of a request that gives none: the model's own defaults."""
+        return SamplingParams(**self.default_sampling)
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Turn a prompt into a request.
+
+        Args:
+            prompt: Text, token ids, or a mapping.
+            sampling: Parameters; the model's defaults if absent.
+            request_id: Unique among unfinished requests; random if absent.
+            priority: Lower is served first, under the `priority` policy.
+            cache_salt: Prefixes are shared only within one salt.
+
+        Raises:
+            RequestError: If the prompt is of no known form, or is text and there is no tokenizer.
+        """
+        text: str | None = None
+        if isinstance(prompt, Mapping):
+            cache_salt = str(prompt.get("cache_salt") or cache_salt)
+            text = prompt.get("prompt")  # type: ignore[assignment]
+            ids = prompt.get("prompt_token_ids")
+            if ids is None and text is None:
+                raise RequestError(
+                    "a prompt mapping needs 'prompt' or 'prompt_token_ids', found "
+                    f"{sorted(map(str, prompt))}.",
+                    param="prompt",
+                )
+            prompt = ids if ids is not None else text  # type: ignore[assignment]
+        if isinstance(prompt, str):
+            text = prompt
+            ids = self.encode(prompt)
+        else:
+            ids = self._check_ids(prompt)
+        return Request(
+            request_id=RequestId(request_id or new_request_id()),
+            prompt_token_ids=tuple(ids),
+            sampling=sampling if sampling is not None else self.default_params(),
+            prompt=text,
+            arrival=self.clock.now(),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+    def _check_ids(self, prompt: object) -> list[int]:
+        try:
+            ids = [int(token) for token in prompt]  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            raise RequestError(
+                f"a prompt must be a string or a list of token ids, got {type(prompt).__name__}.",
+                param="prompt",
+            ) from None
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Turn text into token ids, with the special tokens that the model puts around text.
+
+        Raises:
+            RequestError: If there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer; give token ids, or pass tokenizer=.", param="prompt"
+            )
+        return self.tokenizer.encode(text)
+
+    def close(self) -> None:
+        """Abort what is under way, stop the thread and free the cache; weights stay."""
+        self.thread.close()
+        self.engine.runner.close()
+
+
+def _progress_bar() -> Progress:
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=0, desc="Warming up", unit="program", file=sys.stderr)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+

@@ -1,0 +1,357 @@
+"""`LLM`: the library's face. Works in scripts and inside a running notebook loop alike."""
+
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from tqdm.auto import tqdm
+
+from jaxserve.core.config import EngineConfig
+from jaxserve.core.errors import EngineDeadError, RequestError
+from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.protocols import Scheduler
+from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.async_engine import empty_output
+from jaxserve.engine.host import EngineHost, Prompt
+from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.scoring import ForwardOutput, Hook, forward, token_logprobs
+from jaxserve.engine.setup import ModelSource
+from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.config import ModelConfig
+
+Message = Mapping[str, Any]
+"""One chat message: `role`, `content`."""
+
+
+class LLM:
+    """A model to generate with, to score with, and to look into.
+
+    Args:
+        model: A name (`smollm2-135m-instruct`, `org/name`), a path, an `nnx` module of
+            `jaxserve.models`, or (configuration, parameters); live parameters are served in
+            place, without a copy.
+        tokenizer: Used instead of the model's own.
+        config: Settings; or give them one by one.
+        mesh: Devices; live parameters bring their own.
+        scheduler: Used instead of the configured policy.
+        use_tqdm: Whether loading and warm-up show progress bars.
+        **settings: Single settings, named as in `EngineConfig`: `dtype`, `max_model_len`,
+            `max_num_seqs`, `max_num_batched_tokens`, `gpu_memory_utilization`, `warmup`, ...
+
+    Raises:
+        ConfigError: If settings, name, files or parameters are wrong.
+        CapacityError: If the cache does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource = "smollm2-135m-instruct",
+        *,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        scheduler: Scheduler | None = None,
+        use_tqdm: bool = False,
+        **settings: object,
+    ) -> None:
+        """Load the model; steps are compiled at first use unless `warmup="full"` is given."""
+        if config is None:
+            settings.setdefault("warmup", "lazy")
+        self._host = EngineHost(
+            model,
+            tokenizer=tokenizer,
+            config=config,
+            mesh=mesh,
+            scheduler=scheduler,
+            progress=use_tqdm,
+            **settings,
+        )
+
+    # Generating --------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
+    ) -> list[RequestOutput]:
+        """Complete prompts.
+
+        Args:
+            prompts: One prompt or many; a prompt is a string, a list of token ids, or a mapping.
+            sampling_params: One for all, or one per prompt; the model's defaults if absent.
+            use_tqdm: Whether to show a progress bar with tokens per second.
+            priority: One for all, or one per prompt.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            RequestError: If a prompt or parameter cannot be served; nothing is run then.
+            EngineDeadError: If the engine failed.
+        """
+        listed = _as_prompts(prompts)
+        params = _spread(sampling_params, len(listed), "sampling_params")
+        priorities = _spread(priority, len(listed), "priority")
+        requests = [
+            self._host.make_request(prompt, param, priority=rank or 0)
+            for prompt, param, rank in zip(listed, params, priorities, strict=True)
+        ]
+        return self._run(requests, use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations; the template is applied as the server does.
+
+        Args:
+            messages: One conversation or many.
+            sampling_params: One for all, or one per conversation.
+            use_tqdm: Whether to show a progress bar.
+            chat_template: Used instead of the model's.
+            add_generation_prompt: Whether to open the assistant's turn.
+            continue_final_message: Whether to go on with the last message instead.
+            tools: Descriptions of tools for templates that know them.
+            chat_template_kwargs: Further variables of the template.
+
+        Returns:
+            One output per conversation.
+
+        Raises:
+            RequestError: If there is no template, or it refuses the messages.
+        """
+        tokenizer = self.get_tokenizer()
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts: list[Prompt] = [
+            tokenizer.encode_chat(
+                [dict(message) for message in conversation],
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                kwargs=chat_template_kwargs,
+            )
+            for conversation in many
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[TokenEvent]:
+        """Complete one prompt, yielding tokens and text as they come.
+
+        Args:
+            prompt: A string, token ids, or a mapping.
+            sampling_params: Parameters; the model's defaults if absent.
+
+        Yields:
+            Events; their texts, joined, are the completion. Leaving the loop early aborts it.
+
+        Raises:
+            RequestError: If it can never be served.
+            EngineDeadError: If the engine failed.
+        """
+        request = self._host.make_request(prompt, sampling_params)
+        events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._host.thread.submit(request, events.put)
+        num_open = request.sampling.n
+        try:
+            while num_open:
+                event = events.get()
+                num_open -= event.finish_reason is not None
+                _raise_on_error(event)
+                yield event
+        finally:
+            if num_open:
+                self._host.thread.cancel(request.request_id)
+
+    def _run(self, requests: Sequence[Request], *, use_tqdm: bool) -> list[RequestOutput]:
+        """Submit, wait, collect. Outputs grow on the engine's thread; only ends wake this one."""
+        outputs = {request.request_id: empty_output(request) for request in requests}
+        ends: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+
+        def sink(event: TokenEvent) -> None:
+            if event.finish_reason is not FinishReason.ERROR:
+                outputs[event.request_id].apply(event)
+            if event.finish_reason is not None:
+                ends.put(event)
+
+        num_open = 0
+        try:
+            for request in requests:
+                self._host.thread.submit(request, sink)
+                num_open += request.sampling.n
+            with tqdm(
+                total=num_open, desc="Generating", unit="seq", disable=not use_tqdm
+            ) as bar:
+                while num_open:
+                    event = ends.get()
+                    num_open -= 1
+                    _raise_on_error(event)
+                    bar.update()
+                    _show_rate(bar, outputs)
+        except BaseException:
+            # Also KeyboardInterrupt: the engine goes on, free of what nobody waits for.
+            for request in requests:
+                self._host.thread.cancel(request.request_id)
+            raise
+        return [outputs[request.request_id] for request in requests]
+
+    # Looking inside ----------------------------------------------------------------------------
+
+    @property
+    def params(self) -> nnx.State:
+        """The weights being served, by reference."""
+        return self._host.engine.runner.params
+
+    def logprobs(
+        self,
+        params: nnx.State,
+        tokens: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time"] | None = None,
+    ) -> Float[Array, "batch time"]:
+        """Score tokens: a pure function, safe under `jit`, `grad` and `vmap`.
+
+        Args:
+            params: Weights, such as `llm.params`.
+            tokens: Token ids, padded on the right.
+            mask: False entries score 0.
+
+        Returns:
+            Log-probability of each token given those before it; 0 for the first. Agrees with
+            what sampling reports.
+        """
+        return token_logprobs(self._host.graph, params, tokens, mask)
+
+    def forward(
+        self,
+        tokens: Int[Array, "batch time"],
+        *,
+        params: nnx.State | None = None,
+        return_hidden: Sequence[int | str] = (),
+        hooks: Mapping[str, Hook] | None = None,
+    ) -> ForwardOutput:
+        """Run the model once, without a cache: a pure function of tokens and weights.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            params: Weights; those being served if absent.
+            return_hidden: Which states to return: 0 or `embed_tokens`, i or `layers.{i-1}` for
+                the output of the i-th layer, -1 or `norm` for the final normed states.
+            hooks: Name -> function of a state that returns its replacement; traced.
+
+        Returns:
+            Logits, and the states asked for.
+
+        Raises:
+            RequestError: If a name is unknown.
+        """
+        return forward(
+            self._host.graph,
+            self.params if params is None else params,
+            tokens,
+            return_hidden=return_hidden,
+            hooks=hooks or {},
+        )
+
+    # Odds and ends -----------------------------------------------------------------------------
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's shape."""
+        return self._host.model_config
+
+    @property
+    def config(self) -> EngineConfig:
+        """Settings with every "auto" resolved."""
+        return self._host.config
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counters of the engine."""
+        return self._host.metrics
+
+    @property
+    def host(self) -> EngineHost:
+        """The engine underneath, for tests and measurements."""
+        return self._host
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer.
+
+        Raises:
+            RequestError: If the model has none.
+        """
+        if self._host.tokenizer is None:
+            raise RequestError("this model has no tokenizer; pass tokenizer= to LLM.")
+        return self._host.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of a call that gives none."""
+        return self._host.default_params()
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache."""
+        self._host.thread.forget_prefixes()
+
+    def close(self) -> None:
+        """Stop the engine and free the cache; live parameters stay untouched."""
+        self._host.close()
+
+    def __enter__(self) -> Self:
+        """Return the engine itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    listed = list(prompts)
+    if listed and not isinstance(listed[0], str | Mapping | Sequence):
+        return [prompts]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]
+
+
+def _spread[T](value: T | Sequence[T] | None, count: int, name: str) -> list[T | None]:
+    if isinstance(value, Sequence):
+        if len(value) != count:
+            raise RequestError(f"{count} prompts need {count} {name}, got {len(value)}.", param=name)
+        return list(value)
+    return [value] * count
+
+
+def _raise_on_error(event: TokenEvent) -> None:
+    if event.finish_reason is FinishReason.ERROR:
+        raise EngineDeadError(event.error or "the engine failed at this request")
+
+
+def _show_rate(bar: "tqdm[Any]", outputs: Mapping[str, RequestOutput]) -> None:
+    if bar.disable:
+        return
+    elapsed = bar.format_dict["elapsed"] or 1e-9
+    count = sum(len(o.token_ids) for output in outputs.values() for o in output.outputs)
+    bar.set_postfix_str(f"{count / elapsed:.1f} tok/s", refresh=False)

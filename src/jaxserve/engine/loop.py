@@ -1,0 +1,89 @@
+"""The thread on which an engine runs."""
+
+import logging
+import threading
+import time
+
+from jaxserve.core.errors import EngineDeadError
+from jaxserve.core.request import Request
+from jaxserve.engine.engine import Engine, Sink
+
+logger = logging.getLogger(__name__)
+
+_IDLE_TURN_S = 0.001
+
+
+class EngineThread:
+    """Turns an engine as long as it has work; sleeps otherwise.
+
+    Args:
+        engine: Stepped by this thread alone.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Start the thread."""
+        self.engine = engine
+        self._wake = threading.Event()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Hand a request over; see `Engine.submit`."""
+        if self._is_closing:
+            raise EngineDeadError("the engine has been closed.")
+        self.engine.submit(request, sink)
+        self._wake.set()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request."""
+        self.engine.cancel(request_id)
+        self._wake.set()
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        self.engine.forget_prefixes()
+        self._wake.set()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is left to do.
+
+        Args:
+            timeout_s: Longest wait in seconds.
+
+        Returns:
+            Whether everything has ended.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.engine.num_unfinished:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def close(self) -> None:
+        """Abort what is under way and stop the thread."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        self.engine.cancel_all()
+        self._wake.set()
+        self._thread.join(timeout=30)
+
+    def _run(self) -> None:
+        engine = self.engine
+        while True:
+            if not engine.has_work:
+                if self._is_closing:
+                    return
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            before = engine.metrics.num_steps
+            engine.step()
+            if engine.dead is not None:
+                logger.error("engine stopped: %s", engine.dead)
+                return
+            if engine.metrics.num_steps == before and not engine.is_busy:
+                # Work that cannot move yet, such as a request that waits for memory.
+                self._wake.wait(_IDLE_TURN_S)

@@ -1,0 +1,457 @@
+"""From a model and settings to a ready engine: loading, and every "auto" turned into a number."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import psutil
+from flax import nnx
+
+from jaxserve.attention.metadata import Backend
+from jaxserve.cache.buffers import slot_capacity
+from jaxserve.core.config import EngineConfig, ModelOptions
+from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError
+from jaxserve.core.protocols import Clock, Scheduler
+from jaxserve.core.units import format_bytes
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.runner import Runner, RunnerSpec
+from jaxserve.engine.shapes import ShapeTable
+from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.checkpoint import LoadFormat, open_checkpoint
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.files import read_json
+from jaxserve.models.hub import cache_dir, resolve_model
+from jaxserve.models.layers import CausalLM
+from jaxserve.models.loading import load_params
+from jaxserve.models.registry import (
+    abstract_model,
+    abstract_params,
+    draw_params,
+    fill,
+)
+from jaxserve.scheduling.fcfs import FcfsScheduler
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.rules import LogicalAxisRules
+
+logger = logging.getLogger(__name__)
+
+ModelSource = str | Path | CausalLM | tuple[ModelConfig | Mapping[str, object], object]
+"""A name or path, a module of this package, or (configuration, parameters)."""
+
+_Q_BLOCK = 128
+_SLOT_SHARE = 0.6
+_CPU_CACHE_SHARE = 0.25
+_SHORTEST_AUTO_LEN = 256
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model in device memory.
+
+    Attributes:
+        name: What to call it.
+        config: Its shape.
+        graph: Structure of the module.
+        state: Its weights.
+        mesh: Where they lie.
+        path: Where it came from; None for live parameters.
+        generation_config: Sampling defaults that came with it.
+    """
+
+    name: str
+    config: ModelConfig
+    graph: nnx.GraphDef[CausalLM]
+    state: nnx.State
+    mesh: jax.sharding.Mesh
+    path: Path | None
+    generation_config: Mapping[str, object]
+
+
+def load_model(
+    source: ModelSource,
+    config: EngineConfig,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = False,
+) -> LoadedModel:
+    """Bring a model into device memory; live parameters stay where they are.
+
+    Args:
+        source: The model.
+        config: Precision, format and parallelism.
+        mesh: Devices; by default those of live parameters, else the first local ones.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ModelNotFoundError: If a name or path leads nowhere.
+        CheckpointError: If files are damaged or do not fit together.
+        ConfigError: If live parameters do not fit their configuration.
+    """
+    if isinstance(source, CausalLM):
+        graph, state = nnx.split(source)
+        return _live(source.config, graph, state, mesh)
+    if isinstance(source, tuple):
+        raw, params = source
+        shape = raw if isinstance(raw, ModelConfig) else ModelConfig.from_hf(raw)
+        return _live_params(shape, params, mesh)
+    if mesh is None:
+        mesh = make_mesh(config.runner.tensor_parallel_size)
+    if config.model.load_format == "dummy":
+        return _draw(Path(source), config, mesh)
+    path = resolve_model(source, revision=config.model.revision, progress=progress)
+    return _load(str(source), path, config, mesh, progress=progress)
+
+
+def _live(
+    config: ModelConfig,
+    graph: nnx.GraphDef[CausalLM],
+    state: nnx.State,
+    mesh: jax.sharding.Mesh | None,
+) -> LoadedModel:
+    if mesh is None:
+        sharding = jax.tree.leaves(state)[0].sharding
+        mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else make_mesh()
+    return LoadedModel(
+        name=config.model_type, config=config, graph=graph, state=state,
+        mesh=cast(jax.sharding.Mesh, mesh), path=None, generation_config={},
+    )  # fmt: skip
+
+
+def _live_params(
+    config: ModelConfig, params: object, mesh: jax.sharding.Mesh | None
+) -> LoadedModel:
+    arrays = flatten_params(params)
+    table = arrays.get("embed_tokens.embedding")
+    if table is None:
+        raise ConfigError(
+            "live parameters must hold 'embed_tokens.embedding', found: "
+            f"{', '.join(sorted(arrays)[:5])}."
+        )
+    graph, state = abstract_model(config, dtype=jnp.dtype(table.dtype))
+    return _live(config, graph, fill(state, arrays), mesh)
+
+
+def flatten_params(params: object) -> dict[str, jax.Array]:
+    """List live parameters by dotted path.
+
+    Args:
+        params: An `nnx.State`, a nested mapping, or a flat mapping by dotted path.
+    """
+    flat, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    arrays: dict[str, jax.Array] = {}
+    for path, leaf in flat:
+        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        arrays[".".join(part for part in parts if part)] = value
+    return arrays
+
+
+def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh) -> LoadedModel:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"load_format dummy needs a config.json, found none at {path}.")
+    shape = ModelConfig.from_hf(read_json(file))
+    dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=False))
+    graph, state = abstract_model(shape, dtype=dtype)
+    described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
+    arrays = draw_params(described, seed=config.model.seed)
+    return LoadedModel(
+        name=path.name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
+        path=path, generation_config={},
+    )  # fmt: skip
+
+
+def _load(
+    name: str, path: Path, config: EngineConfig, mesh: jax.sharding.Mesh, *, progress: bool
+) -> LoadedModel:
+    checkpoint = open_checkpoint(path, cast(LoadFormat, config.model.load_format))
+    try:
+        shape = checkpoint.config
+        dtype = jnp.dtype(
+            resolve_dtype(config.model, shape, is_quantized=checkpoint.is_quantized)
+        )
+        graph, state = abstract_model(shape, dtype=dtype)
+        described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
+        arrays = load_params(checkpoint, described, progress=progress)
+        return LoadedModel(
+            name=name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
+            path=path, generation_config=dict(checkpoint.generation_config),
+        )  # fmt: skip
+    finally:
+        checkpoint.close()
+
+
+def resolve_dtype(options: ModelOptions, config: ModelConfig, *, is_quantized: bool) -> str:
+    """Choose the precision: what was asked for, or what suits checkpoint and device.
+
+    Args:
+        options: May name a precision.
+        config: May say the checkpoint's own.
+        is_quantized: Whether the checkpoint holds quantised weights, which say nothing.
+    """
+    if options.dtype != "auto":
+        return options.dtype
+    own = None if is_quantized else config.torch_dtype
+    if jax.default_backend() != "cpu":
+        return own or "bfloat16"
+    if own == "float32" or not _cpu_has_bfloat16():
+        return "float32"
+    return "bfloat16"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Tell whether the processor multiplies bfloat16; without, XLA emulates it very slowly."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in text or "amx_bf16" in text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CachePlan:
+    """How the memory of the cache is laid out."""
+
+    max_model_len: int
+    num_pages: int
+    use_pages: bool
+    keep_store: bool
+
+
+def _plan_cache(config: EngineConfig, model: LoadedModel, dtype: str, max_num_seqs: int) -> _CachePlan:
+    shape, cache = model.config, config.cache
+    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    use_pages = cache.kv_layout == "pages" or (cache.kv_layout == "auto" and not on_cpu)
+    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
+    budget = cache.kv_cache_memory_bytes or _free_memory(config, model, on_cpu=on_cpu)
+    longest = config.model.max_model_len
+    if longest is not None and longest > shape.max_position:
+        raise ConfigError(
+            f"max_model_len={longest} exceeds the model's {shape.max_position} positions."
+        )
+    if longest is None:
+        rows = 1 if use_pages else max_num_seqs
+        room = int(budget * (1.0 if use_pages else _SLOT_SHARE)) // (per_token * rows)
+        longest = shape.max_position
+        if room < longest:
+            longest = max(_SHORTEST_AUTO_LEN, 1 << max(0, room.bit_length() - 1))
+            longest = min(longest, shape.max_position)
+            logger.info("max_model_len set to %d, which is what memory allows", longest)
+    slots = 0 if use_pages else max_num_seqs * slot_capacity(longest, _Q_BLOCK) * per_token
+    keep_store = cache.enable_prefix_caching or use_pages
+    num_pages = cache.num_gpu_blocks_override
+    if num_pages is None:
+        wanted = max_num_seqs * -(-longest // cache.block_size)
+        room = (budget - slots) // (per_token * cache.block_size)
+        num_pages = min(wanted, room) if keep_store else wanted
+        least = -(-longest // cache.block_size)
+        if num_pages < least:
+            needed = slots + least * cache.block_size * per_token
+            raise CapacityError(
+                f"the key-value cache has {format_bytes(budget)}, but {max_num_seqs} sequences of "
+                f"{longest} tokens need {format_bytes(needed)}. Lower --max-model-len or "
+                "--max-num-seqs, or raise --kv-cache-memory-bytes."
+            )
+    return _CachePlan(
+        max_model_len=longest, num_pages=num_pages, use_pages=use_pages, keep_store=keep_store
+    )
+
+
+def _free_memory(config: EngineConfig, model: LoadedModel, *, on_cpu: bool) -> int:
+    if on_cpu:
+        return int(psutil.virtual_memory().available * _CPU_CACHE_SHARE)
+    stats = model.mesh.devices.flat[0].memory_stats() or {}
+    limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
+    share = config.cache.gpu_memory_utilization
+    # Activations, logits and the program itself live beside weights and cache.
+    budget = int((limit * share - used) * 0.9) * model.mesh.devices.size
+    if budget <= 0:
+        raise CapacityError(
+            f"the device has {format_bytes(limit)} of which {format_bytes(used)} are in use; "
+            f"gpu_memory_utilization={share} leaves nothing for the key-value cache."
+        )
+    return budget
+
+
+@dataclass(slots=True, kw_only=True)
+class Assembled:
+    """A ready engine with what its faces need.
+
+    Attributes:
+        engine: The engine, not yet warm.
+        tokenizer: Its tokenizer, if there is one.
+        config: Settings with every "auto" resolved.
+        model: The loaded model.
+        default_sampling: Sampling defaults of the model.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    config: EngineConfig
+    model: LoadedModel
+    default_sampling: dict[str, Any]
+
+
+def assemble(
+    source: ModelSource,
+    config: EngineConfig,
+    *,
+    clock: Clock,
+    tokenizer: Tokenizer | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    scheduler: Scheduler | None = None,
+    progress: bool = False,
+) -> Assembled:
+    """Load a model and build its engine.
+
+    Args:
+        source: The model.
+        config: Settings.
+        clock: Where time comes from.
+        tokenizer: Used instead of the model's own.
+        mesh: Devices.
+        scheduler: Used instead of the configured policy.
+        progress: Whether to show progress bars.
+    """
+    model = load_model(source, config, mesh=mesh, progress=progress)
+    dtype = str(model.state["embed_tokens"]["embedding"].get_value().dtype)
+    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    options = config.scheduler
+    max_num_seqs = options.max_num_seqs or (16 if on_cpu else 256)
+    budget = options.max_num_batched_tokens or (512 if on_cpu else 8192)
+    plan = _plan_cache(config, model, dtype, max_num_seqs)
+    runner_options = config.runner
+    backend = cast(
+        Backend,
+        "xla" if runner_options.attention_backend == "auto" else runner_options.attention_backend,
+    )
+    resolved = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, max_model_len=plan.max_model_len, dtype=dtype),
+        cache=dataclasses.replace(
+            config.cache,
+            kv_layout="pages" if plan.use_pages else "slots",
+            num_gpu_blocks_override=plan.num_pages,
+        ),
+        scheduler=dataclasses.replace(
+            options, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+        ),
+        runner=dataclasses.replace(runner_options, attention_backend=backend),
+    )
+    shapes = ShapeTable.build(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=plan.max_model_len,
+        page_size=config.cache.block_size,
+        use_pages=plan.use_pages,
+        q_block=_Q_BLOCK,
+        batch_invariant=runner_options.batch_invariant,
+        min_rows=4 if on_cpu and dtype == "bfloat16" else 1,
+    )
+    max_logprobs = runner_options.max_logprobs
+    vocab = model.config.vocab_size
+    spec = RunnerSpec(
+        config=model.config,
+        dtype=dtype,
+        shapes=shapes,
+        max_num_seqs=max_num_seqs,
+        num_pages=plan.num_pages,
+        page_size=config.cache.block_size,
+        max_model_len=plan.max_model_len,
+        use_pages=plan.use_pages,
+        keep_store=plan.keep_store,
+        backend=backend,
+        logprobs_mode=runner_options.logprobs_mode,
+        num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
+        matmul_precision="highest" if dtype == "float32" else "default",
+    )
+    metrics = EngineMetrics(max_model_len=plan.max_model_len)
+    runner = Runner(
+        spec,
+        model.graph,
+        model.state,
+        mesh=model.mesh,
+        on_compile=metrics.compiled,
+        cache_dir=runner_options.compilation_cache_dir or _default_compile_cache(),
+        forbid_late=runner_options.enforce_no_recompile,
+    )
+    if tokenizer is None:
+        tokenizer = _find_tokenizer(config.model, model)
+    if scheduler is None:
+        scheduler = FcfsScheduler(
+            by_priority=options.scheduling_policy == "priority",
+            mix=not runner_options.batch_invariant,
+        )
+    engine = Engine(
+        runner,
+        scheduler,
+        tokenizer=tokenizer,
+        clock=clock,
+        metrics=metrics,
+        eos_token_ids=_eos_ids(model, tokenizer),
+        max_num_batched_tokens=budget,
+        max_num_queued_reqs=options.max_num_queued_reqs,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        overlap=options.async_scheduling,
+        seed=config.model.seed,
+        max_logprobs=max_logprobs,
+    )
+    return Assembled(
+        engine=engine,
+        tokenizer=tokenizer,
+        config=resolved,
+        model=model,
+        default_sampling=_default_sampling(config.model, model.generation_config),
+    )
+
+
+def _default_compile_cache() -> str | None:
+    directory = cache_dir() / "compile"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("compiled programs will not be kept: %s", error)
+        return None
+    return str(directory) if os.access(directory, os.W_OK) else None
+
+
+def _find_tokenizer(options: ModelOptions, model: LoadedModel) -> Tokenizer | None:
+    if options.tokenizer is not None:
+        place = resolve_model(options.tokenizer, revision=options.revision)
+        return Tokenizer.from_path(place, chat_template=options.chat_template)
+    if model.path is None or options.load_format == "dummy":
+        return None
+    return Tokenizer.from_path(model.path, chat_template=options.chat_template)
+
+
+def _eos_ids(model: LoadedModel, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    ids = list(model.config.eos_token_ids)
+    if tokenizer is not None:
+        ids += tokenizer.eos_token_ids
+    own = model.generation_config.get("eos_token_id")
+    ids += own if isinstance(own, list) else [own] if isinstance(own, int) else []
+    return tuple(dict.fromkeys(ids))
+
+
+def _default_sampling(
+    options: ModelOptions, generation_config: Mapping[str, object]
+) -> dict[str, Any]:
+    if options.generation_config in {"vllm", "none"}:
+        return {}
+    found = {
+        name: generation_config[name]
+        for name in _SAMPLING_DEFAULTS
+        if generation_config.get(name) is not None
+    }
+    longest = generation_config.get("max_new_tokens")
+    return found | ({"max_tokens": longest} if isinstance(longest, int) else {})
+
+
