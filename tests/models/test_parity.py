@@ -1,0 +1,138 @@
+"""Logits agree with transformers: tiny random checkpoints, float32, prefill and decode."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import LLM, SamplingParams
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "oracles" / "golden" / "models"
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+TOLERANCE = 1e-4
+
+SETTINGS = {
+    "dtype": "float32",
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "logprobs_mode": "raw_logits",
+    "max_logprobs": -1,
+}
+
+
+def engine_of(folder: Path, **settings: object) -> LLM:
+    return LLM(folder, **(SETTINGS | settings))
+
+
+def sequences(folder: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return (token ids, logits of the prompt, logits of each later token) per sequence."""
+    with np.load(folder / "golden.npz") as data:
+        count = sum(name.startswith("tokens") for name in data)
+        return [tuple(data[f"{kind}_{i}"] for kind in ("tokens", "prefill", "decode"))
+                for i in range(count)]
+
+
+def row(candidates: dict, vocab_size: int) -> np.ndarray:
+    assert len(candidates) == vocab_size
+    return np.array([candidates[token].logprob for token in range(vocab_size)], np.float32)
+
+
+def check_forward(folder: Path) -> None:
+    """The pure forward pass, without a cache."""
+    with engine_of(folder) as llm:
+        for tokens, prefill, decode in sequences(folder):
+            logits = llm.forward(jnp.asarray(tokens)[None]).logits[0]
+            expected = np.concatenate([prefill, decode])
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def check_engine(folder: Path, **settings: object) -> None:
+    """Prefill and greedy decode through pages, batches and the cache."""
+    cases = sequences(folder)
+    sampling = [
+        SamplingParams(
+            temperature=0.0, max_tokens=len(decode) + 1, ignore_eos=True, detokenize=False,
+            logprobs=-1, prompt_logprobs=-1,
+        )
+        for _, _, decode in cases
+    ]
+    prompts = [tokens[: len(prefill)].tolist() for tokens, prefill, _ in cases]
+    with engine_of(folder, **settings) as llm:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    for output, (tokens, prefill, decode) in zip(outputs, cases, strict=True):
+        vocab = prefill.shape[-1]
+        assert output.outputs[0].token_ids[:-1] == tokens[len(prefill) :].tolist()
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs[0] is None
+        found = [row(entry, vocab) for entry in output.prompt_logprobs[1:]]
+        if found:
+            np.testing.assert_allclose(found, prefill[:-1], rtol=0, atol=TOLERANCE)
+        found = [row(entry, vocab) for entry in output.outputs[0].logprobs]
+        expected = np.concatenate([prefill[-1:], decode])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_golden_files_name_their_makers() -> None:
+    meta = json.loads((GOLDEN / "meta.json").read_text())
+    assert set(meta["cases"]) == set(meta["seeds"]) == set(NAMES)
+    assert meta["transformers"]
+    assert meta["torch"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_agrees(name: str) -> None:
+    check_forward(GOLDEN / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decode_agree(name: str) -> None:
+    check_engine(GOLDEN / name)
+
+
+@pytest.mark.parametrize("name", ["llama_llama3_rope", "qwen3_plain"])
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_prefill_and_decode_agree_with_pages(name: str, backend: str) -> None:
+    check_engine(GOLDEN / name, kv_layout="pages", attention_backend=backend)
+
+
+def test_prefill_in_chunks_agrees() -> None:
+    check_engine(GOLDEN / "qwen2_plain", max_num_batched_tokens=8)
+
+
+def test_old_spelling_of_rope_agrees(tmp_path: Path) -> None:
+    """Checkpoints on the hub still say rope_theta and rope_scaling."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    source = GOLDEN / "llama_llama3_rope"
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path)
+    config = json.loads((source / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    check_forward(folder)
+
+
+@pytest.mark.live_oracle
+@pytest.mark.parametrize("offset", range(3))
+def test_fresh_random_configurations_agree(
+    offset: int, oracle_python: Path, tmp_path: Path
+) -> None:
+    """Both side by side over configurations that nobody has seen before."""
+    seed = int(os.environ.get("JAXSERVE_ORACLE_SEED", np.random.SeedSequence().entropy % 10**6))
+    script = ROOT / "tests" / "oracles" / "make_models.py"
+    made = subprocess.run(
+        [oracle_python, script, "--random", str(seed + offset), "--out", tmp_path / "model"],
+        check=True, capture_output=True, text=True, timeout=240,
+    )
+    print(f"JAXSERVE_ORACLE_SEED={seed}", made.stdout)  # shown when the test fails
+    check_forward(tmp_path / "model")
+    check_engine(tmp_path / "model")
