@@ -143,12 +143,13 @@ class Attention(nnx.Module):
         self.k_proj = linear(hidden, kv_heads * dim, "hidden", "kv_heads", use_bias=bias)
         self.v_proj = linear(hidden, kv_heads * dim, "hidden", "kv_heads", use_bias=bias)
         self.o_proj = linear(heads * dim, hidden, "q_heads", "hidden", use_bias=config.o_bias)
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        if config.qk_norm:
-            epsilon = config.rms_norm_eps
-            self.q_norm = RMSNorm(dim, epsilon=epsilon, axis="head_dim", dtype=dtype)
-            self.k_norm = RMSNorm(dim, epsilon=epsilon, axis="head_dim", dtype=dtype)
+
+        def norm() -> RMSNorm | None:
+            if not config.qk_norm:
+                return None
+            return RMSNorm(dim, epsilon=config.rms_norm_eps, axis="head_dim", dtype=dtype)
+
+        self.q_norm, self.k_norm = norm(), norm()
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
 
     def __call__(
@@ -218,12 +219,15 @@ class CausalLM(nnx.Module):
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, axis="hidden", dtype=dtype
         )
-        self.lm_head: Linear | None = None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(
+        # Assigned once: nnx lets no attribute turn from a plain value into a module.
+        self.lm_head: Linear | None = (
+            None
+            if config.tie_word_embeddings
+            else Linear(
                 config.hidden_size, config.vocab_size, axes=("hidden", "vocab"),
                 use_bias=False, dtype=dtype, rngs=rngs,
             )
+        )
 
     def __call__(
         self,
