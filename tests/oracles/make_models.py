@@ -5,7 +5,7 @@ Run in the oracle environment (torch and transformers; jaxserve is not imported)
     python tests/oracles/make_models.py                    # every case -> golden/models/<name>/
     python tests/oracles/make_models.py --random SEED --out DIR   # one fresh random case -> DIR
 
-Each directory holds an ordinary Hugging Face checkpoint (config.json and safetensors) and
+Each directory holds an ordinary Hugging Face checkpoint (config.json, safetensors, tokenizer) and
 `golden.npz`: for sequence i the ids `tokens_i` (a random prompt and its greedy continuation), the
 logits `prefill_i` of the prompt in one forward pass, and the logits `decode_i` of the continuation,
 fed one token at a time through the cache.
@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -199,6 +200,14 @@ def logits_of(model: transformers.PreTrainedModel, seed: int) -> dict[str, np.nd
     return out
 
 
+def word_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
+    """Make a tokenizer whose words are `t0`, `t1`, ..., so that the folder is a whole checkpoint."""
+    words = {f"t{index}": index for index in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
 def write(case: dict, seed: int, folder: Path) -> int:
     """Write the checkpoint of a case and what it computes; answer with the seed used."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -209,6 +218,7 @@ def write(case: dict, seed: int, folder: Path) -> int:
         model = model.to(getattr(torch, case["stored_dtype"]))
     model.save_pretrained(folder, max_shard_size=case.get("max_shard_size", "1GB"))
     (folder / "generation_config.json").unlink(missing_ok=True)
+    word_tokenizer(model.config.vocab_size).save(str(folder / "tokenizer.json"))
     np.savez_compressed(folder / "golden.npz", **golden)
     return seed
 

@@ -206,7 +206,7 @@ def make_sentencepiece() -> None:
     metadata = sentencepiece_metadata(oracle)
     texts = [
         text
-        for text in random_texts(NUM_TEXTS, SEED + 2, [])
+        for text in random_texts(NUM_TEXTS - 40, SEED + 2, [])
         # With user-defined pieces, llama.cpp cuts a text in parts and begins each with a space.
         if not any(symbol.replace("\u2581", " ") in f" {text}" for symbol in USER_DEFINED)
     ]
