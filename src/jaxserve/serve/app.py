@@ -29,7 +29,14 @@ from jaxserve.serve.sse import (
 )
 from jaxserve.serve.state import ServerState
 from jaxserve.serve.streams import gather, stream
-from jaxserve.serve.translate import Job, answer_id, chat_job, completion_job, tokenize
+from jaxserve.serve.translate import (
+    Job,
+    answer_id,
+    chat_job,
+    completion_job,
+    tokenize,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
@@ -151,7 +158,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         raise RequestError(
             f"tokens must be ids below {engine.vocab_size}, got {str(bad)[:40]}.", param="tokens"
         )
-    text = engine.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+    text = tokenizer_of(engine).decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
     return _json({"prompt": text})
 
 

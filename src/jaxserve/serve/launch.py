@@ -304,7 +304,9 @@ class _Runner:
         if engine is not None:
             if engine.num_unfinished:
                 say(f"stopping: {engine.num_unfinished} completions may go on for {timeout:g} s")
-            await engine.drain(timeout)
+            if not await engine.drain(timeout):
+                await self.state.abort_all()
+                await engine.drain(FLUSH_S)
         self.server.should_exit = True
 
 
@@ -314,4 +316,4 @@ def _make_engine(settings: Settings) -> "AsyncLLM":
 
     name = settings.model or DEFAULT_MODEL
     say(f"jaxserve {__version__}: loading {name}")
-    return AsyncLLM(name, config=settings.engine)
+    return AsyncLLM(name, config=settings.engine, progress=True)

@@ -89,18 +89,18 @@ class TokenWriter:
     """Writes tokens and their log-probabilities for one answer.
 
     Args:
-        tokenizer: Gives text and bytes of a token.
+        tokenizer: Gives text and bytes of a token; None where there is neither.
         as_ids: Whether to write `token_id:N` for the text.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", *, as_ids: bool) -> None:
+    def __init__(self, tokenizer: "Tokenizer | None", *, as_ids: bool) -> None:
         """Keep the tokenizer."""
         self._tokenizer = tokenizer
         self._as_ids = as_ids
 
     def text(self, token: int, entry: Logprob | None = None) -> str:
         """Return the text of a token."""
-        if self._as_ids:
+        if self._as_ids or self._tokenizer is None:
             return f"token_id:{token}"
         if entry is not None and entry.decoded_token is not None:
             return entry.decoded_token
@@ -116,10 +116,11 @@ class TokenWriter:
         return content
 
     def _chat_entry(self, token: int, entry: Logprob) -> dict[str, Any]:
+        tokenizer = self._tokenizer
         return {
             "token": self.text(token, entry),
             "logprob": clamp(entry.logprob),
-            "bytes": list(self._tokenizer.token_bytes(token)),
+            "bytes": None if tokenizer is None else list(tokenizer.token_bytes(token)),
         }
 
     def completion(

@@ -7,7 +7,8 @@ prepared halves; sixteen streams share two cores with the model.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -175,9 +176,14 @@ async def merge[T](sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def close_all(sources: Sequence[AsyncIterator[object]]) -> None:
-    """Close every source that can be closed, whatever the others do."""
-    closers: list[Awaitable[None]] = [
-        source.aclose() for source in sources if isinstance(source, AsyncGenerator)
-    ]
-    await asyncio.gather(*closers, return_exceptions=True)
+class Closable(Protocol):
+    """What must be told when nobody reads it any more."""
+
+    def aclose(self) -> Coroutine[object, object, None]:
+        """Stop; harmless when it has ended."""
+        ...
+
+
+async def close_all(sources: Sequence[Closable]) -> None:
+    """Close every source, whatever the others do."""
+    await asyncio.gather(*(source.aclose() for source in sources), return_exceptions=True)

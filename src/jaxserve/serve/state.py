@@ -1,14 +1,14 @@
 """What all requests share: the engine once it is there, the model's names, the load."""
 
 import logging
-from collections.abc import AsyncIterator, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jaxserve.core.clock import WallClock
 from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError, did_you_mean
-from jaxserve.core.event import TokenEvent
 from jaxserve.serve.options import ServerConfig
+from jaxserve.serve.source import EventSource
 from jaxserve.serve.sse import close_all
 from jaxserve.serve.translate import Job
 
@@ -47,6 +47,7 @@ class ServerState:
         self.load = 0
         self.clock = WallClock()
         self._model = model
+        self._open: set[EventSource] = set()
         self._started = int(self.clock.unix())
 
     @property
@@ -109,7 +110,7 @@ class ServerState:
             )
         return name
 
-    async def open(self, engine: "AsyncLLM", job: Job) -> list[AsyncIterator[TokenEvent]]:
+    async def open(self, engine: "AsyncLLM", job: Job) -> list[EventSource]:
         """Hand a job's requests to the engine.
 
         Returns:
@@ -118,16 +119,24 @@ class ServerState:
         Raises:
             RequestError: If one of them is refused; none runs then.
             CapacityError: If the queue is full; none runs then.
+            EngineDeadError: If the engine has stopped.
         """
         self._log(job)
-        sources: list[AsyncIterator[TokenEvent]] = []
+        sources: list[EventSource] = []
         try:
             for request in job.requests:
-                sources.append(engine.events(request))  # noqa: PERF401  kept for the clean-up
+                source = EventSource(engine, request, self._open.discard)
+                self._open.add(source)
+                sources.append(source)
         except BaseException:
             await close_all(sources)
             raise
         return sources
+
+    async def abort_all(self) -> None:
+        """End every request early; the clients get what there is, with reason `abort`."""
+        for source in list(self._open):
+            await source.abort()
 
     def _log(self, job: Job) -> None:
         if not self.config.log.enable_log_requests:

@@ -3,7 +3,7 @@
 import abc
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from jaxserve.core.event import TokenEvent, TokenLogprobs
@@ -15,17 +15,16 @@ from jaxserve.serve.replies import (
     check_event,
     prompt_fields,
 )
+from jaxserve.serve.source import EventSource
 from jaxserve.serve.sse import DONE, close_all, frame, merge, text_framer
 
 logger = logging.getLogger("jaxserve.serve")
-
-Source = AsyncIterator[TokenEvent]
 
 _SLOT = "\0text"
 """Where the text goes in a prepared event; no id or model name can contain it."""
 
 
-async def gather(answer: Answer, sources: Sequence[Source]) -> None:
+async def gather(answer: Answer, sources: Sequence[EventSource]) -> None:
     """Read every event into `answer`.
 
     Args:
@@ -47,7 +46,7 @@ async def gather(answer: Answer, sources: Sequence[Source]) -> None:
 
 
 async def stream(
-    answer: Answer, sources: Sequence[Source], writer: TokenWriter
+    answer: Answer, sources: Sequence[EventSource], writer: TokenWriter
 ) -> AsyncGenerator[bytes]:
     """Yield an answer as server-sent events, the closing `[DONE]` included.
 

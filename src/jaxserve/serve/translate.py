@@ -20,6 +20,7 @@ from jaxserve.serve.options import ApiOptions
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
+    from jaxserve.engine.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
 MAX_ID_LEN = 128
@@ -74,6 +75,20 @@ class Job:
     def num_choices(self) -> int:
         """Completions in all."""
         return self.n * len(self.requests)
+
+
+def tokenizer_of(engine: "AsyncLLM") -> "Tokenizer":
+    """Return the engine's tokenizer.
+
+    Raises:
+        RequestError: If there is none; the model then takes and gives token ids only.
+    """
+    if engine.tokenizer is None:
+        raise RequestError(
+            "this server has no tokenizer; send token ids to /v1/completions, or start it with "
+            "--tokenizer."
+        )
+    return engine.tokenizer
 
 
 def answer_id(prefix: str, header: str | None, field: str | None) -> str:
@@ -135,7 +150,7 @@ async def completion_job(
             prefixes.append("")
         elif text is None or body.truncate_prompt_tokens is not None:
             special = body.skip_special_tokens
-            prefixes.append(engine.tokenizer.decode(tokens, skip_special_tokens=special))
+            prefixes.append(tokenizer_of(engine).decode(tokens, skip_special_tokens=special))
         else:
             prefixes.append(text)
     return Job(
@@ -286,21 +301,17 @@ def _request(
     sampling: SamplingParams,
     name: str,
 ) -> Request:
-    salt = body.cache_salt
-    if salt is not None:
-        bad = sorted(set(salt) & set("@/\\\0"))
-        if not 0 < len(salt) <= MAX_SALT_LEN or bad:
-            raise RequestError(
-                f"cache_salt must be 1 to {MAX_SALT_LEN} characters without @, /, \\ and NUL, "
-                f"got {len(salt)} characters{f' with {bad[0]!r}' if bad else ''}.",
-                param="cache_salt",
-            )
+    _check_salt(body.cache_salt)
     unique = RequestId(f"{name}-{new_request_id()[:8]}")  # clients may repeat their ids
     prompt: dict[str, Any] = {"prompt_token_ids": tokens}
     if text is not None:
         prompt["prompt"] = text
     request = engine.make_request(
-        prompt, sampling, request_id=unique, priority=body.priority, cache_salt=salt or ""
+        prompt,
+        sampling,
+        request_id=unique,
+        priority=body.priority,
+        cache_salt=body.cache_salt or "",
     )
     left = engine.max_model_len - len(request.prompt_token_ids)
     wanted = request.sampling.max_tokens
@@ -311,6 +322,18 @@ def _request(
     return request
 
 
+def _check_salt(salt: str | None) -> None:
+    if salt is None:
+        return
+    bad = sorted(c for c in set(salt) if c in "@/\\\0" or "\ud800" <= c <= "\udfff")
+    if not 0 < len(salt) <= MAX_SALT_LEN or bad:
+        raise RequestError(
+            f"cache_salt must be 1 to {MAX_SALT_LEN} characters without @, /, \\ and NUL, "
+            f"got {len(salt)} characters{f' with {bad[0]!r}' if bad else ''}.",
+            param="cache_salt",
+        )
+
+
 async def _encode(
     engine: "AsyncLLM", prompt: str | list[int], *, add_special_tokens: bool
 ) -> list[int]:
@@ -318,7 +341,7 @@ async def _encode(
         return prompt
 
     def encode() -> list[int]:
-        return engine.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return tokenizer_of(engine).encode(prompt, add_special_tokens=add_special_tokens)
 
     return await asyncio.to_thread(encode) if len(prompt) > LONG_TEXT else encode()
 
@@ -366,9 +389,9 @@ async def encode_chat(engine: "AsyncLLM", body: ChatTemplateBody, options: ApiOp
             "kwargs": kwargs,
         }
         if not body.add_special_tokens:
-            return engine.tokenizer.encode_chat(messages, **shared)
-        text = engine.tokenizer.render_chat(messages, **shared)
-        return engine.tokenizer.encode(text, add_special_tokens=True)
+            return tokenizer_of(engine).encode_chat(messages, **shared)
+        text = tokenizer_of(engine).render_chat(messages, **shared)
+        return tokenizer_of(engine).encode(text, add_special_tokens=True)
 
     size = sum(len(_plain(message)) for message in body.messages)
     return await asyncio.to_thread(render) if size > LONG_TEXT else render()
@@ -395,7 +418,9 @@ async def tokenize(engine: "AsyncLLM", body: TokenizeBody, options: ApiOptions) 
     else:
         special = body.add_special_tokens is not False
         tokens = await _encode(engine, body.prompt, add_special_tokens=special)
-    strings = [engine.tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None
+    strings = (
+        [tokenizer_of(engine).token_text(t) for t in tokens] if body.return_token_strs else None
+    )
     return {
         "count": len(tokens),
         "max_model_len": engine.max_model_len,
