@@ -128,7 +128,7 @@ def random_case(seed: int) -> dict:
         "num_key_value_heads": kv_heads,
         "num_attention_heads": kv_heads * group,
         "head_dim": head_dim,
-        "hidden_size": rng.randrange(16, 96, 8),
+        "hidden_size": kv_heads * group * rng.randrange(4, 12),  # a multiple of the heads
         "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-3]),
         "tie_word_embeddings": rng.random() < 0.5,
     }
