@@ -37,11 +37,13 @@ GOLDEN = Path(__file__).parent / "golden"
 SEED = 20260102
 NUM_TEXTS, NUM_SEQUENCES = 150, 80
 
-WORDS = (
-    "the of and to in Hello world's I'll we've don't CAN'T It's def return import numpy print(f'{x}') "
-    "range(10): 3.14159 2024-11-23 1,000,000 ½ ² Ⅷ ٣ naïve café Straße Ωmega Привет мир 你好 世界 "
-    "日本語 テスト 한국어 العربية עברית हिन्दी ไทย 🙂 👩‍👩‍👧‍👦 🇫🇷 e\u0301 A\u030a ﬁ ｆｕｌｌ"
-).split(" ")
+_WORDS = """
+the of and to in Hello world's I'll we've don't CAN'T It's def return import numpy print(f'{x}')
+range(10): 3.14159 2024-11-23 1,000,000 ½ ² Ⅷ ٣ naïve café Straße Ωmega Привет мир 你好 世界
+日本語 テスト 한국어 العربية עברית हिन्दी ไทย 🙂 👩\u200d👩\u200d👧\u200d👦 🇫🇷 e\u0301 A\u030a ﬁ
+ｆｕｌｌ
+"""
+WORDS = tuple(_WORDS.split())
 RANGES = (
     *[(0x20, 0x7E)] * 4, (0xA0, 0x17F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF),
     (0x590, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF), (0x2000, 0x206F),
@@ -342,7 +344,7 @@ TEMPLATES = {
         "{{ (messages | selectattr('role', 'equalto', 'user') | list) | length }}"
     ),
     "variables": (
-        "{{ strftime_now('fixed') }} {{ eos_token }} {{ documents is none or documents is not defined }}"
+        "{{ strftime_now('fixed') }} {{ eos_token }} {{ not documents }}"
         "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
         "{{ nothing }}{{ nothing | default('default') }}"
         "{%- set names %}{% for m in messages %}{{ m.role }} {% endfor %}{% endset %}{{ names }}"

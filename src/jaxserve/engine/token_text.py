@@ -1,9 +1,8 @@
 """What each token says: tables from token ids to text, and decoders that work piece by piece.
 
-A tokenizer's own `decode` wants the whole sequence. The decoders here take ids as they come and
-give the same text: whatever is fed, and however it is cut, the pieces together equal `decode` of
-all ids. They return what can no longer change and keep the rest (the first bytes of a character,
-or a run of byte tokens) until more ids arrive or the sequence ends.
+A text grows token by token, and a character may take several of them. The decoders here take ids
+as they come and return what can no longer change; they keep the first bytes of a character until
+its last ones arrive, or the sequence ends. However the ids are cut, the pieces make the same text.
 """
 
 import codecs
@@ -277,18 +276,20 @@ class PieceText:
 
 
 class _PieceDecoder:
-    """Joins pieces, and decodes runs of byte tokens when they end.
+    """Joins pieces; a run of byte tokens is decoded as UTF-8, U+FFFD for each invalid byte.
 
-    A run is decoded as a whole: if it is not valid UTF-8, every one of its bytes becomes U+FFFD.
-    That is what the `tokenizers` library does, so a run must be complete before any of it is shown.
+    Source: the decoder of SentencePiece, with which such vocabularies are made.
+    Differs: the `tokenizers` library turns every byte of a run into U+FFFD if one of them is
+    invalid, so that a limit on tokens that falls within an emoji destroys those before it, and
+    nothing of a run can be shown until it ends.
     """
 
-    __slots__ = ("_bytes", "_pieces", "_started", "_strip", "_text")
+    __slots__ = ("_pieces", "_run", "_started", "_strip", "_text")
 
     def __init__(self, text: PieceText, pieces: Mapping[int, str | int], *, started: bool) -> None:
         self._text = text
         self._pieces = pieces
-        self._bytes = bytearray()
+        self._run = bytearray()
         self._started = started
         self._strip = 0 if started else text.rules.strip_count
 
@@ -304,23 +305,33 @@ class _PieceDecoder:
             elif self._text.rules.separator:
                 out.append(self._text.rules.separator)
             if isinstance(piece, int):
-                self._bytes.append(piece)
+                self._run.append(piece)
                 continue
-            if self._bytes:
-                out.append(self._end_run())
+            if self._run:
+                out.append(self._take_run(final=True))
             out.append(piece)
+        if self._run:
+            out.append(self._take_run(final=False))
         return self._strip_start("".join(out)) if out else ""
 
     def finish(self) -> str:
-        return self._strip_start(self._end_run())
+        return self._strip_start(self._take_run(final=True))
 
-    def _end_run(self) -> str:
-        run = bytes(self._bytes)
-        self._bytes.clear()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return _REPLACEMENT * len(run)
+    def _take_run(self, *, final: bool) -> str:
+        """Decode the bytes at hand; keep the beginning of a character unless the run is over."""
+        run, out = self._run, ""
+        while run:
+            try:
+                out += run.decode()
+                run.clear()
+            except UnicodeDecodeError as error:
+                out += run[: error.start].decode()
+                del run[: error.start]
+                if not final and error.reason == "unexpected end of data":
+                    break
+                out += _REPLACEMENT
+                del run[:1]
+        return out
 
     def _strip_start(self, text: str) -> str:
         char = self._text.rules.strip_char

@@ -199,15 +199,12 @@ class Tokenizer:
             The text, equal to what a `Detokenizer` gives for these ids.
 
         Raises:
-            RequestError: If an id is negative or too large to be one.
+            RequestError: If an id is negative.
         """
-        try:
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        except OverflowError as error:
-            raise RequestError(
-                f"token ids must be at least 0 and below {self.vocab_size}, "
-                f"got {min(ids)} to {max(ids)}."
-            ) from error
+        if min(ids, default=0) < 0:
+            raise RequestError(f"token ids must be at least 0, got {min(ids)}.")
+        decoder = self.token_table.decoder(skip_special_tokens=skip_special_tokens)
+        return decoder.feed(ids) + decoder.finish()
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token adds in the middle of a text; none for unknown ids."""
