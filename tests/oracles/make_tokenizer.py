@@ -189,6 +189,7 @@ def make_sentencepiece() -> None:
         line
         for name in CORPUS
         for line in pydoc.plain(pydoc.render_doc(importlib.import_module(name))).splitlines()
+        if " at 0x" not in line  # addresses, which are others every time
     ]
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
