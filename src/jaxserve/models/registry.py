@@ -41,7 +41,7 @@ def abstract_params(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """List every parameter by path with its shape, dtype and sharding on `mesh`."""
     described: dict[str, jax.ShapeDtypeStruct] = {}
-    for path, variable in state.flat_state():
+    for path, variable in nnx.to_flat_state(state):
         leaf = variable.get_value()
         axes = variable.get_metadata("axes")
         sharding = rules.sharding(axes, leaf.shape, mesh)
@@ -57,7 +57,7 @@ def fill(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
     Raises:
         ConfigError: If a parameter is missing, unknown or of another shape; it is named.
     """
-    flat = state.flat_state()
+    flat = nnx.to_flat_state(state)
     known = {path_name(path) for path, _ in flat}
     extra = sorted(set(arrays) - known)
     missing = sorted(known - set(arrays))
@@ -75,7 +75,7 @@ def fill(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
                 f"parameter {name} has shape {tuple(value.shape)}, expected {tuple(expected)}."
             )
         filled.append((path, variable.replace(value)))
-    return nnx.State.from_flat_path(filled)
+    return nnx.from_flat_state(filled)
 
 
 def draw_params(
