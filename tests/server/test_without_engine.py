@@ -118,7 +118,6 @@ def test_other_content_types_are_400():
         ("/v1/completions", {"prompt": "a", "n": "two"}, "n", "n: Input should be a valid integer"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "valid integer"),
         ("/v1/completions", {"prompt": "a", "top_p": [1]}, "top_p", "valid number, got [1]"),
-        ("/v1/completions", {"prompt": "\ud800"}, "prompt", "unicode"),
         ("/v1/completions", {"prompt": "a", "priority": 2**64}, "priority", "less than"),
         ("/v1/chat/completions", {"messages": []}, "messages", "at least 1 item"),
         ("/v1/chat/completions", {"messages": "Hi"}, "messages", "valid list"),
