@@ -80,17 +80,17 @@ clean: ## remove everything that these targets made
 	@$(UV) venv --quiet --seed --clear --python "$$(scripts/find-python)" $* || { rm -rf $*; exit 1; }
 
 $(VENV)/.stamp-serve: pyproject.toml constraints.txt | $(BIN)/python
-	@$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
 	    --editable '.[serve]'
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
 	    --editable '.[serve]' --group test --group lint --group bench
 	@touch $@ $(VENV)/.stamp-serve
 
 $(OLDEST)/.stamp-dev: pyproject.toml constraints-jax-0.11.2.txt | $(OLDEST)/bin/python
-	@$(UV) pip install --quiet --python $(OLDEST)/bin/python \
+	@$(UV) pip install --quiet --compile-bytecode --python $(OLDEST)/bin/python \
 	    --constraint constraints-jax-0.11.2.txt --editable '.[serve]' --group test
 	@touch $@
 
