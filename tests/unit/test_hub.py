@@ -111,10 +111,9 @@ def test_paths_are_taken_as_they_are(tmp_path, monkeypatch, no_download):
     assert resolve_model(DEFAULT_MODEL) == Path(DEFAULT_MODEL)
 
 
-def test_only_models_of_the_hub_have_revisions(tmp_path, no_download):
-    for name in (tmp_path, DEFAULT_MODEL):
-        with pytest.raises(ConfigError, match=r"revision 'main' was given for .* leave it out"):
-            resolve_model(name, revision="main")
+def test_a_revision_of_a_path_is_not_dropped_in_silence(tmp_path, no_download, caplog):
+    assert resolve_model(tmp_path, revision="main") == tmp_path
+    assert f"revision 'main' has no effect on {tmp_path}" in caplog.text
 
 
 @pytest.mark.parametrize(

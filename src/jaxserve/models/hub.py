@@ -131,15 +131,16 @@ def resolve_model(name: str | Path, *, revision: str | None = None, progress: bo
         ModelNotFoundError: If the name leads nowhere, or the download fails.
         CheckpointError: If the downloaded file has a wrong checksum.
         CapacityError: If the disk is full; says how much is missing.
-        ConfigError: If the cache directory cannot be written, or a revision is given for what has
-            none.
+        ConfigError: If the cache directory cannot be written.
     """
     text = str(name)
     path = Path(text).expanduser()
     if revision is not None and (path.exists() or text in KNOWN_MODELS):
-        raise ConfigError(
-            f"revision {revision!r} was given for {text!r}, expected none: only models of the "
-            "Hugging Face hub (org/name) have revisions; leave it out."
+        # No error: the same revision may be meant for another part, such as the tokenizer.
+        _logger.warning(
+            "revision %r has no effect on %s: only models of the Hugging Face hub have revisions",
+            revision,
+            text,
         )
     if path.exists():
         return path
