@@ -122,10 +122,21 @@ def url(engine: AsyncLLM) -> Iterator[str]:
             thread.join()
 
 
-def events_of(text: str) -> list[dict[str, Any]]:
+@pytest.fixture(scope="session")
+def events_of() -> Callable[[str], list[dict[str, Any]]]:
     """Check the form of a stream and return its objects, without the closing mark."""
-    frames = text.split("\n\n")
-    assert frames.pop() == ""
-    assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
-    assert frames.pop() == "data: [DONE]"
-    return [json.loads(frame[6:]) for frame in frames]
+
+    def read(text: str) -> list[dict[str, Any]]:
+        frames = text.split("\n\n")
+        assert frames.pop() == ""
+        assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
+        assert frames.pop() == "data: [DONE]"
+        return [json.loads(frame[6:]) for frame in frames]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[[Callable[[], bool]], None]:
+    """Wait for something that happens on another thread."""
+    return wait_until

@@ -44,6 +44,10 @@ TYPES = {
 }
 
 
+class GenerationFailedError(Exception):
+    """The engine gave up on a completion; its message is for the log, not for the client."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What a client is told.
@@ -140,14 +144,25 @@ def _problem_of_validation(errors: Sequence[Any]) -> Problem:
     return Problem(status=400, message=message, param=str(name))
 
 
-async def _answer(_request: Request, error: Exception) -> Response:
+def log_failure(what: str, error: BaseException) -> None:
+    """Write what went wrong on our side, with a traceback unless the engine wrote it already."""
+    if isinstance(error, GenerationFailedError):
+        logger.error("%s failed: %s", what, error)
+    else:
+        logger.error("%s failed", what, exc_info=error)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
-    if problem.status == 500 and isinstance(error, JaxserveError):
-        logger.error("request failed", exc_info=error)  # of others uvicorn prints the traceback
+    if problem.status == 500 and isinstance(error, _OURS):
+        log_failure(request.url.path, error)  # of others uvicorn prints the traceback
     return problem.response()
+
+
+_OURS = (JaxserveError, GenerationFailedError)
 
 
 def install(app: FastAPI) -> None:
     """Make `app` answer every exception with an error body."""
-    for kind in (JaxserveError, RequestValidationError, HTTPException, Exception):
+    for kind in (*_OURS, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve import __version__
 from jaxserve.core.event import FinishReason, Logprob, TokenEvent, TokenLogprobs
+from jaxserve.serve.errors import GenerationFailedError
 from jaxserve.serve.translate import Job
 
 if TYPE_CHECKING:
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 MIN_LOGPROB = -9999.0
 """What minus infinity becomes; JSON has no infinity."""
 FINGERPRINT = f"jaxserve-{__version__}"
-
-
-class GenerationFailedError(Exception):
-    """The engine gave up on a completion; its message is for the log, not for the client."""
 
 
 @dataclass(slots=True)

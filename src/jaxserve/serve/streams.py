@@ -2,12 +2,11 @@
 
 import abc
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from jaxserve.core.event import TokenEvent, TokenLogprobs
-from jaxserve.serve.errors import problem_of
+from jaxserve.serve.errors import log_failure, problem_of
 from jaxserve.serve.replies import (
     FINGERPRINT,
     Answer,
@@ -17,8 +16,6 @@ from jaxserve.serve.replies import (
 )
 from jaxserve.serve.source import EventSource
 from jaxserve.serve.sse import DONE, close_all, frame, merge, text_framer
-
-logger = logging.getLogger("jaxserve.serve")
 
 _SLOT = "\0text"
 """Where the text goes in a prepared event; no id or model name can contain it."""
@@ -70,8 +67,8 @@ async def stream(
                     yield chunk
         if answer.job.include_usage:
             yield chunks.usage()
-    except Exception as error:
-        logger.exception("stream %s failed", answer.job.response_id)
+    except Exception as error:  # noqa: BLE001  told to the client, whatever it is
+        log_failure(f"stream {answer.job.response_id}", error)
         yield frame(problem_of(error).body())
     finally:
         await close_all(sources)
