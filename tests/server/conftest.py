@@ -88,7 +88,7 @@ def ask(engine: AsyncLLM) -> Ask:
         config = ServerConfig.from_settings(
             {"served_model_name": ("tiny", "alias")} | (settings or {})
         )
-        app = create_app(ServerState(config, engine=engine))
+        app = create_app(ServerState(config, model="tiny", engine=engine))
 
         async def run() -> httpx.Response:
             transport = httpx.ASGITransport(app)
@@ -108,7 +108,7 @@ def ask(engine: AsyncLLM) -> Ask:
 def url(engine: AsyncLLM) -> Iterator[str]:
     """A real server on a free port of the loopback interface."""
     config = ServerConfig.from_settings({"served_model_name": ("tiny",)})
-    app = create_app(ServerState(config, engine=engine))
+    app = create_app(ServerState(config, model="tiny", engine=engine))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

@@ -168,6 +168,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     try:
         import uvicorn  # noqa: PLC0415  an optional package, and not before the port is taken
 
+        from jaxserve.models.hub import DEFAULT_MODEL  # noqa: PLC0415
         from jaxserve.serve.app import create_app  # noqa: PLC0415
         from jaxserve.serve.state import ServerState  # noqa: PLC0415
     except ImportError as error:
@@ -176,7 +177,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         raise MissingExtraError(
             f"the server needs the package {error.name}; run: pip install 'jaxserve[serve]'"
         ) from None
-    state = ServerState(settings.server, model=settings.model)
+    state = ServerState(settings.server, model=settings.model or DEFAULT_MODEL)
     config = uvicorn.Config(create_app(state), **_uvicorn_settings(settings.server))
     runner = _Runner(uvicorn.Server(config), settings, state, listener)
     return runner.run()
@@ -265,7 +266,7 @@ class _Runner:
         clock = WallClock()
         start = clock.now()
         try:
-            engine = await asyncio.to_thread(_make_engine, self.settings)
+            engine = await asyncio.to_thread(_make_engine, self.settings, self.state.model)
         except Exception as error:  # noqa: BLE001  raised again once the loop has ended
             self.problem = error
             self.server.should_exit = True
@@ -310,10 +311,13 @@ class _Runner:
         self.server.should_exit = True
 
 
-def _make_engine(settings: Settings) -> "AsyncLLM":
-    from jaxserve.engine.async_engine import AsyncLLM  # noqa: PLC0415  loads JAX
-    from jaxserve.models.hub import DEFAULT_MODEL  # noqa: PLC0415
+def _make_engine(settings: Settings, name: str) -> "AsyncLLM":
+    from jaxserve.models.hub import resolve_model  # noqa: PLC0415  takes a moment to load
 
-    name = settings.model or DEFAULT_MODEL
     say(f"jaxserve {__version__}: loading {name}")
-    return AsyncLLM(name, config=settings.engine, progress=True)
+    source: str | Path = name
+    if settings.engine.model.load_format != "dummy":
+        source = resolve_model(name, revision=settings.engine.model.revision)
+    from jaxserve.engine.async_engine import AsyncLLM  # noqa: PLC0415  loads JAX, which takes long
+
+    return AsyncLLM(source, config=settings.engine, progress=True)

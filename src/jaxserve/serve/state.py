@@ -31,6 +31,7 @@ class ServerState:
 
     Attributes:
         config: Settings of the server.
+        model: The model as the user named it.
         engine: The engine; None while the model is being loaded.
         is_draining: Whether new requests are refused because the server is about to stop.
         load: Generating requests that are being answered.
@@ -38,7 +39,7 @@ class ServerState:
     """
 
     def __init__(
-        self, config: ServerConfig, *, model: str | None = None, engine: "AsyncLLM | None" = None
+        self, config: ServerConfig, *, model: str, engine: "AsyncLLM | None" = None
     ) -> None:
         """Stand ready, with or without an engine."""
         self.config = config
@@ -46,7 +47,7 @@ class ServerState:
         self.is_draining = False
         self.load = 0
         self.clock = WallClock()
-        self._model = model
+        self.model = model
         self._open: set[EventSource] = set()
         self._started = int(self.clock.unix())
 
@@ -55,9 +56,7 @@ class ServerState:
         """Names that requests may use; the first one is echoed."""
         if self.config.api.served_model_name:
             return self.config.api.served_model_name
-        loaded = () if self.engine is None else (self.engine.model_name,)
-        given = () if self._model is None else (self._model,)
-        return tuple(dict.fromkeys((*given, *loaded)))
+        return (self.model,)
 
     @property
     def started(self) -> int:
