@@ -16,9 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.attention import reference, xla
 from jaxserve.attention.metadata import AttentionPlan, CausalPlan
-
-KvLayer = tuple[Array, Array]
-"""Keys and values of one layer, in one of the two layouts."""
+from jaxserve.cache.buffers import KvLayer
 
 
 def attend(
@@ -71,23 +69,17 @@ def _attend_slots(
         keys, values = _append_blocks(keys, values, k[rows:], v[rows:], plan)
     if plan.backend == "reference":
         return reference.paged_attend(q, keys, values, plan, scale=scale), (keys, values)
-    out = xla.decode(
-        q[:rows],
-        lambda extent: keys[:rows, :, :extent],
-        lambda extent: values[:rows, :, :extent],
-        plan.token_position[:rows],
-        plan,
-        scale=scale,
-    )
-    if num_prefill:
-        shape = (1, keys.shape[1], 0, keys.shape[3])
+    size = (keys.shape[1], plan.kv_tile, keys.shape[3])
 
-        def row_slice(buffer: Array, row: Array, extent: int) -> Array:
-            size = (*shape[:2], extent, shape[3])
-            return lax.dynamic_slice(buffer, (row, 0, 0, 0), size)[0]
+    def decode_tile(i: Int[Array, ""]) -> xla.Tile:
+        at, dims = (0, 0, i * plan.kv_tile, 0), (rows, *size)
+        return lax.dynamic_slice(keys, at, dims), lax.dynamic_slice(values, at, dims)
 
-        prefill = _prefill_loop(q[rows:], plan, keys, values, row_slice, scale=scale)
-        out = jnp.concatenate([out, prefill])
+    def row_tile(row: Int[Array, ""], i: Int[Array, ""]) -> xla.Tile:
+        at, dims = (row, 0, i * plan.kv_tile, 0), (1, *size)
+        return lax.dynamic_slice(keys, at, dims), lax.dynamic_slice(values, at, dims)
+
+    out = _attend_tiles(q, plan, keys.shape[1], decode_tile, row_tile, scale=scale)
     return out, (keys, values)
 
 
@@ -116,34 +108,52 @@ def _append_blocks(
     return lax.fori_loop(0, plan.num_blocks, append, (keys, values))
 
 
-def _prefill_loop(
+def _attend_tiles(
     q: Array,
     plan: AttentionPlan,
-    keys: Array,
-    values: Array,
-    row_slice: Callable[[Array, Array, int], Array],
+    kv_heads: int,
+    decode_tile: Callable[[Array], xla.Tile],
+    row_tile: Callable[[Array, Array], xla.Tile],
     *,
     scale: float,
 ) -> Array:
-    num_tokens = q.shape[0]
-    length = min(plan.q_block, num_tokens)
-    q = _pad_tail(q, length)
+    """Attend from decode rows and, block by block, from prefill tokens."""
+    rows, tile_len = plan.rows, plan.kv_tile
+    num_prefill, heads, dim = q.shape[0] - rows, q.shape[1], q.shape[2]
+    group = heads // kv_heads
+    position = plan.token_position[:rows]
+    out = xla.attend_tiles(
+        q[:rows].reshape(rows, kv_heads, group, dim),
+        decode_tile,
+        jnp.max(position) // tile_len + 1,
+        jnp.broadcast_to(position[:, None], (rows, group)),
+        tile_len=tile_len,
+        scale=scale,
+    ).reshape(rows, heads, dim)
+    if not num_prefill:
+        return out
+    length = min(plan.q_block, num_prefill)
+    queries = _pad_tail(q[rows:], length)
 
-    def body(i: Int[Array, ""], out: Array) -> Array:
-        start = plan.block_start[i]
-        row = plan.block_row[i]
-        result = xla.prefill_block(
-            lax.dynamic_slice_in_dim(q, start, length),
-            lambda extent: row_slice(keys, row, extent),
-            lambda extent: row_slice(values, row, extent),
-            plan.block_position[i],
-            plan.block_extent[i],
-            plan,
+    def attend_block(i: Int[Array, ""], result: Array) -> Array:
+        start, first = plan.block_start[i], plan.block_position[i]
+        block = lax.dynamic_slice_in_dim(queries, start, length)
+        # [length, heads, dim] -> [1, kv_heads, group * length, dim]
+        block = block.reshape(length, kv_heads, group, dim).transpose(1, 2, 0, 3)
+        attended = xla.attend_tiles(
+            block.reshape(1, kv_heads, group * length, dim),
+            lambda tile: row_tile(plan.block_row[i], tile),
+            (first + length - 1) // tile_len + 1,
+            jnp.tile(first + jnp.arange(length), group)[None],
+            tile_len=tile_len,
             scale=scale,
         )
-        return lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
+        attended = attended.reshape(kv_heads, group, length, dim).transpose(2, 0, 1, 3)
+        attended = attended.reshape(length, heads, dim)
+        return lax.dynamic_update_slice_in_dim(result, attended, start, axis=0)
 
-    return lax.fori_loop(0, plan.num_blocks, body, jnp.zeros_like(q))[:num_tokens]
+    prefill = lax.fori_loop(0, plan.num_blocks, attend_block, jnp.zeros_like(queries))
+    return jnp.concatenate([out, prefill[:num_prefill]])
 
 
 def _pad_tail(x: Array, extra: int) -> Array:
@@ -180,23 +190,15 @@ def _attend_pages(
         )
         return out, (keys, values)
 
-    def decode_rows(buffer: Array, extent: int) -> Array:
-        return gather(buffer, page_table[:rows, : -(-extent // page_size)])[..., :extent, :]
+    pages_per_tile = plan.kv_tile // page_size
 
-    out = xla.decode(
-        q[:rows],
-        lambda extent: decode_rows(keys, extent),
-        lambda extent: decode_rows(values, extent),
-        plan.token_position[:rows],
-        plan,
-        scale=scale,
-    )
-    if q.shape[0] > rows:
+    def decode_tile(i: Int[Array, ""]) -> xla.Tile:
+        pages = lax.dynamic_slice_in_dim(page_table, i * pages_per_tile, pages_per_tile, axis=1)
+        return gather(keys, pages), gather(values, pages)
 
-        def row_slice(buffer: Array, row: Array, extent: int) -> Array:
-            pages = lax.dynamic_index_in_dim(page_table, row, keepdims=False)
-            return gather(buffer, pages[: -(-extent // page_size)])[:, :extent]
+    def row_tile(row: Int[Array, ""], i: Int[Array, ""]) -> xla.Tile:
+        pages = lax.dynamic_slice(page_table, (row, i * pages_per_tile), (1, pages_per_tile))
+        return gather(keys, pages), gather(values, pages)
 
-        prefill = _prefill_loop(q[rows:], plan, keys, values, row_slice, scale=scale)
-        out = jnp.concatenate([out, prefill])
+    out = _attend_tiles(q, plan, keys.shape[1], decode_tile, row_tile, scale=scale)
     return out, (keys, values)

@@ -34,29 +34,25 @@ class AttentionPlan:
     Attributes:
         token_row: Sequence row of each packed token; -1 is padding.
         token_position: Position of each token in its sequence.
-        decode_extent: Index into `extents` of the smallest extent that covers every decode row.
         num_blocks: How many of the blocks are used.
         block_start: Where each block begins among the prefill tokens.
         block_row: Sequence row of each block.
         block_position: Position of the block's first token.
-        block_extent: Index into `extents` of the smallest extent that covers the block's keys.
         page_table: Pages of each sequence row, 0 where there is none; None with dense slots.
         rows: Number of decode rows.
-        extents: Numbers of keys, ascending, that attention is compiled for.
+        kv_tile: Keys per tile; a multiple of the page size that divides the length of a row.
         q_block: Tokens per prefill block.
         backend: Which implementation runs.
     """
 
     token_row: Int[Array, " tokens"]
     token_position: Int[Array, " tokens"]
-    decode_extent: Int[Array, ""]
     num_blocks: Int[Array, ""]
     block_start: Int[Array, " blocks"]
     block_row: Int[Array, " blocks"]
     block_position: Int[Array, " blocks"]
-    block_extent: Int[Array, " blocks"]
     page_table: Int[Array, "rows pages_per_row"] | None
     rows: int = dataclasses.field(metadata={"static": True})
-    extents: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    kv_tile: int = dataclasses.field(metadata={"static": True})
     q_block: int = dataclasses.field(metadata={"static": True})
     backend: Backend = dataclasses.field(default="xla", metadata={"static": True})

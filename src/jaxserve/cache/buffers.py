@@ -12,18 +12,28 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxserve.attention.dense import KvLayer
+KvLayer = tuple[Array, Array]
+"""Keys and values of one layer, in one of the two layouts of `attention.dense`."""
 
 KvBuffers = tuple[KvLayer, ...]
 """One (keys, values) pair per layer, slots or pages."""
 
 _MOVE_CHUNK = 128
-"""Tokens copied at once when a row moves; a divisor of every slot capacity."""
+"""Tokens copied at once when a row moves."""
 
 
-def slot_capacity(max_model_len: int, q_block: int) -> int:
-    """Tokens per slot: the longest sequence, room for a block behind it, and a scratch position."""
-    return -(-(max_model_len + q_block + 1) // _MOVE_CHUNK) * _MOVE_CHUNK
+def slot_capacity(max_model_len: int, q_block: int, kv_tile: int) -> int:
+    """Count tokens per slot.
+
+    Args:
+        max_model_len: Most tokens of a sequence.
+        q_block: Tokens of a prefill block, for which there is room behind the longest sequence.
+        kv_tile: Keys per tile of attention; the count is a multiple of it.
+
+    Returns:
+        Room for all of these, and for a scratch position that padding writes to.
+    """
+    return -(-(max_model_len + q_block + 1) // kv_tile) * kv_tile
 
 
 def allocate(
@@ -94,13 +104,19 @@ def move_row(
     slots: KvBuffers, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]
 ) -> KvBuffers:
     """Copy the first `length` tokens of one slot into another; `slots` is donated."""
-    chunk = min(_MOVE_CHUNK, slots[0][0].shape[2])
+    if not slots:
+        return slots
+    capacity = slots[0][0].shape[2]
+    chunk = min(_MOVE_CHUNK, capacity)
 
     def step(i: Array, rows: KvBuffers) -> KvBuffers:
+        # At the end of a slot whose capacity is no multiple, the last chunk overlaps its neighbour.
+        low = jnp.minimum(i * chunk, capacity - chunk)
+
         def copy(buffer: Array) -> Array:
             size = (1, buffer.shape[1], chunk, buffer.shape[3])
-            part = lax.dynamic_slice(buffer, (source, 0, i * chunk, 0), size)
-            return lax.dynamic_update_slice(buffer, part, (target, 0, i * chunk, 0))
+            part = lax.dynamic_slice(buffer, (source, 0, low, 0), size)
+            return lax.dynamic_update_slice(buffer, part, (target, 0, low, 0))
 
         return jax.tree.map(copy, rows)
 

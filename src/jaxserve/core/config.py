@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jaxserve.core.errors import ConfigError, did_you_mean
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-WarmupMode = Literal["none", "lazy", "full"]
+WarmupMode = Literal["none", "lazy", "background", "full"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 AttentionBackend = Literal["auto", "xla", "reference"]
 KvLayout = Literal["auto", "slots", "pages"]
@@ -162,7 +162,9 @@ class RunnerOptions:
 
     attention_backend: AttentionBackend = option("auto", "Implementation of attention.")
     warmup: WarmupMode = option(
-        "full", "full: compile every step shape at start; lazy: at first use; none: as lazy."
+        "background",
+        "background: compile two step shapes that serve everything, then the others while serving; "
+        "full: compile all before serving; lazy, none: each at first use.",
     )
     enforce_no_recompile: bool = option(
         False, "Fail instead of compiling after warm-up."

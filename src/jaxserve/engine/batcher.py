@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from jaxserve.core.request import SamplingParams
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
-from jaxserve.engine.shapes import FLAGS, FLOAT_FIELDS, PackedStep, ShapeTable
+from jaxserve.engine.shapes import FLAGS, FLOAT_FIELDS, PackedStep, ShapeTable, StepShape
 
 _CONSTANT_FIELDS = (*FLOAT_FIELDS, "top_k", "seed")
 
@@ -32,6 +33,14 @@ class Item:
     num_tokens: int
     is_sampled: bool
     prefill_start: int = -1
+
+
+class ShapeChooser(Protocol):
+    """Picks a compiled shape."""
+
+    def __call__(self, *, rows: int, prefill: int) -> StepShape:
+        """Return a shape with at least so many rows and prefill tokens."""
+        ...
 
 
 class RowTable:
@@ -83,41 +92,44 @@ class RowTable:
             packed.fields[name][...] = flag[:rows].any()
 
 
-def build(items: Sequence[Item], table: RowTable, shapes: ShapeTable) -> PackedStep:
+def build(
+    items: Sequence[Item],
+    table: RowTable,
+    shapes: ShapeTable,
+    choose: ShapeChooser | None = None,
+) -> PackedStep:
     """Lay a step out in the smallest compiled shape that holds it.
 
     Args:
         items: The step's work; sets `prefill_start` of those that are prefills.
         table: Sampling parameters per row.
         shapes: The compiled shapes.
+        choose: Picks a shape for so many rows and prefill tokens; the smallest by default.
     """
     prefills = [item for item in items if not item.sequence.has_device_token]
     num_prefill = sum(item.num_tokens for item in prefills)
     rows = 1 + max(item.row for item in items)
-    packed = PackedStep(shapes.shape(rows=rows, prefill=num_prefill))
+    packed = PackedStep((choose or shapes.shape)(rows=rows, prefill=num_prefill))
     fields, shape = packed.fields, packed.shape
     table.fill(packed)
     fields["token_row"][...] = -1
     fields["sample_index"][...] = -1
     fields["banned"][...] = -1
-    longest = 1
     for item in items:
         row = item.row
         if item.sequence.has_device_token:
             fields["token_row"][row] = row
             fields["token_position"][row] = item.start
             fields["sample_index"][row] = row if item.is_sampled else -1
-            longest = max(longest, item.start + 1)
         _fill_sampling(packed, item)
         if shape.pages_per_row:
             pages = item.sequence.pages
             fields["page_table"][row, : len(pages)] = pages
-    fields["decode_extent"][...] = shapes.extent_index(longest)
     offset = block = 0
     for item in prefills:
         item.prefill_start = offset
         _fill_prefill(packed, item, offset)
-        block = _fill_blocks(packed, item, offset, block, shapes)
+        block = _fill_blocks(packed, item, offset, block)
         offset += item.num_tokens
     fields["num_blocks"][...] = block
     return packed
@@ -142,15 +154,11 @@ def _fill_prefill(packed: PackedStep, item: Item, offset: int) -> None:
         fields["sample_index"][item.row] = low + item.num_tokens - 1
 
 
-def _fill_blocks(
-    packed: PackedStep, item: Item, offset: int, block: int, shapes: ShapeTable
-) -> int:
+def _fill_blocks(packed: PackedStep, item: Item, offset: int, block: int) -> int:
     fields, q_block = packed.fields, packed.shape.q_block
     for low in range(0, item.num_tokens, q_block):
-        end = item.start + min(low + q_block, item.num_tokens)
         fields["block_start"][block] = offset + low
         fields["block_row"][block] = item.row
         fields["block_position"][block] = item.start + low
-        fields["block_extent"][block] = shapes.extent_index(end)
         block += 1
     return block

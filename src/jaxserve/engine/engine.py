@@ -411,7 +411,9 @@ class Engine:
         if not items:
             return None
         self._compact(items)
-        packed = build(items, self._table, self.runner.spec.shapes)
+        packed = build(
+            items, self._table, self.runner.spec.shapes, self.runner.choose_shape
+        )
         pending = _Pending(
             items=items,
             result=self.runner.run(packed),

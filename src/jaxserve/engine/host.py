@@ -1,6 +1,8 @@
 """What the synchronous and the asynchronous face share: a loaded engine on its thread."""
 
+import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -15,6 +17,8 @@ from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.setup import ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, object]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids` (and `cache_salt`)."""
@@ -78,9 +82,30 @@ class EngineHost:
         self.graph = self._made.model.graph
         self.config = self._made.config
         self.default_sampling = self._made.default_sampling
-        if self.config.runner.warmup == "full":
-            self.engine.runner.warm_up(on_warm_up or (_progress_bar() if progress else None))
+        self._warm_up(on_warm_up or (_progress_bar() if progress else None))
         self.thread = EngineThread(self.engine)
+
+    def _warm_up(self, on_progress: Progress | None) -> None:
+        runner, mode = self.engine.runner, self.config.runner.warmup
+        if mode == "full":
+            runner.warm_up(on_progress)
+        elif mode == "background":
+            runner.warm_up_essentials()
+            threading.Thread(
+                target=self._warm_up_rest, args=(on_progress,), name="jaxserve-warm-up", daemon=True
+            ).start()
+
+    def _warm_up_rest(self, on_progress: Progress | None) -> None:
+        try:
+            self.engine.runner.warm_up(on_progress)
+        except Exception:
+            # Serving goes on with the shapes that are ready.
+            logger.exception("compiling the remaining step shapes failed")
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether every program has been compiled."""
+        return self.engine.runner.is_sealed
 
     @property
     def metrics(self) -> EngineMetrics:

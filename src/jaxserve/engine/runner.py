@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,9 +128,16 @@ class Runner:
         self._cache_dir = cache_dir
         self._programs: dict[object, Callable[..., Any]] = {}
         self._forbid_late = forbid_late
-        self._in_warm_up = False
+        self._compile_lock = threading.Lock()
+        self._takes_larger = False
+        self._is_closed = False
         self.is_sealed = False
         self._allocate()
+        # Programs are lowered against descriptions: live buffers may be donated meanwhile.
+        self._param_specs = jax.tree.map(_describe, self._params)
+        self._slot_specs = jax.tree.map(_describe, self.slots)
+        self._page_specs = jax.tree.map(_describe, self.pages)
+        self._row_specs = jax.tree.map(_describe, self._rows)
 
     def _allocate(self) -> None:
         spec, config = self.spec, self.spec.config
@@ -142,7 +150,9 @@ class Runner:
         self.slots: KvBuffers = ()
         self.pages: KvBuffers = ()
         if not spec.use_pages:
-            capacity = buffers.slot_capacity(spec.max_model_len, spec.shapes.q_block)
+            capacity = buffers.slot_capacity(
+                spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
+            )
             slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
             self.slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
         if spec.use_pages or spec.keep_store:
@@ -163,27 +173,65 @@ class Runner:
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every program, so that no later step compiles anything.
 
+        Safe beside running steps: until a shape is ready, steps use a larger one that is.
+
         Args:
             on_progress: Called with (programs done, programs in all).
         """
+        todo = self._all_programs()
+        for index, compile_one in enumerate(todo):
+            if self._is_closed:
+                return
+            compile_one()
+            if on_progress is not None:
+                on_progress(index + 1, len(todo))
+        self.is_sealed = True
+
+    def warm_up_essentials(self) -> None:
+        """Compile the two step shapes that every mix of requests fits into.
+
+        From then on `warm_up` may go on in the background; meanwhile steps run in the smallest
+        shape that is ready.
+        """
+        shapes = self.spec.shapes
+        self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=0))
+        largest = shapes.prefill_buckets[-1]
+        self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=largest))
+        self._takes_larger = True
+
+    def _all_programs(self) -> list[Callable[[], object]]:
+        shapes = self.spec.shapes
         todo: list[Callable[[], object]] = [
-            functools.partial(self._step_program, shape) for shape in self.spec.shapes.all_shapes()
+            functools.partial(self._step_program, shape) for shape in shapes.all_shapes()
         ]
+        if self.slots and self.pages:
+            todo[:0] = [self._save_program, self._load_program]
+        todo += [self._row_program, self._move_row_program]
         todo += [
             functools.partial(self._prompt_logprob_program, size)
-            for size in self.spec.shapes.prefill_buckets
+            for size in shapes.prefill_buckets
         ]
-        todo += [self._row_program, self._move_row_program]
-        if self.slots and self.pages:
-            todo += [self._save_program, self._load_program]
-        with self._persistent_cache():
-            self._in_warm_up = True
-            for index, compile_one in enumerate(todo):
-                compile_one()
-                if on_progress is not None:
-                    on_progress(index + 1, len(todo))
-            self._in_warm_up = False
-        self.is_sealed = True
+        return todo
+
+    def choose_shape(self, *, rows: int, prefill: int) -> StepShape:
+        """Return the smallest shape that holds a step, or a larger one that is compiled already.
+
+        Args:
+            rows: Decode rows.
+            prefill: Prefill tokens.
+        """
+        exact = self.spec.shapes.shape(rows=rows, prefill=prefill)
+        if not self._takes_larger or ("step", exact) in self._programs:
+            return exact
+        ready = [
+            shape
+            for shape in self.spec.shapes.all_shapes()
+            if ("step", shape) in self._programs
+            and shape.rows >= rows
+            and shape.prefill >= prefill
+            and bool(shape.prefill) == bool(prefill)
+        ]
+        return min(ready, key=lambda shape: shape.num_tokens, default=exact)
 
     @contextlib.contextmanager
     def _persistent_cache(self) -> Iterator[None]:
@@ -213,58 +261,61 @@ class Runner:
         self, key: object, fn: Callable[..., Any], donate: Sequence[int], *args: object
     ) -> Callable[..., Any]:
         program = self._programs.get(key)
-        if program is None:
-            start = time.perf_counter()
-            with jax.default_matmul_precision(self.spec.matmul_precision):
-                lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
-            if self.is_sealed and self._forbid_late:
-                raise LateCompileError(f"{key} would be compiled after warm-up.")
-            if not self._in_warm_up:
+        if program is not None:
+            return program
+        if self.is_sealed and self._forbid_late:
+            raise LateCompileError(f"{key} would be compiled after warm-up.")
+        with self._compile_lock:
+            program = self._programs.get(key)
+            if program is None:
+                start = time.perf_counter()
+                with jax.default_matmul_precision(self.spec.matmul_precision):
+                    lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
                 with self._persistent_cache():
                     program = lowered.compile()
-            else:
-                program = lowered.compile()
-            self._programs[key] = program
-            self._on_compile(time.perf_counter() - start)
-            logger.debug("compiled %s in %.2f s", key, time.perf_counter() - start)
+                self._programs[key] = program
+                self._on_compile(time.perf_counter() - start)
+                logger.debug("compiled %s in %.2f s", key, time.perf_counter() - start)
         return program
 
     def _step_program(self, shape: StepShape) -> Callable[..., Any]:
-        cache = self.pages if self.spec.use_pages else self.slots
-        packed = jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32, sharding=self._everywhere)
+        cache = self._page_specs if self.spec.use_pages else self._slot_specs
         fn = functools.partial(_step, self._graph, self._tree, self.spec, shape)
-        return self._program(("step", shape), fn, (1, 2), self._params, cache, self._rows, packed)
+        packed = self._spec((packed_size(shape),))
+        return self._program(
+            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed
+        )
 
     def _row_program(self) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
         return self._program(
-            "row", _set_row, (0,), self._rows, self._spec(()), self._spec((vocab,)),
+            "row", _set_row, (0,), self._row_specs, self._spec(()), self._spec((vocab,)),
             self._spec((vocab,), jnp.bool_), self._spec((vocab,), jnp.float32),
         )
 
     def _move_row_program(self) -> Callable[..., Any]:
         index = self._spec(())
         return self._program(
-            "move_row", _move_row, (0, 1), self.slots, self._rows, index, index, index
+            "move_row", _move_row, (0, 1), self._slot_specs, self._row_specs, index, index, index
         )
 
     def _save_program(self) -> Callable[..., Any]:
         moves = [self._spec((MAX_MOVES,))] * 3
         return self._program(
-            "save", buffers.save_pages, (0,), self.pages, self.slots, self._spec(()), *moves
+            "save", buffers.save_pages, (0,), self._page_specs, self._slot_specs, self._spec(()), *moves
         )
 
     def _load_program(self) -> Callable[..., Any]:
         moves = [self._spec((MAX_MOVES,))] * 3
         return self._program(
-            "load", buffers.load_pages, (0,), self.slots, self.pages, self._spec(()), *moves
+            "load", buffers.load_pages, (0,), self._slot_specs, self._page_specs, self._spec(()), *moves
         )
 
     def _prompt_logprob_program(self, size: int) -> Callable[..., Any]:
         hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
         fn = functools.partial(_prompt_logprobs, self._graph, self._tree, self.spec)
         return self._program(
-            ("prompt_logprobs", size), fn, (), self._params, hidden, self._spec((size,))
+            ("prompt_logprobs", size), fn, (), self._param_specs, hidden, self._spec((size,))
         )
 
     def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
@@ -361,10 +412,15 @@ class Runner:
 
     def close(self) -> None:
         """Free cache, row state and programs; the weights belong to the caller."""
+        self._is_closed = True
         self._free()
         self._programs.clear()
         self.slots = self.pages = ()
         self._params = ()
+
+
+def _describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 class LateCompileError(JaxserveError, RuntimeError):
@@ -388,15 +444,13 @@ def _step(
     plan = AttentionPlan(
         token_row=part["token_row"],
         token_position=part["token_position"],
-        decode_extent=part["decode_extent"],
         num_blocks=part["num_blocks"],
         block_start=part["block_start"],
         block_row=part["block_row"],
         block_position=part["block_position"],
-        block_extent=part["block_extent"],
         page_table=part["page_table"] if spec.use_pages else None,
         rows=shape.rows,
-        extents=spec.shapes.extents,
+        kv_tile=spec.shapes.kv_tile,
         q_block=shape.q_block,
         backend=spec.backend,
     )
@@ -440,7 +494,7 @@ def _move_row(
     slots: KvBuffers, rows: RowState, source: jax.Array, target: jax.Array, length: jax.Array
 ) -> tuple[KvBuffers, RowState]:
     moved = jax.tree.map(lambda x: x.at[target].set(x[source]), rows)
-    return buffers.move_row(slots, source, target, length) if slots else slots, moved
+    return buffers.move_row(slots, source, target, length), moved
 
 
 def _prompt_logprobs(

@@ -24,7 +24,7 @@ from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
 from jaxserve.engine.tokenizer import Tokenizer
-from jaxserve.models.checkpoint import LoadFormat, open_checkpoint
+from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.files import read_json
 from jaxserve.models.hub import cache_dir, resolve_model
@@ -46,6 +46,8 @@ ModelSource = str | Path | CausalLM | tuple[ModelConfig | Mapping[str, object], 
 """A name or path, a module of this package, or (configuration, parameters)."""
 
 _Q_BLOCK = 128
+_CPU_KV_TILE = 256
+_GPU_KV_TILE = 1024
 _SLOT_SHARE = 0.6
 _CPU_CACHE_SHARE = 0.25
 _SHORTEST_AUTO_LEN = 256
@@ -172,7 +174,7 @@ def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh) -> LoadedMo
 def _load(
     name: str, path: Path, config: EngineConfig, mesh: jax.sharding.Mesh, *, progress: bool
 ) -> LoadedModel:
-    checkpoint = open_checkpoint(path, cast(LoadFormat, config.model.load_format))
+    checkpoint = open_checkpoint(path, config.model.load_format)
     try:
         shape = checkpoint.config
         dtype = jnp.dtype(
@@ -229,6 +231,7 @@ class _CachePlan:
 def _plan_cache(config: EngineConfig, model: LoadedModel, dtype: str, max_num_seqs: int) -> _CachePlan:
     shape, cache = model.config, config.cache
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    kv_tile = _kv_tile(config, on_cpu=on_cpu)
     use_pages = cache.kv_layout == "pages" or (cache.kv_layout == "auto" and not on_cpu)
     per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
     budget = cache.kv_cache_memory_bytes or _free_memory(config, model, on_cpu=on_cpu)
@@ -245,7 +248,7 @@ def _plan_cache(config: EngineConfig, model: LoadedModel, dtype: str, max_num_se
             longest = max(_SHORTEST_AUTO_LEN, 1 << max(0, room.bit_length() - 1))
             longest = min(longest, shape.max_position)
             logger.info("max_model_len set to %d, which is what memory allows", longest)
-    slots = 0 if use_pages else max_num_seqs * slot_capacity(longest, _Q_BLOCK) * per_token
+    slots = 0 if use_pages else max_num_seqs * slot_capacity(longest, _Q_BLOCK, kv_tile) * per_token
     keep_store = cache.enable_prefix_caching or use_pages
     num_pages = cache.num_gpu_blocks_override
     if num_pages is None:
@@ -263,6 +266,12 @@ def _plan_cache(config: EngineConfig, model: LoadedModel, dtype: str, max_num_se
     return _CachePlan(
         max_model_len=longest, num_pages=num_pages, use_pages=use_pages, keep_store=keep_store
     )
+
+
+def _kv_tile(config: EngineConfig, *, on_cpu: bool) -> int:
+    """Choose keys per tile: what fits a core's cache, or fills a GPU; a multiple of the page."""
+    wanted, page = (_CPU_KV_TILE if on_cpu else _GPU_KV_TILE), config.cache.block_size
+    return -(-wanted // page) * page
 
 
 def _free_memory(config: EngineConfig, model: LoadedModel, *, on_cpu: bool) -> int:
@@ -353,6 +362,7 @@ def assemble(
         page_size=config.cache.block_size,
         use_pages=plan.use_pages,
         q_block=_Q_BLOCK,
+        kv_tile=_kv_tile(config, on_cpu=on_cpu),
         batch_invariant=runner_options.batch_invariant,
         min_rows=4 if on_cpu and dtype == "bfloat16" else 1,
     )

@@ -16,7 +16,6 @@ from jax import lax
 from jaxserve.engine.sampler import MAX_BANNED
 
 _SMALLEST_PREFILL = 32
-_SMALLEST_EXTENT = 256
 
 INT_FIELDS = ("top_k", "output_position")
 FLOAT_FIELDS = (
@@ -70,12 +69,10 @@ class StepShape:
             "prefill_token": (self.prefill,),
             "token_row": (self.num_tokens,),
             "token_position": (self.num_tokens,),
-            "decode_extent": (),
             "num_blocks": (),
             "block_start": (blocks,),
             "block_row": (blocks,),
             "block_position": (blocks,),
-            "block_extent": (blocks,),
             "page_table": (rows, self.pages_per_row),
             "sample_index": (rows,),
             "seed": (rows, 2),
@@ -148,8 +145,8 @@ class ShapeTable:
     row_buckets: tuple[int, ...]
     mixed_row_buckets: tuple[int, ...]
     prefill_buckets: tuple[int, ...]
-    extents: tuple[int, ...]
     q_block: int
+    kv_tile: int
     pages_per_row: int
 
     @classmethod
@@ -162,6 +159,7 @@ class ShapeTable:
         page_size: int,
         use_pages: bool,
         q_block: int,
+        kv_tile: int,
         batch_invariant: bool,
         min_rows: int = 1,
     ) -> "ShapeTable":
@@ -174,26 +172,28 @@ class ShapeTable:
             page_size: Tokens per page.
             use_pages: Whether attention goes through page tables.
             q_block: Tokens per prefill block.
+            kv_tile: Keys per tile of attention; a multiple of the page size.
             batch_invariant: One shape for all decodes and one for all prefills.
             min_rows: Fewest decode rows; XLA's CPU library has no fast path for bfloat16 products
                 of fewer than four rows.
         """
         rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
         prefill = _powers(min(_SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
-        extents = _powers(min(_SMALLEST_EXTENT, max_model_len), max_model_len)
         # Every other bucket: idle rows cost little beside a prefill, a compiled shape much.
         mixed = rows[::-2][::-1]
         if rows[0] not in mixed:
             mixed = (rows[0], *mixed)
         if batch_invariant:
-            rows, mixed, prefill, extents = rows[-1:], rows[-1:], prefill[-1:], extents[-1:]
+            rows, mixed, prefill = rows[-1:], rows[-1:], prefill[-1:]
         return cls(
             row_buckets=rows,
             mixed_row_buckets=mixed,
             prefill_buckets=prefill,
-            extents=extents,
             q_block=min(q_block, prefill[-1]),
-            pages_per_row=-(-max_model_len // page_size) if use_pages else 0,
+            kv_tile=kv_tile,
+            pages_per_row=-(-(max_model_len + q_block) // kv_tile) * (kv_tile // page_size)
+            if use_pages
+            else 0,
         )
 
     def shape(self, *, rows: int, prefill: int) -> StepShape:
@@ -216,13 +216,6 @@ class ShapeTable:
             for r in self.mixed_row_buckets
         ]
         return sorted([*decodes, *mixed], key=lambda s: (s.rows, s.prefill))
-
-    def extent_index(self, length: int) -> int:
-        """Return the index of the smallest extent that covers `length` keys."""
-        for index, extent in enumerate(self.extents):
-            if length <= extent:
-                return index
-        raise AssertionError(f"{length} keys exceed the largest extent {self.extents[-1]}")
 
     def row_bucket(self, rows: int) -> int:
         """Return the number of rows that a pure decode with `rows` rows runs with."""

@@ -7,10 +7,12 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxserve.attention.dense import KvLayer, attend
+from jaxserve.attention.dense import attend
 from jaxserve.attention.metadata import AttentionPlan, CausalPlan
+from jaxserve.cache.buffers import KvLayer
 from jaxserve.models.config import ModelConfig
 
 Plan = AttentionPlan | CausalPlan
@@ -304,7 +306,9 @@ def rope_tables(
     """
     frequency, magnitude = config.rope_frequencies()
     angle = positions.astype(jnp.float32)[..., None] * frequency
-    return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+    tables = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+    # Without the barrier XLA recomputes the tables inside every layer's fusions.
+    return lax.optimization_barrier(tables)
 
 
 def rotate(
