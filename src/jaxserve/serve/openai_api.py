@@ -145,6 +145,7 @@ class ChatMessage(BaseModel):
 
     role: str = Field(min_length=1)
     content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 class ChatTemplateBody(Body):
