@@ -120,3 +120,8 @@ def test_token_endpoints_never_fail(ask, body: dict[str, Any]):
 @pytest.mark.parametrize("value", [2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 10**40])
 def test_large_numbers_never_fail(ask, name: str, value: int):
     check(ask, COMPLETIONS, {"prompt": "x", "max_tokens": 2, name: value})
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-38, 1e38, 1e300])
+def test_extreme_penalties_never_fail(ask, value: float):
+    check(ask, COMPLETIONS, {"prompt": "x", "max_tokens": 4, "repetition_penalty": value})

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ MAX_PROMPTS = 1024
 MAX_ID_LEN = 128
 MAX_SALT_LEN = 128
 DEFAULT_COMPLETION_TOKENS = 16
+LARGEST = {"top_k": 2**31 - 1, "repetition_penalty": 1e6}
+"""Beyond these nothing changes any more, but the arrays that the device gets would overflow."""
 LONG_TEXT = 8192
 """From this many characters on, rendering and tokenizing leave the event loop."""
 
@@ -271,6 +274,9 @@ def _sampling(
         value = getattr(body, name)
         if value is not None:
             chosen[name] = value
+    for name, largest in LARGEST.items():
+        if name in chosen and -math.inf < chosen[name] < math.inf:
+            chosen[name] = min(chosen[name], largest)
     return SamplingParams(
         **chosen,
         include_stop_str_in_output=body.include_stop_str_in_output,
