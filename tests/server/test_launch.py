@@ -99,6 +99,15 @@ def test_a_port_in_use_is_one_line_and_exit_code_one_before_anything_is_loaded(s
     assert "choose another --port" in server.text
 
 
+def test_broken_tls_files_are_one_line_and_exit_code_one(start, tmp_path: Path):
+    path = tmp_path / "key.pem"
+    path.write_text("no key")
+    server = start("--port", "0", "--ssl-certfile", str(path), "--ssl-keyfile", str(path))
+    assert server.exit_code() == 1
+    assert len(server.lines) == 1
+    assert "the TLS files cannot be used" in server.text
+
+
 def test_models_that_cannot_be_loaded_are_one_line_and_exit_code_one(
     start, tiny_folder: Path, tmp_path: Path
 ):
@@ -154,7 +163,8 @@ def test_sigterm_refuses_new_requests_and_finishes_running_ones(start, tiny_fold
         try:
             statuses.add(httpx.get(f"http://127.0.0.1:{port}/health").status_code)
         except httpx.ConnectError:
-            time.sleep(0.05)
+            pass
+        time.sleep(0.1)
     assert statuses <= {503, 200}
     assert 503 in statuses, "the port answers while the model is being loaded"
     ends = {}
@@ -163,7 +173,7 @@ def test_sigterm_refuses_new_requests_and_finishes_running_ones(start, tiny_fold
         assert httpx.get(f"{url}/health").status_code == 200
         lines: list[str] = []
         running = threading.Event()
-        client = threading.Thread(target=stream_lines, args=(url, 3500, lines, running))
+        client = threading.Thread(target=stream_lines, args=(url, 2500, lines, running))
         client.start()
         assert running.wait(60)
         server.process.send_signal(signal.SIGTERM)
