@@ -70,7 +70,8 @@ class LlamaCppPeer:
 
     def load(
         self,
-        gguf: str,  # noqa: A002  the protocol's name
+        *,
+        gguf: str,
         dtype: str,
         cache_dir: str,
         threads: int = 2,
@@ -105,8 +106,9 @@ class LlamaCppPeer:
         if flash_attention is None:
             flash_attention = dtype != "float32"  # measured: README.md
         kv_type = kv_type or ("float32" if dtype == "float32" else "float16")
-        self._decoder = self._new_context(MAX_SEQS, threads, flash_attention, kv_unified, kv_type)
-        self._prefiller = self._new_context(1, threads, flash_prefill, kv_unified, kv_type)
+        common = {"threads": threads, "kv_unified": kv_unified, "kv_type": kv_type}
+        self._decoder = self._new_context(MAX_SEQS, flash_attention=flash_attention, **common)
+        self._prefiller = self._new_context(1, flash_attention=flash_prefill, **common)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._num_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         self._batch = llama_cpp.llama_batch_init(2048, 0, 1)
@@ -129,8 +131,14 @@ class LlamaCppPeer:
         }
 
     def _new_context(
-        self, max_seqs: int, threads: int, flash_attention: bool, kv_unified: bool, kv_type: str
-    ) -> Any:
+        self,
+        max_seqs: int,
+        *,
+        threads: int,
+        flash_attention: bool,
+        kv_unified: bool,
+        kv_type: str,
+    ) -> int:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = max_seqs * CONTEXT_PER_SEQ
         params.n_batch, params.n_ubatch = 2048, 512
@@ -149,7 +157,7 @@ class LlamaCppPeer:
             raise RuntimeError("llama.cpp cannot make a context with these settings")
         return context
 
-    def _run(self, context: Any, tokens: list[tuple[int, int, int, bool]]) -> None:
+    def _run(self, context: int, tokens: list[tuple[int, int, int, bool]]) -> None:
         """Compute (token, position, sequence, wants logits) tuples."""
         batch = self._batch
         batch.n_tokens = len(tokens)
@@ -163,13 +171,13 @@ class LlamaCppPeer:
         if status != 0:
             raise RuntimeError(f"llama_decode answered {status}")
 
-    def _argmax(self, context: Any, index: int) -> int:
+    def _argmax(self, context: int, index: int) -> int:
         pointer = llama_cpp.llama_get_logits_ith(context, index)
         return int(np.ctypeslib.as_array(pointer, shape=(self._num_vocab,)).argmax())
 
-    def _start(self, context: Any, prompts: list[list[int]]) -> list[int]:
+    def _start(self, context: int, prompts: list[list[int]]) -> list[int]:
         """Prefill from an empty cache; answer with the first tokens."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)  # noqa: FBT003
         first: list[int] = []
         group = max(1, 2048 // len(prompts[0]))
         for begin in range(0, len(prompts), group):

@@ -18,7 +18,7 @@ class Worker(Protocol):
     Times are seconds. Every method is called with equal token ids in every engine.
     """
 
-    def load(self, **settings: Any) -> dict[str, Any]:
+    def load(self, **settings: Any) -> dict[str, Any]:  # noqa: ANN401  each has its own
         """Load the model; answer with versions and settings."""
         ...
 

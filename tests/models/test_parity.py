@@ -34,8 +34,10 @@ def sequences(folder: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Return (token ids, logits of the prompt, logits of each later token) per sequence."""
     with np.load(folder / "golden.npz") as data:
         count = sum(name.startswith("tokens") for name in data)
-        return [tuple(data[f"{kind}_{i}"] for kind in ("tokens", "prefill", "decode"))
-                for i in range(count)]
+        return [
+            tuple(data[f"{kind}_{i}"] for kind in ("tokens", "prefill", "decode"))
+            for i in range(count)
+        ]
 
 
 def row(candidates: dict, vocab_size: int) -> np.ndarray:
@@ -57,8 +59,12 @@ def check_engine(folder: Path, **settings: object) -> None:
     cases = sequences(folder)
     sampling = [
         SamplingParams(
-            temperature=0.0, max_tokens=len(decode) + 1, ignore_eos=True, detokenize=False,
-            logprobs=-1, prompt_logprobs=-1,
+            temperature=0.0,
+            max_tokens=len(decode) + 1,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=-1,
+            prompt_logprobs=-1,
         )
         for _, _, decode in cases
     ]
@@ -131,7 +137,10 @@ def test_fresh_random_configurations_agree(
     script = ROOT / "tests" / "oracles" / "make_models.py"
     made = subprocess.run(
         [oracle_python, script, "--random", str(seed + offset), "--out", tmp_path / "model"],
-        check=True, capture_output=True, text=True, timeout=240,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     print(f"JAXSERVE_ORACLE_SEED={seed}", made.stdout)  # shown when the test fails
     check_forward(tmp_path / "model")

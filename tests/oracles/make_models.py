@@ -146,7 +146,9 @@ def random_case(seed: int) -> dict:
 
 def build(case: dict, seed: int) -> transformers.PreTrainedModel:
     """Make the model of a case, with every weight, norm and bias drawn at random."""
-    fields = {k: v for k, v in case.items() if k not in ("family", "max_shard_size", "stored_dtype")}
+    fields = {
+        k: v for k, v in case.items() if k not in ("family", "max_shard_size", "stored_dtype")
+    }
     make_config, make_model = FAMILIES[case["family"]]
     config = make_config(**{**SMALL, **fields})
     config._attn_implementation = "eager"
@@ -201,7 +203,7 @@ def logits_of(model: transformers.PreTrainedModel, seed: int) -> dict[str, np.nd
 
 
 def word_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    """Make a tokenizer whose words are `t0`, `t1`, ..., so that the folder is a whole checkpoint."""
+    """Make a tokenizer whose words are `t0`, `t1`, ...: a checkpoint has one."""
     words = {f"t{index}": index for index in range(vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -138,6 +138,11 @@ class AsyncLLM:
         """Pages of the key-value cache that nobody holds."""
         return self._host.engine.pool.num_free
 
+    @property
+    def host(self) -> EngineHost:
+        """The engine underneath, for tests and measurements."""
+        return self._host
+
     def make_request(
         self,
         prompt: Prompt,

@@ -1,0 +1,177 @@
+"""Child processes that are measured in turn, and how much processor time everybody takes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+PEER_MODULES = {
+    "transformers": "benchmarks.peers.transformers_peer",
+    "llama.cpp": "benchmarks.peers.llama_cpp_peer",
+}
+
+
+class PeerError(RuntimeError):
+    """A measured process failed; the message is what it said."""
+
+
+def oracle_python() -> Path | None:
+    """Find the Python of the oracle environment: JAXSERVE_ORACLE_PYTHON, else ORACLES/bin."""
+    named = os.environ.get("JAXSERVE_ORACLE_PYTHON")
+    folder = Path(os.environ.get("ORACLES") or ROOT / ".venv-oracles")
+    python = Path(named) if named else folder / "bin" / "python"
+    return python if python.exists() else None
+
+
+def quiet_environment() -> dict[str, str]:
+    """Return an environment in which `benchmarks` and `jaxserve` are found from this checkout."""
+    parts = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    paths = os.pathsep.join(part for part in parts if part)
+    return {**os.environ, "PYTHONPATH": paths, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "0"}
+
+
+class Child:
+    """A worker process that answers JSON lines (see `benchmarks.peers.protocol`).
+
+    Args:
+        python: Interpreter.
+        module: What it runs.
+        log: Where its standard error goes.
+    """
+
+    def __init__(self, python: Path | str, module: str, log: Path) -> None:
+        """Start it."""
+        self._log = log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [str(python), "-m", module],
+                cwd=ROOT,
+                env=quiet_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  anything JSON knows
+        """Send one request and wait for its answer.
+
+        Raises:
+            PeerError: If it answered with an error or ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            tail = self._log.read_text(errors="replace").strip().splitlines()[-3:]
+            raise PeerError(f"process ended at {op!r}: {' | '.join(tail) or 'it said nothing'}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(f"{op!r} failed: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        if self._process.poll() is None:
+            try:
+                assert self._process.stdin is not None
+                self._process.stdin.write('{"op": "quit"}\n')
+                self._process.stdin.close()
+                self._process.wait(timeout=10)
+            except (OSError, subprocess.TimeoutExpired):
+                self._process.kill()
+                self._process.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Processor seconds per second of wall time, as shares of one core.
+
+    Attributes:
+        measured: By the process under measurement.
+        idle: By the other children together, which should do nothing.
+        foreign: By everything else on the machine, this program included.
+    """
+
+    measured: float
+    idle: float
+    foreign: float
+
+
+class LoadMeter:
+    """Tells who used the processor during a measurement.
+
+    Args:
+        pids: Children by name.
+    """
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        """Remember the processes."""
+        self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
+
+    def _read(self) -> tuple[float, float, dict[str, float]]:
+        times = psutil.cpu_times()
+        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0)
+        # guest time is counted in user time already
+        busy -= getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        own = {name: _seconds(process) for name, process in self._processes.items()}
+        return time.perf_counter(), busy, own
+
+    def start(self) -> None:
+        """Begin."""
+        self._before = self._read()
+
+    def stop(self, measured: str) -> Load:
+        """End, and share out what happened since `start`."""
+        wall, busy, own = (b - a if isinstance(b, float) else _minus(b, a)
+                           for a, b in zip(self._before, self._read(), strict=True))  # fmt: skip
+        mine = own[measured]
+        idle = sum(own.values()) - mine
+        return Load(
+            measured=mine / wall,
+            idle=idle / wall,
+            foreign=max(0.0, busy - mine - idle) / wall,
+        )
+
+
+def _seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return times.user + times.system
+
+
+def _minus(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {name: after[name] - before[name] for name in after}
+
+
+def random_prompts(seed: Sequence[int], count: int, length: int, vocab: int) -> list[list[int]]:
+    """Draw token ids, the same for every engine; the first 1000 ids (special ones) are left out."""
+    import numpy as np
+
+    low = min(1000, vocab // 2)
+    draw = np.random.default_rng(seed).integers(low, vocab, size=(count, length))
+    return draw.tolist()
+
+
+if __name__ == "__main__":
+    print(oracle_python() or "no oracle environment", file=sys.stdout)
