@@ -535,7 +535,7 @@ class Engine:
 
     def _score_prompt(self, item: Item, result: StepResult) -> Sampled:
         sequence = item.sequence
-        targets = np.zeros(result.hidden.shape[0], np.int32)
+        targets = np.full(result.hidden.shape[0], -1, np.int32)
         following = sequence.token_ids[item.start + 1 : item.start + item.num_tokens + 1]
         targets[item.prefill_start : item.prefill_start + len(following)] = following
         return self.runner.prompt_logprobs(result.hidden, targets)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.attention.metadata import AttentionPlan, Backend
@@ -206,11 +207,7 @@ class Runner:
         ]
         if self.slots and self.pages:
             todo[:0] = [self._save_program, self._load_program]
-        todo += [self._row_program, self._move_row_program]
-        todo += [
-            functools.partial(self._prompt_logprob_program, size)
-            for size in shapes.prefill_buckets
-        ]
+        todo += [self._row_program, self._move_row_program, self._prompt_logprob_program]
         return todo
 
     def choose_shape(self, *, rows: int, prefill: int) -> StepShape:
@@ -311,11 +308,13 @@ class Runner:
             "load", buffers.load_pages, (0,), self._slot_specs, self._page_specs, self._spec(()), *moves
         )
 
-    def _prompt_logprob_program(self, size: int) -> Callable[..., Any]:
+    def _prompt_logprob_program(self) -> Callable[..., Any]:
+        size = self.spec.shapes.prefill_buckets[-1]
         hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
         fn = functools.partial(_prompt_logprobs, self._graph, self._tree, self.spec)
         return self._program(
-            ("prompt_logprobs", size), fn, (), self._param_specs, hidden, self._spec((size,))
+            "prompt_logprobs", fn, (), self._param_specs, hidden, self._spec((size,)),
+            self._spec(()),
         )
 
     def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
@@ -369,10 +368,12 @@ class Runner:
 
         Args:
             hidden: Hidden states of a step's prefill tokens.
-            targets: The following token of each, 0 where there is none.
+            targets: The following token of each, -1 where there is none.
         """
-        program = self._prompt_logprob_program(hidden.shape[0])
-        return program(self._params, hidden, self._put(targets.astype(np.int32)))
+        count = np.int32(1 + np.flatnonzero(targets >= 0).max(initial=-1))
+        return self._prompt_logprob_program()(
+            self._params, hidden, self._put(targets.astype(np.int32)), self._put(count)
+        )
 
     def _batches(
         self, moves: Sequence[tuple[int, int, int]]
@@ -476,7 +477,12 @@ def _step(
         prompt_seen=rows.prompt_seen,
         bias=rows.bias,
     )
-    return sampled, hidden[shape.rows :], new_cache, rows
+    # Padded to one size, so that one program scores the prompts of all shapes.
+    longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
+    prefill = jnp.pad(
+        hidden[shape.rows :], ((0, max(0, longest - shape.prefill)), (0, 0))
+    )
+    return sampled, prefill, new_cache, rows
 
 
 def _set_row(
@@ -504,21 +510,39 @@ def _prompt_logprobs(
     params: tuple[jax.Array, ...],
     hidden: jax.Array,
     targets: jax.Array,
+    count: jax.Array,
 ) -> Sampled:
     """Score given tokens in slices, so that the logits of a long prompt never exist at once."""
     model = nnx.merge(graph, jax.tree.unflatten(tree, params))
-    size = min(_PROMPT_LOGPROB_TOKENS, hidden.shape[0])
-    pad = -hidden.shape[0] % size
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, size, hidden.shape[1])
-    targets = jnp.pad(targets, (0, pad)).reshape(-1, size)
+    num_tokens = hidden.shape[0]
+    size = min(_PROMPT_LOGPROB_TOKENS, num_tokens)
+    pad = -num_tokens % size
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
+    targets = jnp.pad(targets, (0, pad))
     yes = jnp.bool_(True)  # noqa: FBT003  a traced flag
 
-    def score(part: tuple[jax.Array, jax.Array]) -> Sampled:
-        logits = model.logits(part[0])
-        return report(
-            logits, part[1], yes, yes, num_candidates=spec.num_candidates,
+    def score(i: jax.Array, scores: Sampled) -> Sampled:
+        start = i * size
+        part = report(
+            model.logits(lax.dynamic_slice_in_dim(hidden, start, size)),
+            jnp.maximum(lax.dynamic_slice_in_dim(targets, start, size), 0),
+            yes,
+            yes,
+            num_candidates=spec.num_candidates,
             normalize=spec.logprobs_mode.endswith("logprobs"),
         )
+        return jax.tree.map(
+            lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, start, axis=0),
+            scores,
+            part,
+        )
 
-    scored = jax.lax.map(score, (hidden, targets))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)
+    rows = (num_tokens + pad,)
+    empty = Sampled(
+        token=jnp.zeros(rows, jnp.int32),
+        logprob=jnp.zeros(rows, jnp.float32),
+        rank=jnp.zeros(rows, jnp.int32),
+        top_token=jnp.zeros((*rows, spec.num_candidates), jnp.int32),
+        top_logprob=jnp.zeros((*rows, spec.num_candidates), jnp.float32),
+    )
+    return lax.fori_loop(0, (count + size - 1) // size, score, empty)
