@@ -1,5 +1,6 @@
 """The server as a process: its port, its start, what it says when it cannot, and its end."""
 
+import contextlib
 import json
 import os
 import re
@@ -160,10 +161,8 @@ def test_sigterm_refuses_new_requests_and_finishes_running_ones(start, tiny_fold
     )
     statuses = set()
     while "ready at" not in patient.text and patient.process.poll() is None:
-        try:
+        with contextlib.suppress(httpx.ConnectError):
             statuses.add(httpx.get(f"http://127.0.0.1:{port}/health").status_code)
-        except httpx.ConnectError:
-            pass
         time.sleep(0.1)
     assert statuses <= {503, 200}
     assert 503 in statuses, "the port answers while the model is being loaded"

@@ -35,15 +35,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-def serve(argv: Sequence[str]) -> int:
-    """Run the server.
-
-    Returns:
-        The exit code.
-    """
+def serve(argv: Sequence[str]) -> NoReturn:
+    """Run the server, and end the process."""
     from jaxserve.serve import launch  # noqa: PLC0415  other commands do not need it
 
-    return launch.main(argv, prog="jaxserve serve")
+    launch.main(argv, prog="jaxserve serve")
 
 
 def pull(argv: Sequence[str]) -> int:

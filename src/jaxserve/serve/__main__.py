@@ -5,4 +5,4 @@ import sys
 from jaxserve.serve.launch import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], prog="python -m jaxserve.serve"))
+    main(sys.argv[1:], prog="python -m jaxserve.serve")

@@ -7,38 +7,36 @@ import socket
 import stat
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from jaxserve.core.errors import ConfigError, JaxserveError, MissingExtraError
 from jaxserve.serve import flags
 from jaxserve.serve.options import ListenOptions, ServerConfig, Settings
-from jaxserve.serve.terminal import say
+from jaxserve.serve.terminal import leave, say
 
 BACKLOG = 2048
 
 
-def main(argv: Sequence[str], *, prog: str = "jaxserve serve") -> int:
-    """Run the server until it is told to stop.
+def main(argv: Sequence[str], *, prog: str = "jaxserve serve") -> NoReturn:
+    """Run the server until it is told to stop, and end the process.
+
+    The exit code is 0 after a clean stop, 1 when the server could not start, 2 for wrong flags.
 
     Args:
         argv: Arguments, without the program's name.
         prog: Name of the program, for messages.
-
-    Returns:
-        Exit code: 0 after a clean stop, 1 when the server could not start.
-
-    Raises:
-        SystemExit: With code 2, for wrong flags.
     """
     settings = flags.parse(
         argv, os.environ, prog=prog, warn=lambda text: say(f"{prog}: warning: {text}")
     )
     try:
-        return run(settings)
+        code = run(settings)
     except JaxserveError as error:
         say(f"{prog}: error: {error}")
+        code = 1
     except KeyboardInterrupt:
-        return 130
-    return 1
+        code = 130
+    leave(code)
 
 
 def run(settings: Settings) -> int:

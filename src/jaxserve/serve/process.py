@@ -8,10 +8,8 @@ import asyncio
 import contextlib
 import copy
 import gc
-import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
@@ -27,7 +25,7 @@ from jaxserve.models.hub import DEFAULT_MODEL, resolve_model
 from jaxserve.serve.app import create_app
 from jaxserve.serve.options import ServerConfig, Settings
 from jaxserve.serve.state import ServerState
-from jaxserve.serve.terminal import say
+from jaxserve.serve.terminal import leave, say
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
@@ -169,8 +167,7 @@ class Process:
         if self.state.engine is None or self.state.is_draining or self._loop is None:
             # nothing to wait for, or asked twice; a thread that compiles cannot be interrupted
             say("stopped")
-            sys.stdout.flush()
-            os._exit(0 if number == signal.SIGTERM else 130)
+            leave(0 if number == signal.SIGTERM else 130)
         self.state.is_draining = True
         self._loop.call_soon_threadsafe(lambda: self._spawn(self._drain()))
 
