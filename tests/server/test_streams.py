@@ -158,6 +158,17 @@ def test_completion_logprobs_add_up(ask, stream, echo: bool):
     assert scores == pytest.approx(expected["logprobs"]["token_logprobs"], abs=1e-4)
 
 
+def test_every_completion_of_an_echoed_prompt_scores_it(ask, stream):
+    body = {"prompt": "Hello, this prompt is longer than one page", "echo": True, "logprobs": 0,
+            "n": 3, "seed": 1, "max_tokens": 2}  # fmt: skip
+    expected = whole(ask, COMPLETIONS, **body)["choices"]
+    events = stream(COMPLETIONS, **body)
+    for choice in expected:
+        assert choice["logprobs"]["tokens"][:5] == list("Hello")
+        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
+        assert [t for c in mine for t in c["logprobs"]["tokens"]] == choice["logprobs"]["tokens"]
+
+
 def test_echo_is_joined_to_the_first_chunk(ask, stream):
     events = stream(COMPLETIONS, prompt="Hello", echo=True, max_tokens=3, **GREEDY)
     assert events[0]["choices"][0]["text"].startswith("Hello")
