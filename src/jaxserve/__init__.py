@@ -20,7 +20,13 @@ if TYPE_CHECKING:
         RequestError,
         UnsupportedError,
     )
-    from jaxserve.core.event import CompletionOutput, FinishReason, Logprob, RequestOutput
+    from jaxserve.core.event import (
+        CompletionOutput,
+        FinishReason,
+        Logprob,
+        RequestOutput,
+        TokenEvent,
+    )
     from jaxserve.core.request import Request, SamplingParams
     from jaxserve.engine.async_engine import AsyncLLM
     from jaxserve.engine.llm import LLM
@@ -45,6 +51,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "TokenEvent",
     "UnsupportedError",
     "__version__",
 ]
@@ -57,6 +64,7 @@ _HOMES = {
     "FinishReason": "jaxserve.core.event",
     "Logprob": "jaxserve.core.event",
     "RequestOutput": "jaxserve.core.event",
+    "TokenEvent": "jaxserve.core.event",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
 }
