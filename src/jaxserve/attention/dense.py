@@ -46,7 +46,8 @@ def attend(
             mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))[None]
             return reference.softmax_attend(q, k, v, mask, scale=scale), cache
         return xla.causal(q, k, v, scale=scale), cache
-    assert cache is not None
+    if cache is None:
+        raise ValueError("an AttentionPlan needs a cache, got None; use a CausalPlan without one.")
     if plan.page_table is None:
         return _attend_slots(q, k, v, cache, plan, scale=scale)
     return _attend_pages(q, k, v, cache, plan, plan.page_table, scale=scale)
@@ -170,7 +171,6 @@ def _attend_pages(
     *,
     scale: float,
 ) -> tuple[Array, KvLayer]:
-    rows = plan.rows
     page_size = cache[0].shape[2]
     row = jnp.maximum(plan.token_row, 0)
     page = page_table[row, plan.token_position // page_size]

@@ -125,7 +125,8 @@ class SchedulerOptions:
     """How work is shared among requests."""
 
     max_num_seqs: int | None = option(
-        None, "Most sequences running at once. Default: 256 on a GPU, 16 on a CPU.",
+        None,
+        "Most sequences running at once. Default: 256 on a GPU, 16 on a CPU.",
         "max-running-requests",
     )
     max_num_batched_tokens: int | None = option(
@@ -151,9 +152,7 @@ class SchedulerOptions:
     def __post_init__(self) -> None:
         """Check the values."""
         _one_of(self, scheduling_policy=SchedulingPolicy)
-        _at_least(
-            self, 1, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"
-        )
+        _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +165,7 @@ class RunnerOptions:
         "background: compile two step shapes that serve everything, then the others while serving; "
         "full: compile all before serving; lazy, none: each at first use.",
     )
-    enforce_no_recompile: bool = option(
-        False, "Fail instead of compiling after warm-up."
-    )
+    enforce_no_recompile: bool = option(False, "Fail instead of compiling after warm-up.")
     batch_invariant: bool = option(
         False,
         "One fixed step shape, so that a request's tokens do not depend on its neighbours.",
@@ -180,7 +177,9 @@ class RunnerOptions:
     logprobs_mode: LogprobsMode = option(
         "raw_logprobs", "Which values are reported as log-probabilities."
     )
-    max_logprobs: int = option(20, "Most candidates per token that a request may ask for; -1 is the vocabulary.")
+    max_logprobs: int = option(
+        20, "Most candidates per token that a request may ask for; -1 is the vocabulary."
+    )
     tensor_parallel_size: int = option(1, "Devices that share each layer.", "tp", "tp-size")
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ def new_request_id() -> RequestId:
     return RequestId(uuid.uuid4().hex)
 
 
-def _check(ok: bool, name: str, rule: str, value: object) -> None:
+def _check(ok: object, name: str, rule: str, value: object) -> None:
     if not ok:
         raise RequestError(f"{name} must be {rule}, got {value!r}.", param=name)
 
@@ -129,18 +129,22 @@ class SamplingParams:
             _check(_is_finite(value) and -2 <= value <= 2, name, "in [-2, 2]", value)
         _check(
             _is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty", "finite and greater than zero", self.repetition_penalty,
+            "repetition_penalty",
+            "finite and greater than zero",
+            self.repetition_penalty,
         )
         _check(
             _is_finite(self.temperature) and 0 <= self.temperature <= 2,
-            "temperature", "in [0, 2]", self.temperature,
+            "temperature",
+            "in [0, 2]",
+            self.temperature,
         )
-        _check(
-            _is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p
-        )
+        _check(_is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _check(
             _is_int(self.top_k) and self.top_k >= -1,
-            "top_k", "0 or -1 (off), or an integer of at least 1", self.top_k,
+            "top_k",
+            "0 or -1 (off), or an integer of at least 1",
+            self.top_k,
         )
         _check(_is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
         if self.seed is not None:
@@ -157,7 +161,9 @@ class SamplingParams:
         _check(all(s for s in self.stop), "stop", "made of non-empty strings", list(self.stop))
         _check(
             len(self.stop) <= MAX_STOP_STRINGS,
-            "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop),
+            "stop",
+            f"at most {MAX_STOP_STRINGS} strings",
+            len(self.stop),
         )
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True.", param="stop")
@@ -168,7 +174,9 @@ class SamplingParams:
             _check(ok, "max_tokens", "an integer of at least 1", self.max_tokens)
         _check(
             _is_int(self.min_tokens) and self.min_tokens >= 0,
-            "min_tokens", "an integer of at least 0", self.min_tokens,
+            "min_tokens",
+            "an integer of at least 0",
+            self.min_tokens,
         )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
@@ -189,7 +197,9 @@ class SamplingParams:
     def needs_penalties(self) -> bool:
         """Whether token counts are needed to draw the next token."""
         return (
-            self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
         )
 
     @property

@@ -19,6 +19,7 @@ class SequenceView:
         is_running: Whether it holds a row of the batch; otherwise it waits.
         num_cached: Prompt tokens that the prefix cache can supply, while it waits.
         num_draft: Draft tokens that could be verified in the next step.
+        is_decoding: Whether its latest token was drawn and waits on the device.
     """
 
     seq_id: int
@@ -32,6 +33,7 @@ class SequenceView:
     is_running: bool
     num_cached: int = 0
     num_draft: int = 0
+    is_decoding: bool = False
 
     @property
     def num_uncomputed(self) -> int:

@@ -1,6 +1,7 @@
 """`AsyncLLM`: the asynchronous face, on which the server stands."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxserve.core.config import EngineConfig
+from jaxserve.core.errors import EngineDeadError
 from jaxserve.core.event import CompletionOutput, FinishReason, RequestOutput, TokenEvent
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
@@ -32,10 +34,8 @@ class _Mailbox:
             self._letters.append((queue, event))
             if len(self._letters) > 1:
                 return  # a delivery is on its way already
-        try:
+        with contextlib.suppress(RuntimeError):  # a closed loop: nobody is left to read
             self._loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:
-            pass  # the loop has been closed: nobody is left to read
 
     def _deliver(self) -> None:
         with self._lock:
@@ -72,7 +72,7 @@ class AsyncLLM:
         scheduler: Scheduler | None = None,
         progress: bool = False,
         on_warm_up: Progress | None = None,
-        **settings: object,
+        **settings: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
         """Load, warm up, start the engine's thread."""
         self._host = EngineHost(
@@ -230,8 +230,6 @@ class AsyncLLM:
         output = empty_output(request)
         async for event in self.events(request):
             if event.finish_reason is FinishReason.ERROR:
-                from jaxserve.core.errors import EngineDeadError
-
                 raise EngineDeadError(event.error or "the engine failed at this request")
             output.apply(event)
             yield output

@@ -48,7 +48,9 @@ class RowTable:
 
     def __init__(self, max_rows: int) -> None:
         """Start with neutral parameters everywhere."""
-        self._values = {name: np.zeros(max_rows, np.float32) for name in FLOAT_FIELDS}
+        self._values: dict[str, np.ndarray] = {
+            name: np.zeros(max_rows, np.float32) for name in FLOAT_FIELDS
+        }
         self._values["top_p"][:] = 1.0
         self._values["repetition_penalty"][:] = 1.0
         self._values["top_k"] = np.zeros(max_rows, np.int32)

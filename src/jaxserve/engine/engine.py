@@ -213,14 +213,13 @@ class Engine:
             )
         self._check_tokens(sampling, vocab)
         for name in ("logprobs", "prompt_logprobs"):
-            wanted = getattr(sampling, name)
-            if wanted is not None and self._max_logprobs >= 0:
-                if wanted > self._max_logprobs or wanted == -1:
-                    raise RequestError(
-                        f"{name} must be at most {self._max_logprobs}, got {wanted}; start with a "
-                        "larger --max-logprobs.",
-                        param=name,
-                    )
+            wanted, limit = getattr(sampling, name), self._max_logprobs
+            if wanted is not None and limit >= 0 and not 0 <= wanted <= limit:
+                raise RequestError(
+                    f"{name} must be at most {limit}, got {wanted}; start with a larger "
+                    "--max-logprobs.",
+                    param=name,
+                )
         if self._tokenizer is None and sampling.stop:
             raise RequestError("stop strings need a tokenizer.", param="stop")
 
@@ -233,7 +232,9 @@ class Engine:
         for name, ids in named.items():
             bad = [i for i in ids if not 0 <= i < vocab]
             if bad:
-                raise RequestError(f"{name} must hold ids in [0, {vocab}), got {bad[0]}.", param=name)
+                raise RequestError(
+                    f"{name} must hold ids in [0, {vocab}), got {bad[0]}.", param=name
+                )
         num_stops = len(sampling.stop_token_ids) + len(self._eos)
         if sampling.min_tokens and num_stops > MAX_BANNED:
             raise RequestError(
@@ -296,8 +297,15 @@ class Engine:
             for index in range(request.sampling.n):
                 self._num_open -= 1
                 self._events.append(
-                    (sink, TokenEvent(request_id=request.request_id, index=index, error=message,
-                                      finish_reason=FinishReason.ERROR))
+                    (
+                        sink,
+                        TokenEvent(
+                            request_id=request.request_id,
+                            index=index,
+                            error=message,
+                            finish_reason=FinishReason.ERROR,
+                        ),
+                    )
                 )
             return
         self._requests[request.request_id] = state
@@ -411,18 +419,15 @@ class Engine:
         if not items:
             return None
         self._compact(items)
-        packed = build(
-            items, self._table, self.runner.spec.shapes, self.runner.choose_shape
-        )
+        packed = build(items, self._table, self.runner.spec.shapes, self.runner.choose_shape)
         pending = _Pending(
             items=items,
             result=self.runner.run(packed),
             wants_logprobs=bool(packed.fields["any_logprobs"]),
             wants_candidates=bool(packed.fields["any_top_logprobs"]),
         )
-        now = self._clock.now()
         for item in items:
-            self._advance(item, pending, now)
+            self._advance(item, pending)
         return pending
 
     def _preempt(self, sequence: SequenceState) -> None:
@@ -510,7 +515,8 @@ class Engine:
                 break
             source, target = occupied[-1], self._rows.index(None)
             sequence = self._rows[source]
-            assert sequence is not None
+            if sequence is None:
+                raise AssertionError("an occupied row holds a sequence")
             self.runner.move_row(source, target, sequence.num_computed)
             self._table.move(source, target)
             if source in self._dirty_bias:
@@ -522,7 +528,7 @@ class Engine:
         for item in items:
             item.row = item.sequence.row
 
-    def _advance(self, item: Item, pending: _Pending, now: float) -> None:
+    def _advance(self, item: Item, pending: _Pending) -> None:
         sequence = item.sequence
         if sequence.wants_prompt_logprobs and item.prefill_start >= 0:
             pending.prompt_scores.append((item, self._score_prompt(item, pending.result)))
@@ -607,8 +613,7 @@ class Engine:
             self.metrics.first_token(now - sequence.request.arrival)
             self.metrics.tokens(1, None)
         else:
-            assert sequence.last_token_time is not None
-            self.metrics.tokens(1, now - sequence.last_token_time)
+            self.metrics.tokens(1, now - (sequence.last_token_time or now))
         sequence.last_token_time = now
         reason, stop_reason, text = self._judge(sequence, token)
         self._send(
@@ -619,9 +624,10 @@ class Engine:
             reason=reason,
             stop_reason=stop_reason,
         )
-        if self._caching and self.runner.spec.use_pages and reason is None:
-            if len(sequence.token_ids) % self.pool.page_size == 1 and sequence.row >= 0:
-                self._keep_prefix(sequence)
+        # In pages a decode fills shareable pages as it goes; slots are copied out at the end.
+        has_new_page = len(sequence.token_ids) % self.pool.page_size == 1
+        if self.runner.spec.use_pages and has_new_page and sequence.row >= 0:
+            self._keep_prefix(sequence)
 
     def _judge(
         self, sequence: SequenceState, token: int
@@ -754,7 +760,7 @@ class Engine:
 
     def _recover(self, error: Exception) -> None:
         """Fail what was under way, start from empty buffers, and go on; give up on repetition."""
-        logger.exception("a step failed; all requests under way end with an error")
+        logger.error("a step failed; all requests under way end with an error", exc_info=error)
         self._num_failures += 1
         self._in_flight = None
         self._fail_all(f"{type(error).__name__}: {error}")

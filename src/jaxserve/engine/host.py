@@ -4,8 +4,10 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+from tqdm.auto import tqdm
 
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
@@ -58,7 +60,7 @@ class EngineHost:
         scheduler: Scheduler | None = None,
         progress: bool = False,
         on_warm_up: Progress | None = None,
-        **settings: object,
+        **settings: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
         """Load, warm up, start the thread."""
         if config is not None and settings:
@@ -207,8 +209,6 @@ class EngineHost:
 
 
 def _progress_bar() -> Progress:
-    from tqdm.auto import tqdm
-
     bar = tqdm(total=0, desc="Warming up", unit="program", file=sys.stderr)
 
     def show(done: int, total: int) -> None:
@@ -218,5 +218,3 @@ def _progress_bar() -> Progress:
             bar.close()
 
     return show
-
-

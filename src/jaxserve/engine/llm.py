@@ -3,7 +3,7 @@
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 from flax import nnx
@@ -56,11 +56,11 @@ class LLM:
         mesh: jax.sharding.Mesh | None = None,
         scheduler: Scheduler | None = None,
         use_tqdm: bool = False,
-        **settings: object,
+        **settings: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
         """Load the model; steps are compiled at first use unless `warmup="full"` is given."""
         if config is None:
-            settings.setdefault("warmup", "lazy")
+            settings = {"warmup": "lazy", **settings}
         self._host = EngineHost(
             model,
             tokenizer=tokenizer,
@@ -136,10 +136,12 @@ class LLM:
             RequestError: If there is no template, or it refuses the messages.
         """
         tokenizer = self.get_tokenizer()
-        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts: list[Prompt] = [
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        many = cast(Sequence[Sequence[Message]], [messages] if is_one else messages)
+        prompts: list[Prompt] = []
+        prompts += [
             tokenizer.encode_chat(
-                [dict(message) for message in conversation],
+                list(conversation),
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
@@ -182,7 +184,9 @@ class LLM:
 
     def _run(self, requests: Sequence[Request], *, use_tqdm: bool) -> list[RequestOutput]:
         """Submit, wait, collect. Outputs grow on the engine's thread; only ends wake this one."""
-        outputs = {request.request_id: empty_output(request) for request in requests}
+        outputs: dict[str, RequestOutput] = {
+            request.request_id: empty_output(request) for request in requests
+        }
         ends: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
 
         def sink(event: TokenEvent) -> None:
@@ -196,9 +200,7 @@ class LLM:
             for request in requests:
                 self._host.thread.submit(request, sink)
                 num_open += request.sampling.n
-            with tqdm(
-                total=num_open, desc="Generating", unit="seq", disable=not use_tqdm
-            ) as bar:
+            with tqdm(total=num_open, desc="Generating", unit="seq", disable=not use_tqdm) as bar:
                 while num_open:
                     event = ends.get()
                     num_open -= 1
@@ -339,7 +341,9 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _spread[T](value: T | Sequence[T] | None, count: int, name: str) -> list[T | None]:
     if isinstance(value, Sequence):
         if len(value) != count:
-            raise RequestError(f"{count} prompts need {count} {name}, got {len(value)}.", param=name)
+            raise RequestError(
+                f"{count} prompts need {count} {name}, got {len(value)}.", param=name
+            )
         return list(value)
     return [value] * count
 

@@ -5,15 +5,16 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.attention.metadata import AttentionPlan, Backend
@@ -231,13 +232,11 @@ class Runner:
         return min(ready, key=lambda shape: shape.num_tokens, default=exact)
 
     @contextlib.contextmanager
-    def _persistent_cache(self) -> Iterator[None]:
+    def _persistent_cache(self) -> Generator[None]:
         """Use our compile cache for these compilations only, unless the user set one up."""
         if self._cache_dir is None or jax.config.jax_compilation_cache_dir:
             yield
             return
-        from jax.experimental.compilation_cache import compilation_cache
-
         names = (
             "jax_compilation_cache_dir",
             "jax_persistent_cache_min_compile_time_secs",
@@ -286,8 +285,14 @@ class Runner:
     def _row_program(self) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
         return self._program(
-            "row", _set_row, (0,), self._row_specs, self._spec(()), self._spec((vocab,)),
-            self._spec((vocab,), jnp.bool_), self._spec((vocab,), jnp.float32),
+            "row",
+            _set_row,
+            (0,),
+            self._row_specs,
+            self._spec(()),
+            self._spec((vocab,)),
+            self._spec((vocab,), jnp.bool_),
+            self._spec((vocab,), jnp.float32),
         )
 
     def _move_row_program(self) -> Callable[..., Any]:
@@ -299,13 +304,25 @@ class Runner:
     def _save_program(self) -> Callable[..., Any]:
         moves = [self._spec((MAX_MOVES,))] * 3
         return self._program(
-            "save", buffers.save_pages, (0,), self._page_specs, self._slot_specs, self._spec(()), *moves
+            "save",
+            buffers.save_pages,
+            (0,),
+            self._page_specs,
+            self._slot_specs,
+            self._spec(()),
+            *moves,
         )
 
     def _load_program(self) -> Callable[..., Any]:
         moves = [self._spec((MAX_MOVES,))] * 3
         return self._program(
-            "load", buffers.load_pages, (0,), self._slot_specs, self._page_specs, self._spec(()), *moves
+            "load",
+            buffers.load_pages,
+            (0,),
+            self._slot_specs,
+            self._page_specs,
+            self._spec(()),
+            *moves,
         )
 
     def _prompt_logprob_program(self) -> Callable[..., Any]:
@@ -313,7 +330,12 @@ class Runner:
         hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
         fn = functools.partial(_prompt_logprobs, self._graph, self._tree, self.spec)
         return self._program(
-            "prompt_logprobs", fn, (), self._param_specs, hidden, self._spec((size,)),
+            "prompt_logprobs",
+            fn,
+            (),
+            self._param_specs,
+            hidden,
+            self._spec((size,)),
             self._spec(()),
         )
 
@@ -455,9 +477,7 @@ def _step(
         q_block=shape.q_block,
         backend=spec.backend,
     )
-    hidden, new_cache = model(
-        token_ids, jnp.maximum(part["token_position"], 0), cache, plan
-    )
+    hidden, new_cache = model(token_ids, jnp.maximum(part["token_position"], 0), cache, plan)
     index = part["sample_index"]
     logits = model.logits(hidden[jnp.maximum(index, 0)])
     inputs = SamplingInputs(
@@ -465,8 +485,11 @@ def _step(
     )
     with jax.named_scope("sample"):
         sampled = sample(
-            logits, inputs, rows,
-            num_candidates=spec.num_candidates, mode=spec.logprobs_mode,
+            logits,
+            inputs,
+            rows,
+            num_candidates=spec.num_candidates,
+            mode=spec.logprobs_mode,
         )
     is_new = index >= 0
     row = jnp.arange(shape.rows)
@@ -479,10 +502,8 @@ def _step(
     )
     # Padded to one size, so that one program scores the prompts of all shapes.
     longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
-    prefill = jnp.pad(
-        hidden[shape.rows :], ((0, max(0, longest - shape.prefill)), (0, 0))
-    )
-    return sampled, prefill, new_cache, rows
+    prefill = jnp.pad(hidden[shape.rows :], ((0, max(0, longest - shape.prefill)), (0, 0)))
+    return sampled, prefill, cast(KvBuffers, new_cache), rows
 
 
 def _set_row(

@@ -149,13 +149,15 @@ def sample(
         drawn = draw_by_inversion(jax.nn.softmax(scaled, axis=-1), uniform)
         return jnp.where(is_greedy, greedy, drawn), jnp.where(is_greedy[:, None], x, scaled)
 
-    token, processed = lax.cond(
-        inputs.any_random, draw, lambda x: (greedy, x), processed
-    )
+    token, processed = lax.cond(inputs.any_random, draw, lambda x: (greedy, x), processed)
     values = logits if mode.startswith("raw") else processed
     return report(
-        values, token, inputs.any_logprobs, inputs.any_top_logprobs,
-        num_candidates=num_candidates, normalize=mode.endswith("logprobs"),
+        values,
+        token,
+        inputs.any_logprobs,
+        inputs.any_top_logprobs,
+        num_candidates=num_candidates,
+        normalize=mode.endswith("logprobs"),
     )
 
 

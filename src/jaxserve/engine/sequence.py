@@ -112,6 +112,5 @@ class SequenceState:
             num_pages=len(self.pages),
             is_running=self.phase is Phase.RUNNING,
             num_cached=num_cached,
+            is_decoding=self.has_device_token,
         )
-
-

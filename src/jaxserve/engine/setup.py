@@ -120,10 +120,11 @@ def _live(
 ) -> LoadedModel:
     if mesh is None:
         sharding = jax.tree.leaves(state)[0].sharding
-        mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else make_mesh()
+        is_named = isinstance(sharding, jax.sharding.NamedSharding)
+        mesh = cast(jax.sharding.Mesh, sharding.mesh) if is_named else make_mesh()
     return LoadedModel(
         name=config.model_type, config=config, graph=graph, state=state,
-        mesh=cast(jax.sharding.Mesh, mesh), path=None, generation_config={},
+        mesh=mesh, path=None, generation_config={},
     )  # fmt: skip
 
 
@@ -150,7 +151,9 @@ def flatten_params(params: object) -> dict[str, jax.Array]:
     flat, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     arrays: dict[str, jax.Array] = {}
     for path, leaf in flat:
-        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        parts = [
+            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+        ]
         value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         arrays[".".join(part for part in parts if part)] = value
     return arrays
@@ -177,9 +180,7 @@ def _load(
     checkpoint = open_checkpoint(path, config.model.load_format)
     try:
         shape = checkpoint.config
-        dtype = jnp.dtype(
-            resolve_dtype(config.model, shape, is_quantized=checkpoint.is_quantized)
-        )
+        dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=checkpoint.is_quantized))
         graph, state = abstract_model(shape, dtype=dtype)
         described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
         arrays = load_params(checkpoint, described, progress=progress)
@@ -228,12 +229,16 @@ class _CachePlan:
     keep_store: bool
 
 
-def _plan_cache(config: EngineConfig, model: LoadedModel, dtype: str, max_num_seqs: int) -> _CachePlan:
+def _plan_cache(
+    config: EngineConfig, model: LoadedModel, dtype: str, max_num_seqs: int
+) -> _CachePlan:
     shape, cache = model.config, config.cache
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     kv_tile = _kv_tile(config, on_cpu=on_cpu)
     use_pages = cache.kv_layout == "pages" or (cache.kv_layout == "auto" and not on_cpu)
-    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
+    per_token = (
+        2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
+    )
     budget = cache.kv_cache_memory_bytes or _free_memory(config, model, on_cpu=on_cpu)
     longest = config.model.max_model_len
     if longest is not None and longest > shape.max_position:
@@ -331,16 +336,15 @@ def assemble(
         progress: Whether to show progress bars.
     """
     model = load_model(source, config, mesh=mesh, progress=progress)
-    dtype = str(model.state["embed_tokens"]["embedding"].get_value().dtype)
+    dtype = str(jax.tree.leaves(cast(Any, model.state)["embed_tokens"])[0].dtype)
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     options = config.scheduler
     max_num_seqs = options.max_num_seqs or (16 if on_cpu else 256)
     budget = options.max_num_batched_tokens or (512 if on_cpu else 8192)
     plan = _plan_cache(config, model, dtype, max_num_seqs)
     runner_options = config.runner
-    backend = cast(
-        Backend,
-        "xla" if runner_options.attention_backend == "auto" else runner_options.attention_backend,
+    backend: Backend = (
+        "xla" if runner_options.attention_backend == "auto" else runner_options.attention_backend
     )
     resolved = dataclasses.replace(
         config,
@@ -463,5 +467,3 @@ def _default_sampling(
     }
     longest = generation_config.get("max_new_tokens")
     return found | ({"max_tokens": longest} if isinstance(longest, int) else {})
-
-

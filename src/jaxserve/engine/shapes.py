@@ -78,8 +78,8 @@ class StepShape:
             "seed": (rows, 2),
             "banned": (rows, MAX_BANNED),
         }
-        fields.update({name: (rows,) for name in (*INT_FIELDS, *FLOAT_FIELDS)})
-        fields.update({name: () for name in FLAGS})
+        fields.update(dict.fromkeys((*INT_FIELDS, *FLOAT_FIELDS), (rows,)))
+        fields.update(dict.fromkeys(FLAGS, ()))
         return fields
 
 

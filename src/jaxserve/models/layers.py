@@ -17,6 +17,8 @@ from jaxserve.models.config import ModelConfig
 
 Plan = AttentionPlan | CausalPlan
 
+_FLOAT32 = jnp.dtype("float32")
+
 
 @runtime_checkable
 class TokenModel(Protocol):
@@ -136,7 +138,11 @@ class Attention(nnx.Module):
 
         def linear(in_size: int, out_size: int, *axes: str, use_bias: bool) -> Linear:
             return Linear(
-                in_size, out_size, axes=(axes[0], axes[1]), use_bias=use_bias, dtype=dtype,
+                in_size,
+                out_size,
+                axes=(axes[0], axes[1]),
+                use_bias=use_bias,
+                dtype=dtype,
                 rngs=rngs,
             )
 
@@ -207,14 +213,10 @@ class CausalLM(nnx.Module):
     output, rotary scaling), so each is this stack under its own name.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: jnp.dtype = jnp.dtype("float32"), rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = _FLOAT32, rngs: nnx.Rngs) -> None:
         """Draw random weights; loading replaces them."""
         self.config = config
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             [DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         )
@@ -226,8 +228,12 @@ class CausalLM(nnx.Module):
             None
             if config.tie_word_embeddings
             else Linear(
-                config.hidden_size, config.vocab_size, axes=("hidden", "vocab"),
-                use_bias=False, dtype=dtype, rngs=rngs,
+                config.hidden_size,
+                config.vocab_size,
+                axes=("hidden", "vocab"),
+                use_bias=False,
+                dtype=dtype,
+                rngs=rngs,
             )
         )
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,7 @@ def abstract_params(
         leaf = variable.get_value()
         axes = variable.get_metadata("axes")
         sharding = rules.sharding(axes, leaf.shape, mesh)
-        described[path_name(path)] = jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        )
+        described[path_name(path)] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return described
 
 
@@ -66,7 +65,7 @@ def fill(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
             f"parameters do not match the model: missing {missing[:5]}, unknown {extra[:5]} "
             f"({len(missing)} missing, {len(extra)} unknown in all)."
         )
-    filled: list[tuple[tuple[object, ...], nnx.Variable[jax.Array]]] = []
+    filled: list[tuple[Any, nnx.Variable[jax.Array]]] = []
     for path, variable in flat:
         name = path_name(path)
         value, expected = arrays[name], variable.get_value().shape

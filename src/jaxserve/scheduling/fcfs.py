@@ -54,8 +54,9 @@ class FcfsScheduler:
         """Answer one snapshot with one plan."""
         running = sorted(view.running, key=self._rank)
         budget = _Budget(tokens=view.max_num_batched_tokens, pages=view.num_free_pages)
-        decodes = [s for s in running if s.num_uncomputed == 1]
-        prefills = [s for s in running if s.num_uncomputed > 1]
+        ready = [s for s in running if s.num_uncomputed > 0]
+        decodes = [s for s in ready if s.is_decoding]
+        prefills = [s for s in ready if not s.is_decoding]
         waiting = sorted(view.waiting, key=self._rank)
         if self._mix:
             self._serve(view, decodes, running, budget)
@@ -75,7 +76,7 @@ class FcfsScheduler:
         priority = sequence.priority if self._by_priority else 0
         return (priority, sequence.arrival, sequence.seq_id)
 
-    def _chunk(self, sequence: SequenceView, budget: _Budget, num_tokens: int) -> int:
+    def _chunk(self, budget: _Budget, num_tokens: int) -> int:
         chunk = min(num_tokens, budget.tokens)
         return chunk if self._max_chunk is None else min(chunk, self._max_chunk)
 
@@ -89,7 +90,7 @@ class FcfsScheduler:
         for sequence in sequences:
             if sequence.seq_id in budget.preempt or budget.tokens == 0:
                 continue
-            num_tokens = self._chunk(sequence, budget, sequence.num_uncomputed)
+            num_tokens = self._chunk(budget, sequence.num_uncomputed)
             needed = pages_for(view, sequence, num_tokens)
             while needed > budget.pages and self._preempt_last(running, sequence, budget):
                 pass
@@ -131,7 +132,7 @@ class FcfsScheduler:
             reserve = num_running + len(budget.admit)
             if needed + reserve > budget.pages:
                 return
-            num_tokens = self._chunk(sequence, budget, missing)
+            num_tokens = self._chunk(budget, missing)
             # Pages for the whole prompt are set aside, not only for the first chunk.
             budget.pages -= needed
             budget.tokens -= num_tokens
