@@ -108,7 +108,7 @@ class Load:
     Attributes:
         measured: By the process under measurement.
         idle: By the other children together, which should do nothing.
-        foreign: By everything else on the machine, this program included.
+        foreign: By everything else on the machine but this program.
     """
 
     measured: float
@@ -126,12 +126,14 @@ class LoadMeter:
     def __init__(self, pids: Mapping[str, int]) -> None:
         """Remember the processes."""
         self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
+        self._self = psutil.Process()
 
     def _read(self) -> tuple[float, float, dict[str, float]]:
         times = psutil.cpu_times()
         busy = sum(times) - times.idle - getattr(times, "iowait", 0.0)
         # guest time is counted in user time already
         busy -= getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        busy -= _seconds(self._self)
         own = {name: _seconds(process) for name, process in self._processes.items()}
         return time.perf_counter(), busy, own
 
@@ -141,14 +143,14 @@ class LoadMeter:
 
     def stop(self, measured: str) -> Load:
         """End, and share out what happened since `start`."""
-        wall, busy, own = (b - a if isinstance(b, float) else _minus(b, a)
-                           for a, b in zip(self._before, self._read(), strict=True))  # fmt: skip
-        mine = own[measured]
-        idle = sum(own.values()) - mine
+        (wall_0, busy_0, own_0), (wall_1, busy_1, own_1) = self._before, self._read()
+        wall = wall_1 - wall_0
+        own = {name: own_1[name] - own_0[name] for name in own_1}
+        mine, everybody = own[measured], sum(own.values())
         return Load(
             measured=mine / wall,
-            idle=idle / wall,
-            foreign=max(0.0, busy - mine - idle) / wall,
+            idle=(everybody - mine) / wall,
+            foreign=max(0.0, busy_1 - busy_0 - everybody) / wall,
         )
 
 
@@ -158,10 +160,6 @@ def _seconds(process: psutil.Process) -> float:
     except psutil.NoSuchProcess:
         return 0.0
     return times.user + times.system
-
-
-def _minus(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    return {name: after[name] - before[name] for name in after}
 
 
 def random_prompts(seed: Sequence[int], count: int, length: int, vocab: int) -> list[list[int]]:
