@@ -42,6 +42,11 @@ def chain_hashes(
     return hashes
 
 
+def salt_hash(salt: str) -> PageHash:
+    """Return where the hash chain of requests with a salt begins; only equal salts share pages."""
+    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 class PagePool:
     """Which pages are free, held, or cached without a holder.
 

@@ -85,7 +85,7 @@ class AsyncLLM:
             on_warm_up=on_warm_up,
             **settings,
         )
-        self._mailboxes: dict[int, _Mailbox] = {}
+        self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
         self.is_ready = True
 
     @property
@@ -178,9 +178,11 @@ class AsyncLLM:
             EngineDeadError: If the engine has stopped.
         """
         loop = asyncio.get_running_loop()
-        mailbox = self._mailboxes.get(id(loop))
+        mailbox = self._mailboxes.get(loop)
         if mailbox is None:
-            mailbox = self._mailboxes[id(loop)] = _Mailbox(loop)
+            for old in [known for known in self._mailboxes if known.is_closed()]:
+                del self._mailboxes[old]
+            mailbox = self._mailboxes[loop] = _Mailbox(loop)
         queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._host.thread.submit(request, lambda event: mailbox.post(queue, event))
         return queue

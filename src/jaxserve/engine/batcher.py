@@ -11,6 +11,10 @@ from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
 from jaxserve.engine.shapes import FLAGS, FLOAT_FIELDS, PackedStep, ShapeTable, StepShape
 
+# What a request may ask for can exceed what a 32-bit field holds; beyond these nothing changes.
+_LARGEST_FLOAT = 1e30
+_LARGEST_INT = 2**31 - 1
+
 _CONSTANT_FIELDS = (*FLOAT_FIELDS, "top_k", "seed")
 
 
@@ -61,9 +65,9 @@ class RowTable:
         """Install the parameters of the sequence that now occupies `row`."""
         values, flags = self._values, self._flags
         for name in FLOAT_FIELDS:
-            values[name][row] = getattr(sampling, name)
+            values[name][row] = min(getattr(sampling, name), _LARGEST_FLOAT)
         values["temperature"][row] = 0.0 if sampling.is_greedy else sampling.temperature
-        values["top_k"][row] = max(0, sampling.top_k)
+        values["top_k"][row] = min(max(0, sampling.top_k), _LARGEST_INT)
         values["seed"][row] = np.asarray(seed_words, np.uint32).view(np.int32)
         flags["any_random"][row] = not sampling.is_greedy
         flags["any_filter"][row] = not sampling.is_greedy and (

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxserve.cache.pages import PagePool, chain_hashes
+from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
 from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError, UnsupportedError
 from jaxserve.core.event import FinishReason, Logprob, RequestMetrics, TokenEvent, TokenLogprobs
 from jaxserve.core.plan import StepPlan
@@ -37,6 +37,7 @@ Sink = Callable[[TokenEvent], None]
 """Where the events of one request go; called on the engine's thread, must not block."""
 
 _MAX_FAILURES = 3
+_MAX_SALT = 128
 _HOST_TIME_WINDOW = 4096
 
 
@@ -220,6 +221,12 @@ class Engine:
                     "--max-logprobs.",
                     param=name,
                 )
+        if len(request.cache_salt) > _MAX_SALT:
+            raise RequestError(
+                f"cache_salt must have at most {_MAX_SALT} characters, got "
+                f"{len(request.cache_salt)}.",
+                param="cache_salt",
+            )
         if self._tokenizer is None and sampling.stop:
             raise RequestError("stop strings need a tokenizer.", param="stop")
 
@@ -289,31 +296,33 @@ class Engine:
                 self.pool.forget()
 
     def _accept(self, request: Request, sink: Sink) -> None:
-        state = _RequestState(
-            request=request, sink=sink, sequences=[], num_unfinished=request.sampling.n
-        )
-        if request.request_id in self._requests:
-            message = f"request id {request.request_id!r} is already in use."
-            for index in range(request.sampling.n):
-                self._num_open -= 1
-                self._events.append(
-                    (
-                        sink,
-                        TokenEvent(
-                            request_id=request.request_id,
-                            index=index,
-                            error=message,
-                            finish_reason=FinishReason.ERROR,
-                        ),
-                    )
-                )
+        try:
+            if request.request_id in self._requests:
+                raise RequestError(f"request id {request.request_id!r} is already in use.")
+            sequences = [self._make_sequence(request, i) for i in range(request.sampling.n)]
+        except Exception as error:  # noqa: BLE001  one bad request must not end the others
+            self._refuse(request, sink, str(error))
             return
-        self._requests[request.request_id] = state
-        for index in range(request.sampling.n):
-            sequence = self._make_sequence(request, index)
-            state.sequences.append(sequence)
+        self._requests[request.request_id] = _RequestState(
+            request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
+        )
+        for sequence in sequences:
             self._sequences[sequence.seq_id] = sequence
             self._waiting[sequence.seq_id] = sequence
+
+    def _refuse(self, request: Request, sink: Sink, message: str) -> None:
+        """End a request that turned out to be impossible after it had been taken in."""
+        with self._admission:
+            self._num_open -= request.sampling.n
+        for index in range(request.sampling.n):
+            event = TokenEvent(
+                request_id=request.request_id,
+                index=index,
+                finish_reason=FinishReason.ERROR,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                error=message,
+            )
+            self._events.append((sink, event))
 
     def _make_sequence(self, request: Request, index: int) -> SequenceState:
         spec, sampling = self.runner.spec, request.sampling
@@ -347,7 +356,7 @@ class Engine:
             detokenizer=detokenizer,
             prompt_len=prompt_len,
             seed_words=(seed >> 32, seed & 0xFFFFFFFF),
-            root_hash=f"salt:{request.cache_salt}".encode()[:64],
+            root_hash=salt_hash(request.cache_salt),
             token_ids=list(request.prompt_token_ids),
         )
 

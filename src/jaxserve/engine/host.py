@@ -84,6 +84,7 @@ class EngineHost:
         self.graph = self._made.model.graph
         self.config = self._made.config
         self.default_sampling = self._made.default_sampling
+        self._compiler: threading.Thread | None = None
         self._warm_up(on_warm_up or (_progress_bar() if progress else None))
         self.thread = EngineThread(self.engine)
 
@@ -93,9 +94,10 @@ class EngineHost:
             runner.warm_up(on_progress)
         elif mode == "background":
             runner.warm_up_essentials()
-            threading.Thread(
+            self._compiler = threading.Thread(
                 target=self._warm_up_rest, args=(on_progress,), name="jaxserve-warm-up", daemon=True
-            ).start()
+            )
+            self._compiler.start()
 
     def _warm_up_rest(self, on_progress: Progress | None) -> None:
         try:
@@ -205,6 +207,9 @@ class EngineHost:
     def close(self) -> None:
         """Abort what is under way, stop the thread and free the cache; weights stay."""
         self.thread.close()
+        self.engine.runner.stop_warm_up()
+        if self._compiler is not None:
+            self._compiler.join()  # XLA must not be compiling while the process winds down
         self.engine.runner.close()
 
 

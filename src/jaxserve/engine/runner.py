@@ -348,9 +348,7 @@ class Runner:
         """Launch one step; returns at once, results follow when they are read."""
         program = self._step_program(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
-        sampled, hidden, cache, self._rows = program(
-            self._params, cache, self._rows, self._put(packed.buffer)
-        )
+        sampled, hidden, cache, self._rows = program(self._params, cache, self._rows, packed.buffer)
         if self.spec.use_pages:
             self.pages = cache
         else:
@@ -422,6 +420,10 @@ class Runner:
     def cache_bytes(self) -> int:
         """Bytes of key-value cache on the device."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.slots, self.pages)))
+
+    def stop_warm_up(self) -> None:
+        """Let a warm-up on another thread end after the program it is compiling."""
+        self._is_closed = True
 
     def reset(self) -> None:
         """Replace cache and row state by fresh ones, after a failed step left them undefined."""

@@ -46,7 +46,7 @@ ModelSource = str | Path | CausalLM | tuple[ModelConfig | Mapping[str, object], 
 """A name or path, a module of this package, or (configuration, parameters)."""
 
 _Q_BLOCK = 128
-_CPU_KV_TILE = 256
+_CPU_KV_TILE = 128
 _GPU_KV_TILE = 1024
 _SLOT_SHARE = 0.6
 _CPU_CACHE_SHARE = 0.25
@@ -396,6 +396,16 @@ def assemble(
         on_compile=metrics.compiled,
         cache_dir=runner_options.compilation_cache_dir or _default_compile_cache(),
         forbid_late=runner_options.enforce_no_recompile,
+    )
+    metrics.set_cache_config(
+        {
+            "block_size": spec.page_size,
+            "num_gpu_blocks": spec.num_pages,
+            "cache_dtype": dtype,
+            "kv_layout": resolved.cache.kv_layout,
+            "enable_prefix_caching": config.cache.enable_prefix_caching,
+            "cache_bytes": runner.cache_bytes(),
+        }
     )
     if tokenizer is None:
         tokenizer = _find_tokenizer(config.model, model)
