@@ -1,14 +1,12 @@
 """One tiny engine for all server tests, in process, and ways to ask it."""
 
 import asyncio
-import importlib.util
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -19,6 +17,7 @@ from jaxserve.engine.async_engine import AsyncLLM
 from jaxserve.serve.app import create_app
 from jaxserve.serve.options import ServerConfig
 from jaxserve.serve.state import ServerState
+from tests.tiny import write_tiny_model
 
 MAX_LEN = 1024
 MAX_SEQS = 4
@@ -26,18 +25,10 @@ MAX_SEQS = 4
 Ask = Callable[..., httpx.Response]
 
 
-def _tiny_model() -> ModuleType:
-    path = Path(__file__).with_name("tiny_model.py")
-    spec = importlib.util.spec_from_file_location("tiny_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoint of a tiny random model."""
-    return _tiny_model().write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
