@@ -130,6 +130,7 @@ def _attend_tiles(
         jnp.broadcast_to(position[:, None], (rows, group)),
         tile_len=tile_len,
         scale=scale,
+        upcast=plan.upcast,
     ).reshape(rows, heads, dim)
     if not num_prefill:
         return out
@@ -148,6 +149,7 @@ def _attend_tiles(
             jnp.tile(first + jnp.arange(length), group)[None],
             tile_len=tile_len,
             scale=scale,
+            upcast=plan.upcast,
         )
         attended = attended.reshape(kv_heads, group, length, dim).transpose(2, 0, 1, 3)
         attended = attended.reshape(length, heads, dim)

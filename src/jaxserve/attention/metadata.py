@@ -43,6 +43,7 @@ class AttentionPlan:
         kv_tile: Keys per tile; a multiple of the page size that divides the length of a row.
         q_block: Tokens per prefill block.
         backend: Which implementation runs.
+        upcast: Whether products are taken in float32 whatever the dtype of the cache.
     """
 
     token_row: Int[Array, " tokens"]
@@ -56,3 +57,4 @@ class AttentionPlan:
     kv_tile: int = dataclasses.field(metadata={"static": True})
     q_block: int = dataclasses.field(metadata={"static": True})
     backend: Backend = dataclasses.field(default="xla", metadata={"static": True})
+    upcast: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -47,6 +47,7 @@ def attend_tiles(
     *,
     tile_len: int,
     scale: float,
+    upcast: bool = False,
 ) -> Float[Array, "rows kv_heads queries head_dim"]:
     """Attend to the first tiles of every row's keys, causally.
 
@@ -57,14 +58,18 @@ def attend_tiles(
         query_position: A query sees the keys up to and including its own position.
         tile_len: Keys per tile.
         scale: Multiplies the scores.
+        upcast: Whether to multiply in float32 whatever the dtype of the cache. On a CPU small
+            bfloat16 products are slower than converting a tile (8 rows: 300 against 363 tok/s).
 
     Source: the running softmax of FlashAttention.
     """
-    shape = q.shape
+    shape, dtype = q.shape, q.dtype
+    if upcast:
+        q = q.astype(jnp.float32)
 
     def visit(i: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, top, mass = state
-        k, v = tile(i)
+        k, v = (part.astype(q.dtype) for part in tile(i))
         scores = jnp.einsum("rkqd,rksd->rkqs", q, k, preferred_element_type=jnp.float32)
         key_position = i * tile_len + jnp.arange(tile_len)
         seen = key_position[None, None, :] <= query_position[:, :, None]
@@ -84,4 +89,4 @@ def attend_tiles(
         jnp.zeros(shape[:-1], jnp.float32),
     )
     out, _, mass = lax.fori_loop(0, num_tiles, visit, start)
-    return (out / jnp.maximum(mass, 1e-30)[..., None]).astype(q.dtype)
+    return (out / jnp.maximum(mass, 1e-30)[..., None]).astype(dtype)

@@ -296,9 +296,10 @@ class Engine:
                 self.pool.forget()
 
     def _accept(self, request: Request, sink: Sink) -> None:
+        if request.request_id in self._requests:
+            self._refuse(request, sink, f"request id {request.request_id!r} is already in use.")
+            return
         try:
-            if request.request_id in self._requests:
-                raise RequestError(f"request id {request.request_id!r} is already in use.")
             sequences = [self._make_sequence(request, i) for i in range(request.sampling.n)]
         except Exception as error:  # noqa: BLE001  one bad request must not end the others
             self._refuse(request, sink, str(error))

@@ -60,6 +60,7 @@ class RunnerSpec:
         use_pages: Paged layout; otherwise dense slots.
         keep_store: With slots: whether a page store for prefixes exists.
         backend: Attention implementation.
+        upcast: Whether attention multiplies in float32 whatever the dtype.
         logprobs_mode: What is reported.
         num_candidates: Most candidates reported per token.
         matmul_precision: Precision of matrix products; "highest" for float32.
@@ -75,6 +76,7 @@ class RunnerSpec:
     use_pages: bool
     keep_store: bool
     backend: Backend
+    upcast: bool
     logprobs_mode: LogprobsMode
     num_candidates: int
     matmul_precision: str
@@ -478,6 +480,7 @@ def _step(
         kv_tile=spec.shapes.kv_tile,
         q_block=shape.q_block,
         backend=spec.backend,
+        upcast=spec.upcast,
     )
     hidden, new_cache = model(token_ids, jnp.maximum(part["token_position"], 0), cache, plan)
     index = part["sample_index"]

@@ -383,6 +383,7 @@ def assemble(
         use_pages=plan.use_pages,
         keep_store=plan.keep_store,
         backend=backend,
+        upcast=on_cpu,
         logprobs_mode=runner_options.logprobs_mode,
         num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
         matmul_precision="highest" if dtype == "float32" else "default",
