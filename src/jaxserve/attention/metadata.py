@@ -27,9 +27,9 @@ class CausalPlan:
 class AttentionPlan:
     """Attention of one step against the key-value cache.
 
-    A prefill block is a run of at most `q_block` tokens of one sequence. Blocks are processed in
-    order of `block_start`; a block shorter than `q_block` also computes the rows behind it, which
-    later blocks overwrite.
+    A prefill block is a run of at most `q_block` tokens of one sequence; blocks are ordered by
+    `block_start`. Blocks of sequences whose cache held something before this step come with that
+    number of tokens, their context.
 
     Attributes:
         token_row: Sequence row of each packed token; -1 is padding.
@@ -38,6 +38,9 @@ class AttentionPlan:
         block_start: Where each block begins among the prefill tokens.
         block_row: Sequence row of each block.
         block_position: Position of the block's first token.
+        block_len: Tokens of each block.
+        block_context: Tokens of its sequence that the cache held before this step.
+        num_context_blocks: Blocks up to the last one with a context; 0 if there is none.
         page_table: Pages of each sequence row, 0 where there is none; None with dense slots.
         rows: Number of decode rows.
         kv_tile: Keys per tile; a multiple of the page size that divides the length of a row.
@@ -52,6 +55,9 @@ class AttentionPlan:
     block_start: Int[Array, " blocks"]
     block_row: Int[Array, " blocks"]
     block_position: Int[Array, " blocks"]
+    block_len: Int[Array, " blocks"]
+    block_context: Int[Array, " blocks"]
+    num_context_blocks: Int[Array, ""]
     page_table: Int[Array, "rows pages_per_row"] | None
     rows: int = dataclasses.field(metadata={"static": True})
     kv_tile: int = dataclasses.field(metadata={"static": True})

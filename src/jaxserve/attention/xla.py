@@ -13,13 +13,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
 """Score of a key that may not be seen; finite, so that an all-masked row gives no NaN."""
 
 Tile = tuple[Array, Array]
 """Keys and values of one tile."""
+
+State = tuple[Array, Array, Array]
+"""Unnormalised output, largest score and mass so far, per query; float32."""
 
 
 def causal(
@@ -39,54 +42,80 @@ def causal(
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
 
 
-def attend_tiles(
-    q: Float[Array, "rows kv_heads queries head_dim"],
-    tile: Callable[[Int[Array, ""]], Tile],
-    num_tiles: Int[Array, ""],
-    query_position: Int[Array, "rows queries"],
-    *,
-    tile_len: int,
-    scale: float,
-    upcast: bool = False,
-) -> Float[Array, "rows kv_heads queries head_dim"]:
-    """Attend to the first tiles of every row's keys, causally.
-
-    Args:
-        q: Queries that share a key-value head lie side by side.
-        tile: Gives keys and values `[rows, kv_heads, tile_len, head_dim]` of one tile.
-        num_tiles: How many tiles to visit.
-        query_position: A query sees the keys up to and including its own position.
-        tile_len: Keys per tile.
-        scale: Multiplies the scores.
-        upcast: Whether to multiply in float32 whatever the dtype of the cache. On a CPU small
-            bfloat16 products are slower than converting a tile (8 rows: 300 against 363 tok/s).
-
-    Source: the running softmax of FlashAttention.
-    """
-    shape, dtype = q.shape, q.dtype
-    if upcast:
-        q = q.astype(jnp.float32)
-
-    def visit(i: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, top, mass = state
-        k, v = (part.astype(q.dtype) for part in tile(i))
-        scores = jnp.einsum("rkqd,rksd->rkqs", q, k, preferred_element_type=jnp.float32)
-        key_position = i * tile_len + jnp.arange(tile_len)
-        seen = key_position[None, None, :] <= query_position[:, :, None]
-        scores = jnp.where(seen[:, None], scores * scale, MASKED)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - new_top[..., None])
-        fade = jnp.exp(top - new_top)
-        mass = mass * fade + jnp.sum(weights, axis=-1)
-        part = jnp.einsum(
-            "rkqs,rksd->rkqd", weights.astype(q.dtype), v, preferred_element_type=jnp.float32
-        )
-        return out * fade[..., None] + part, new_top, mass
-
-    start = (
+def begin(shape: tuple[int, ...]) -> State:
+    """Return the state of queries `[..., head_dim]` that have seen no key."""
+    return (
         jnp.zeros(shape, jnp.float32),
         jnp.full(shape[:-1], MASKED, jnp.float32),
         jnp.zeros(shape[:-1], jnp.float32),
     )
-    out, _, mass = lax.fori_loop(0, num_tiles, visit, start)
+
+
+def visit(
+    state: State,
+    q: Float[Array, "rows kv_heads queries head_dim"],
+    k: Float[Array, "rows kv_heads keys head_dim"],
+    v: Float[Array, "rows kv_heads keys head_dim"],
+    seen: Bool[Array, "rows queries keys"],
+    *,
+    scale: float,
+) -> State:
+    """Let queries see some more keys.
+
+    Args:
+        state: What they have seen so far; unchanged where `seen` is false throughout.
+        q: Queries that share a key-value head lie side by side.
+        k: Keys.
+        v: Values.
+        seen: Which query may see which key.
+        scale: Multiplies the scores.
+
+    Source: the running softmax of FlashAttention.
+    """
+    out, top, mass = state
+    scores = jnp.einsum("rkqd,rksd->rkqs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None], scores * scale, MASKED)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - new_top[..., None])
+    fade = jnp.exp(top - new_top)
+    mass = mass * fade + jnp.sum(weights, axis=-1)
+    part = jnp.einsum(
+        "rkqs,rksd->rkqd", weights.astype(q.dtype), v, preferred_element_type=jnp.float32
+    )
+    return out * fade[..., None] + part, new_top, mass
+
+
+def finish(state: State, dtype: jnp.dtype) -> Float[Array, "rows kv_heads queries head_dim"]:
+    """Turn a state into the attention output."""
+    out, _, mass = state
     return (out / jnp.maximum(mass, 1e-30)[..., None]).astype(dtype)
+
+
+def visit_tiles(
+    state: State,
+    q: Float[Array, "rows kv_heads queries head_dim"],
+    tile: Callable[[Int[Array, ""]], Tile],
+    num_tiles: Int[Array, ""],
+    num_seen: Int[Array, "rows queries"],
+    *,
+    tile_len: int,
+    scale: float,
+) -> State:
+    """Let queries see the first keys of their rows, tile by tile.
+
+    Args:
+        state: What they have seen so far.
+        q: Queries that share a key-value head lie side by side.
+        tile: Gives keys and values `[rows, kv_heads, tile_len, head_dim]` of one tile.
+        num_tiles: How many tiles to visit.
+        num_seen: How many keys, from the first, each query may see.
+        tile_len: Keys per tile.
+        scale: Multiplies the scores.
+    """
+
+    def step(i: Int[Array, ""], state: State) -> State:
+        k, v = (part.astype(q.dtype) for part in tile(i))
+        seen = (i * tile_len + jnp.arange(tile_len))[None, None, :] < num_seen[:, :, None]
+        return visit(state, q, k, v, seen, scale=scale)
+
+    return lax.fori_loop(0, num_tiles, step, state)

@@ -166,5 +166,9 @@ def _fill_blocks(packed: PackedStep, item: Item, offset: int, block: int) -> int
         fields["block_start"][block] = offset + low
         fields["block_row"][block] = item.row
         fields["block_position"][block] = item.start + low
+        fields["block_len"][block] = min(q_block, item.num_tokens - low)
+        fields["block_context"][block] = item.start
         block += 1
+        if item.start:
+            fields["num_context_blocks"][...] = block
     return block
