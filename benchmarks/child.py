@@ -1,9 +1,10 @@
 """Child processes that are measured in turn, and how much processor time everybody takes."""
 
+import contextlib
 import json
 import os
+import select
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,16 +46,23 @@ class Child:
         python: Interpreter.
         module: What it runs.
         log: Where its standard error goes.
+        environment: Variables to add.
     """
 
-    def __init__(self, python: Path | str, module: str, log: Path) -> None:
+    def __init__(
+        self,
+        python: Path | str,
+        module: str,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start it."""
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 [str(python), "-m", module],
                 cwd=ROOT,
-                env=quiet_environment(),
+                env={**quiet_environment(), **(environment or {})},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -66,17 +74,32 @@ class Child:
         """Process id."""
         return self._process.pid
 
-    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  anything JSON knows
+    def ask(
+        self,
+        op: str,
+        *,
+        timeout_s: float | None = None,
+        **arguments: Any,  # noqa: ANN401  anything JSON knows
+    ) -> dict[str, Any]:
         """Send one request and wait for its answer.
 
+        Args:
+            op: Name of the worker's method.
+            timeout_s: Longest wait; the process is killed after it. None waits without end.
+            **arguments: What the method takes.
+
         Raises:
-            PeerError: If it answered with an error or ended.
+            PeerError: If it answered with an error, ended, or took too long.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
             self._process.stdin.flush()
+            # One answer per request, so nothing can wait in the text layer's own buffer.
+            if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+                self._process.kill()
+                raise PeerError(f"{op!r} took longer than {timeout_s:.0f} s")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -89,16 +112,17 @@ class Child:
         return answer
 
     def close(self) -> None:
-        """End it."""
-        if self._process.poll() is None:
-            try:
-                assert self._process.stdin is not None
-                self._process.stdin.write('{"op": "quit"}\n')
-                self._process.stdin.close()
-                self._process.wait(timeout=10)
-            except (OSError, subprocess.TimeoutExpired):
-                self._process.kill()
-                self._process.wait()
+        """End it: asked kindly, by the end of its input, then not."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +193,3 @@ def random_prompts(seed: Sequence[int], count: int, length: int, vocab: int) -> 
     low = min(1000, vocab // 2)
     draw = np.random.default_rng(seed).integers(low, vocab, size=(count, length))
     return draw.tolist()
-
-
-if __name__ == "__main__":
-    print(oracle_python() or "no oracle environment", file=sys.stdout)

@@ -60,20 +60,36 @@ NOISY = 0.15
 VOCAB = 40_000
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement.
+
+    Attributes:
+        rate: Tokens per second.
+        load: Who used the processor meanwhile.
+    """
+
+    rate: float
+    load: Load
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing else took a noticeable part of the processor."""
+        return self.load.foreign + self.load.idle < NOISY
+
+
 @dataclass(slots=True)
 class Results:
     """Samples of one precision.
 
     Attributes:
-        rates: Tokens per second by (engine, column).
-        loads: Who used the processor during each sample.
+        samples: Rates and who used the processor meanwhile, by (engine, column).
         keys: Last HTTP result per engine, as `vllm bench serve` names it.
         about: What each engine said of itself.
         failed: What went wrong, by engine.
     """
 
-    rates: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
-    loads: list[Load] = field(default_factory=list)
+    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=lambda: defaultdict(list))
     keys: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -249,8 +265,7 @@ class Comparison:
             self._children.pop(name).close()
             say(f"  {name} is left out: {error}")
             return
-        self.results.rates[name, column].append(rate)
-        self.results.loads.append(self._meter.stop(measured))
+        self.results.samples[name, column].append(Sample(rate, self._meter.stop(measured)))
 
     def _sample(self, name: str, column: str, seed: int, steps: int) -> float:
         child = self._children[name]
@@ -313,10 +328,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def counted(results: Results, name: str, column: str) -> list[float]:
+    """Return the rates that count: the undisturbed ones, or all where every one was disturbed."""
+    samples = results.samples.get((name, column), [])
+    return [s.rate for s in samples if s.is_quiet] or [s.rate for s in samples]
+
+
+def is_disturbed(results: Results, name: str, column: str) -> bool:
+    """Tell whether every sample was disturbed by other work on the machine."""
+    return not any(sample.is_quiet for sample in results.samples.get((name, column), []))
+
+
 def median(results: Results, name: str, column: str) -> float | None:
     """Return the median rate, or None where nothing was measured."""
-    samples = results.rates.get((name, column))
-    return statistics.median(samples) if samples else None
+    rates = counted(results, name, column)
+    return statistics.median(rates) if rates else None
 
 
 def ratios(results: Results, peer: str) -> dict[str, float]:
@@ -343,11 +369,18 @@ def verdicts(dtype: str, results: Results) -> dict[tuple[str, str], bool]:
 
 def format_table(dtype: str, results: Results) -> str:
     """Set medians in tokens per second, ratios, required ratios and marks in one table."""
-    names = [name for name in (OURS, *PEER_MODULES) if (name, "prefill") in results.rates]
+    names = [name for name in (OURS, *PEER_MODULES) if (name, "prefill") in results.samples]
     rows: list[list[str]] = []
+
+    def doubt(*engines: str, column: str) -> str:
+        return "?" if any(is_disturbed(results, name, column) for name in engines) else ""
+
     for name in names:
-        cells = [median(results, name, column) for column in COLUMNS]
-        rows.append([f"{name} tok/s", *(f"{cell:.1f}" if cell else "-" for cell in cells)])
+        cells = [f"{name} tok/s"]
+        for column in COLUMNS:
+            value = median(results, name, column)
+            cells.append(f"{value:.1f}{doubt(name, column=column)}" if value else "-")
+        rows.append(cells)
     marks = verdicts(dtype, results)
     for peer in names[1:]:
         found = ratios(results, peer)
@@ -356,17 +389,13 @@ def format_table(dtype: str, results: Results) -> str:
         if dtype == "float32":
             needed = REQUIRED[peer]
             rows.append(
-                ["  required", *(f"{needed[c]:.2f}" if c in needed else "-" for c in COLUMNS)]
+                ["  required"] + [f"{needed[c]:.2f}" if c in needed else "-" for c in COLUMNS]
             )
-            rows.append(
-                [
-                    "  reached",
-                    *(
-                        {True: "pass", False: "FAIL", None: "-"}[marks.get((peer, c))]
-                        for c in COLUMNS
-                    ),
-                ]
-            )
+            cells = ["  reached"]
+            for column in COLUMNS:
+                mark = {True: "pass", False: "FAIL", None: "-"}[marks.get((peer, column))]
+                cells.append(mark + (doubt(OURS, peer, column=column) if mark != "-" else ""))
+            rows.append(cells)
     return table([dtype, *COLUMNS.values()], rows)
 
 
@@ -387,28 +416,32 @@ def format_latencies(results: Results) -> str:
 
 def describe_load(results: Results) -> str:
     """Say how quiet the machine was."""
-    idle = statistics.median(load.idle for load in results.loads)
-    foreign = sorted(load.foreign for load in results.loads)
-    noisy = sum(value > NOISY for value in foreign)
+    samples = [sample for several in results.samples.values() for sample in several]
+    noisy = sum(not sample.is_quiet for sample in samples)
+    idle = statistics.median(sample.load.idle for sample in samples)
+    foreign = statistics.median(sample.load.foreign for sample in samples)
     text = (
-        f"processor while measuring: idle engines {idle:.1%} of a core, everything else "
-        f"{statistics.median(foreign):.1%} (median), {foreign[-1]:.1%} (most)."
+        f"processor while measuring (median): idle engines {idle:.1%} of a core, everything else "
+        f"{foreign:.1%}. {noisy} of {len(samples)} samples were disturbed (over {NOISY:.0%}) and "
+        "do not count"
     )
-    if noisy * 2 > len(foreign):
-        text += " THE MACHINE WAS NOT QUIET: run again when nothing else runs."
-    return text
+    if any(is_disturbed(results, *key) for key in results.samples):
+        return f"{text}, except where a '?' says that no other was to be had: run again when quiet."
+    return f"{text}."
 
 
 def write_lines(recorder: Recorder, dtype: str, results: Results) -> None:
     """Write one JSON line per engine and column, and one with the ratios."""
-    for (name, column), samples in results.rates.items():
+    for (name, column), samples in results.samples.items():
         recorder.write(
             column,
             engine=name,
             dtype=dtype,
             unit="tokens/s",
-            **summary(samples),
-            samples=[round(sample, 2) for sample in samples],
+            **summary(counted(results, name, column)),
+            samples=[round(sample.rate, 2) for sample in samples],
+            foreign_load=[round(sample.load.foreign, 3) for sample in samples],
+            disturbed=is_disturbed(results, name, column),
             about=results.about[name],
         )
     for name, runs in results.keys.items():
@@ -420,7 +453,6 @@ def write_lines(recorder: Recorder, dtype: str, results: Results) -> None:
         ratios={peer: ratios(results, peer) for peer in PEER_MODULES},
         required=REQUIRED if dtype == "float32" else None,
         reached={f"{p} {c}": ok for (p, c), ok in verdicts(dtype, results).items()},
-        foreign_load=statistics.median(load.foreign for load in results.loads),
         failed=results.failed,
     )
 

@@ -1,10 +1,28 @@
 """jaxserve as a measured process, through the public `LLM`; see `benchmarks.peers.protocol`."""
 
+import time
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from benchmarks.peers import protocol
 from benchmarks.record import versions
 from jaxserve import LLM, SamplingParams
+
+
+def best_seconds(program: Callable[..., jax.Array], *inputs: jax.Array) -> float:
+    """Time a program: the best of five bursts of ten launches."""
+    program(*inputs).block_until_ready()
+    bursts = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(10):
+            result = program(*inputs)
+        result.block_until_ready()
+        bursts.append((time.perf_counter() - started) / 10)
+    return min(bursts)
 
 
 def greedy(num_tokens: int) -> SamplingParams:
@@ -15,19 +33,50 @@ def greedy(num_tokens: int) -> SamplingParams:
 class JaxserveWorker:
     """The whole engine: scheduling, sampling, detokenizing and events are in every figure."""
 
-    def load(self, *, model: str, dtype: str, **settings: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Load the model and compile every step.
+    def ceilings(self, gib: float, size: int) -> dict[str, Any]:
+        """Measure what the device can do at most; called before `load`, frees its memory.
+
+        Args:
+            gib: Size of the array that is read and copied.
+            size: Rows and columns of the bfloat16 matrices that are multiplied.
+        """
+        x = jnp.ones((int(gib * 2**20), 512), jnp.bfloat16)
+        read = best_seconds(jax.jit(lambda v: jnp.max(v, axis=0)), x)
+        copy = best_seconds(jax.jit(lambda v: -v), x)
+        a, b = (
+            jax.random.normal(jax.random.key(i), (size, size)).astype(jnp.bfloat16) for i in (0, 1)
+        )
+        product = best_seconds(jax.jit(jnp.matmul), a, b)
+        device = jax.devices()[0]
+        return {
+            "device": device.device_kind,
+            "platform": device.platform,
+            "read_gb_s": x.nbytes / read / 1e9,
+            "copy_gb_s": 2 * x.nbytes / copy / 1e9,
+            "matmul_tflop_s": 2 * size**3 / product / 1e12,
+        }
+
+    def load(
+        self,
+        *,
+        model: str,
+        dtype: str,
+        warmup: str = "full",
+        **settings: Any,  # noqa: ANN401  whatever LLM takes
+    ) -> dict[str, Any]:
+        """Load the model and compile its steps.
 
         Args:
             model: Name or path.
             dtype: Precision.
+            warmup: When steps are compiled.
             **settings: Further settings of `LLM`.
         """
-        self._llm = LLM(model, dtype=dtype, warmup="full", **settings)
+        self._llm = LLM(model, dtype=dtype, warmup=warmup, **settings)
         return {
             "name": "jaxserve",
             "versions": versions(),
-            "settings": {"dtype": dtype, **settings},
+            "settings": {"dtype": dtype, "warmup": warmup, **settings},
             "compilations": self._llm.metrics.num_compilations,
             "compile_s": self._llm.metrics.compile_seconds,
         }

@@ -63,7 +63,7 @@ def decode_result(step_seconds: list[float], count: int) -> dict[str, Any]:
 
 
 def serve(worker: Worker) -> None:
-    """Answer requests until standard input ends or `quit` comes.
+    """Answer requests until standard input ends.
 
     Standard output belongs to the protocol alone; whatever libraries print goes to standard error.
     """
@@ -72,8 +72,6 @@ def serve(worker: Worker) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         op = request.pop("op")
-        if op == "quit":
-            break
         try:
             answer = getattr(worker, op)(**request)
         except Exception as error:  # noqa: BLE001  whatever it is, the other side must hear of it
