@@ -99,7 +99,7 @@ class CacheOptions:
     kv_cache_memory_bytes: int | None = option(
         None,
         "Memory for the key-value cache. Default: what gpu-memory-utilization leaves; on a CPU a "
-        "quarter of the free memory.",
+        "quarter of the free memory, at most 4 GiB.",
         count=True,
     )
     num_gpu_blocks_override: int | None = option(

@@ -48,8 +48,9 @@ ModelSource = str | Path | CausalLM | tuple[ModelConfig | Mapping[str, object], 
 _Q_BLOCK = 128
 _CPU_KV_TILE = 128
 _GPU_KV_TILE = 1024
-_SLOT_SHARE = 0.6
+_SLOT_SHARE = 0.75
 _CPU_CACHE_SHARE = 0.25
+_CPU_CACHE_BYTES = 4 << 30
 _SHORTEST_AUTO_LEN = 256
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -281,7 +282,7 @@ def _kv_tile(config: EngineConfig, *, on_cpu: bool) -> int:
 
 def _free_memory(config: EngineConfig, model: LoadedModel, *, on_cpu: bool) -> int:
     if on_cpu:
-        return int(psutil.virtual_memory().available * _CPU_CACHE_SHARE)
+        return min(int(psutil.virtual_memory().available * _CPU_CACHE_SHARE), _CPU_CACHE_BYTES)
     stats = model.mesh.devices.flat[0].memory_stats() or {}
     limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
     share = config.cache.gpu_memory_utilization
