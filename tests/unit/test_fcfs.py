@@ -12,8 +12,8 @@ SCHEDULERS = [
     FcfsScheduler(),
     FcfsScheduler(by_priority=True),
     FcfsScheduler(mix=False),
-    FcfsScheduler(max_chunk=5),
-    FcfsScheduler(mix=False, by_priority=True, max_chunk=3),
+    FcfsScheduler(max_mixed_prefill=5),
+    FcfsScheduler(by_priority=True, max_mixed_prefill=3, ageing_s=2.0),
 ]
 
 
@@ -135,10 +135,33 @@ def test_nobody_is_admitted_while_memory_is_short(view):
     assert not (plan.preempt and plan.admit)
 
 
-@given(views(), st.integers(1, 9))
-def test_no_chunk_is_longer_than_allowed(view, max_chunk):
-    plan = FcfsScheduler(max_chunk=max_chunk).plan(view)
-    assert all(item.num_tokens <= max_chunk for item in plan.work)
+@given(view=views(), limit=st.integers(1, 10))
+def test_a_long_prompt_gets_little_beside_many_decodes(view, limit):
+    plan = FcfsScheduler(max_mixed_prefill=limit).plan(view)
+    known = {s.seq_id: s for s in (*view.running, *view.waiting)}
+    served = [known[item.seq_id] for item in plan.work]
+    ready = [s for s in view.running if s.num_uncomputed > 0]
+    num_decodes = sum(s.is_decoding for s in ready)
+    has_decode = any(s.is_decoding for s in served)
+    if has_decode and len(ready) - num_decodes + len(view.waiting) < num_decodes:
+        prefill = [
+            i.num_tokens for i, s in zip(plan.work, served, strict=True) if not s.is_decoding
+        ]
+        assert sum(prefill) <= limit
+
+
+def test_waiting_long_enough_outweighs_priority():
+    patient = SequenceView(
+        seq_id=1, arrival=0.0, priority=5, prompt_len=4, num_tokens=4, num_computed=0,
+        max_total_len=8, num_pages=0, is_running=False,
+    )  # fmt: skip
+    urgent = dataclasses.replace(patient, seq_id=2, arrival=90.0, priority=0)
+    view = ReplicaView(
+        now=100.0, running=(), waiting=(urgent, patient), num_free_pages=9, num_pages=9,
+        page_size=4, max_num_seqs=1, max_num_batched_tokens=8,
+    )  # fmt: skip
+    assert FcfsScheduler(by_priority=True).plan(view).admit == (2,)
+    assert FcfsScheduler(by_priority=True, ageing_s=1.0).plan(view).admit == (1,)
 
 
 @given(views())

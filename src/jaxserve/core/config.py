@@ -145,6 +145,15 @@ class SchedulerOptions:
         "Most unfinished completions; more are refused with 503 and Retry-After.",
         "max-queued-requests",
     )
+    priority_ageing_s: float | None = option(
+        None, "Under the priority policy: seconds of waiting that count as one step of priority."
+    )
+    max_mixed_prefill_tokens: int | None = option(
+        None,
+        "Most prefill tokens in a step that decodes as well, while more requests decode than wait; "
+        "keeps streams smooth beside a long prompt. Default: 512 on a GPU, 64 on a CPU.",
+        count=True,
+    )
     async_scheduling: bool = option(
         True, "Prepare the next step while the device computes the current one."
     )
@@ -153,6 +162,11 @@ class SchedulerOptions:
         """Check the values."""
         _one_of(self, scheduling_policy=SchedulingPolicy)
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs")
+        _at_least(self, 1, "max_mixed_prefill_tokens")
+        if self.priority_ageing_s is not None and self.priority_ageing_s <= 0:
+            raise ConfigError(
+                f"priority_ageing_s must be greater than zero, got {self.priority_ageing_s}."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ The scheduler decides, the engine obeys; the scheduler never sees a device array
 sees a request. Nothing that a request can cause raises out of `step`.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -416,15 +417,19 @@ class Engine:
         for seq_id in plan.preempt:
             self._preempt(self._sequences[seq_id])
         for seq_id in plan.admit:
-            self._admit(self._sequences[seq_id])
+            with contextlib.suppress(CapacityError):
+                self._admit(self._sequences[seq_id])
         items: list[Item] = []
         for work in plan.work:
             if work.num_draft:
                 raise UnsupportedError("this engine does not verify draft tokens.")
             sequence = self._sequences[work.seq_id]
             num_tokens = min(work.num_tokens, sequence.num_tokens - sequence.num_computed)
-            if num_tokens > 0:
-                items.append(self._reserve(sequence, num_tokens))
+            if num_tokens > 0 and sequence.phase is Phase.RUNNING:
+                # Preempting a sequence frees only the pages that nobody shares. Work for which a
+                # plan thus found too few pages is left out; the next plan sees what is free.
+                with contextlib.suppress(CapacityError):
+                    items.append(self._reserve(sequence, num_tokens))
         self._record_step(items)
         if not items:
             return None

@@ -279,8 +279,8 @@ def _uniform(seed: Array, position: Array) -> Array:
 
 
 def _ordered(x: Array) -> Array:
-    """Map float32 to int32 so that the order stays the same."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
+    """Map float32 to int32 so that the order stays the same; zeros of both signs are equal."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 

@@ -342,6 +342,7 @@ def assemble(
     options = config.scheduler
     max_num_seqs = options.max_num_seqs or (16 if on_cpu else 256)
     budget = options.max_num_batched_tokens or (512 if on_cpu else 8192)
+    mixed = options.max_mixed_prefill_tokens or (64 if on_cpu else 512)
     plan = _plan_cache(config, model, dtype, max_num_seqs)
     runner_options = config.runner
     backend: Backend = (
@@ -356,7 +357,10 @@ def assemble(
             num_gpu_blocks_override=plan.num_pages,
         ),
         scheduler=dataclasses.replace(
-            options, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+            options,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_mixed_prefill_tokens=mixed,
         ),
         runner=dataclasses.replace(runner_options, attention_backend=backend),
     )
@@ -415,6 +419,8 @@ def assemble(
         scheduler = FcfsScheduler(
             by_priority=options.scheduling_policy == "priority",
             mix=not runner_options.batch_invariant,
+            max_mixed_prefill=mixed,
+            ageing_s=options.priority_ageing_s,
         )
     engine = Engine(
         runner,

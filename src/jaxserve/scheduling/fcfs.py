@@ -33,7 +33,11 @@ class FcfsScheduler:
         by_priority: Order by `priority` (lower first), then arrival. Otherwise by arrival.
         mix: Whether a step may hold prefills and decodes. Without, prefills run alone, one
             sequence at a time, so that the shape of a step does not depend on its neighbours.
-        max_chunk: Most prefill tokens of one sequence in one step; None is the whole budget.
+        max_mixed_prefill: Most prefill tokens in a step that decodes as well, so that a long prompt
+            does not stall those who are reading along; None is the whole budget. It holds while
+            fewer sequences wait or prefill than decode: in a burst of arrivals, filling the batch
+            comes first.
+        ageing_s: Seconds of waiting that count as much as one step of priority; None is never.
 
     When pages run out, the running sequence that comes last in that order loses its pages and is
     recomputed later; a waiting one is admitted only if its whole prompt fits, so that an admitted
@@ -43,23 +47,31 @@ class FcfsScheduler:
     """
 
     def __init__(
-        self, *, by_priority: bool = False, mix: bool = True, max_chunk: int | None = None
+        self,
+        *,
+        by_priority: bool = False,
+        mix: bool = True,
+        max_mixed_prefill: int | None = None,
+        ageing_s: float | None = None,
     ) -> None:
-        """Keep the three choices."""
+        """Keep the choices."""
         self._by_priority = by_priority
         self._mix = mix
-        self._max_chunk = max_chunk
+        self._max_mixed_prefill = max_mixed_prefill
+        self._ageing_s = ageing_s
 
     def plan(self, view: ReplicaView) -> StepPlan:
         """Answer one snapshot with one plan."""
-        running = sorted(view.running, key=self._rank)
+        running = sorted(view.running, key=lambda s: self._rank(s, view.now))
+        waiting = sorted(view.waiting, key=lambda s: self._rank(s, view.now))
         budget = _Budget(tokens=view.max_num_batched_tokens, pages=view.num_free_pages)
         ready = [s for s in running if s.num_uncomputed > 0]
         decodes = [s for s in ready if s.is_decoding]
         prefills = [s for s in ready if not s.is_decoding]
-        waiting = sorted(view.waiting, key=self._rank)
         if self._mix:
             self._serve(view, decodes, running, budget)
+            if budget.work and len(prefills) + len(waiting) < len(decodes):
+                budget.tokens = min(budget.tokens, self._max_mixed_prefill or budget.tokens)
             self._serve(view, prefills, running, budget)
             self._admit(view, waiting, len(running), budget)
         elif prefills:
@@ -72,13 +84,11 @@ class FcfsScheduler:
             work=tuple(budget.work), admit=tuple(budget.admit), preempt=tuple(budget.preempt)
         )
 
-    def _rank(self, sequence: SequenceView) -> tuple[int, float, int]:
-        priority = sequence.priority if self._by_priority else 0
+    def _rank(self, sequence: SequenceView, now: float) -> tuple[float, float, int]:
+        priority = float(sequence.priority) if self._by_priority else 0.0
+        if self._by_priority and self._ageing_s is not None:
+            priority -= (now - sequence.arrival) / self._ageing_s
         return (priority, sequence.arrival, sequence.seq_id)
-
-    def _chunk(self, budget: _Budget, num_tokens: int) -> int:
-        chunk = min(num_tokens, budget.tokens)
-        return chunk if self._max_chunk is None else min(chunk, self._max_chunk)
 
     def _serve(
         self,
@@ -90,9 +100,9 @@ class FcfsScheduler:
         for sequence in sequences:
             if sequence.seq_id in budget.preempt or budget.tokens == 0:
                 continue
-            num_tokens = self._chunk(budget, sequence.num_uncomputed)
+            num_tokens = min(sequence.num_uncomputed, budget.tokens)
             needed = pages_for(view, sequence, num_tokens)
-            while needed > budget.pages and self._preempt_last(running, sequence, budget):
+            while needed > budget.pages and self._preempt_last(view, running, sequence, budget):
                 pass
             if sequence.seq_id in budget.preempt or needed > budget.pages:
                 continue
@@ -101,7 +111,11 @@ class FcfsScheduler:
             budget.work.append(Work(seq_id=sequence.seq_id, num_tokens=num_tokens))
 
     def _preempt_last(
-        self, running: list[SequenceView], beneficiary: SequenceView, budget: _Budget
+        self,
+        view: ReplicaView,
+        running: list[SequenceView],
+        beneficiary: SequenceView,
+        budget: _Budget,
     ) -> bool:
         """Take the pages of the last in rank; False if the beneficiary itself had to give up."""
         served = {item.seq_id for item in budget.work}
@@ -110,7 +124,7 @@ class FcfsScheduler:
                 continue
             if victim.seq_id in served:
                 continue
-            if self._rank(victim) < self._rank(beneficiary):
+            if self._rank(victim, view.now) < self._rank(beneficiary, view.now):
                 return False
             budget.preempt.append(victim.seq_id)
             budget.pages += victim.num_pages
@@ -132,7 +146,7 @@ class FcfsScheduler:
             reserve = num_running + len(budget.admit)
             if needed + reserve > budget.pages:
                 return
-            num_tokens = self._chunk(budget, missing)
+            num_tokens = min(missing, budget.tokens)
             # Pages for the whole prompt are set aside, not only for the first chunk.
             budget.pages -= needed
             budget.tokens -= num_tokens
