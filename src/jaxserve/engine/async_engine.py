@@ -166,8 +166,10 @@ class AsyncLLM:
             EngineDeadError: If the engine has stopped.
         """
         queue = self.submit(request)
-        async for event in self.follow(request, queue):
-            yield event
+        # Closed with this generator, not when the loop gets round to it.
+        async with contextlib.aclosing(self.follow(request, queue)) as events:
+            async for event in events:
+                yield event
 
     def submit(self, request: Request) -> "asyncio.Queue[TokenEvent]":
         """Submit a request from within an event loop; `follow` then yields its events.
@@ -230,11 +232,12 @@ class AsyncLLM:
             cache_salt=cache_salt,
         )  # fmt: skip
         output = empty_output(request)
-        async for event in self.events(request):
-            if event.finish_reason is FinishReason.ERROR:
-                raise EngineDeadError(event.error or "the engine failed at this request")
-            output.apply(event)
-            yield output
+        async with contextlib.aclosing(self.events(request)) as events:
+            async for event in events:
+                if event.finish_reason is FinishReason.ERROR:
+                    raise EngineDeadError(event.error or "the engine failed at this request")
+                output.apply(event)
+                yield output
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End one or several requests; their completions finish with reason `abort`."""

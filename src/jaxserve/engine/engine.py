@@ -163,11 +163,11 @@ class Engine:
             CapacityError: If too many completions are under way.
             EngineDeadError: If the engine has stopped.
         """
-        if self.dead is not None:
-            raise EngineDeadError(f"the engine has stopped: {self.dead}")
         self._check(request)
         count = request.sampling.n
         with self._admission:
+            if self.dead is not None:
+                raise EngineDeadError(f"the engine has stopped: {self.dead}")
             if self._max_queued is not None and self._num_open + count > self._max_queued:
                 self.metrics.rejected("max_num_queued_reqs")
                 raise CapacityError(
@@ -176,7 +176,7 @@ class Engine:
                     retry_after_s=self._retry_after(),
                 )
             self._num_open += count
-        self._inbox.append(("submit", (request, sink)))
+            self._inbox.append(("submit", (request, sink)))
 
     def cancel(self, request_id: str) -> None:
         """Ask for a request to end; its completions finish with reason `abort`."""
@@ -266,6 +266,18 @@ class Engine:
             self._recover(error)
         self._emit()
         self.host_times.append(time.perf_counter() - start - self._waited)
+
+    def stop(self, reason: str) -> None:
+        """Accept nothing more, and end with an error what is left, also what has just come in.
+
+        Args:
+            reason: Why.
+        """
+        with self._admission:
+            self.dead = reason
+        self._take()
+        self._fail_all(f"the engine has stopped: {reason}")
+        self._emit()
 
     def _plain_turn(self) -> None:
         self._take()
@@ -785,12 +797,12 @@ class Engine:
         self._dirty_bias.clear()
         self.pool = PagePool(spec.num_pages, spec.page_size)
         if self._num_failures >= _MAX_FAILURES:
-            self.dead = f"{_MAX_FAILURES} steps in a row failed; the last error was: {error}"
+            self.stop(f"{_MAX_FAILURES} steps in a row failed; the last error was: {error}")
             return
         try:
             self.runner.reset()
         except Exception as reset_error:  # noqa: BLE001
-            self.dead = f"the device buffers cannot be rebuilt: {reset_error}"
+            self.stop(f"the device buffers cannot be rebuilt: {reset_error}")
 
     def _fail_all(self, message: str) -> None:
         for sequence in list(self._sequences.values()):
@@ -821,7 +833,7 @@ class _HostLogprobs:
         entry = {token: own}
         if self._tokens is None or self._values is None:
             return entry
-        number = self._tokens.shape[1] if count < 0 else count
+        number = self._tokens.shape[1] if count < 0 else min(count, self._tokens.shape[1])
         for rank in range(number):
             candidate = int(self._tokens[index, rank])
             if candidate not in entry:

@@ -75,6 +75,7 @@ class EngineThread:
         while True:
             if not engine.has_work:
                 if self._is_closing:
+                    engine.stop("it has been closed")
                     return
                 self._wake.wait()
                 self._wake.clear()
