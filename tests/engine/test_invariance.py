@@ -173,14 +173,12 @@ def test_batch_invariant_results_are_equal_bit_by_bit(module, layout):
             for one in output.outputs
         ]
 
-    settings = {
-        "kv_layout": layout, "batch_invariant": True, "max_num_batched_tokens": 32,
-        "enable_prefix_caching": False,
-    }  # fmt: skip
+    settings = {"kv_layout": layout, "batch_invariant": True, "max_num_batched_tokens": 32}
     alone = Bench(module, **settings)
     wanted = {n: exact(alone.generate([p], [s])[0]) for n, (p, s) in CASES.items()}
-    together = {n: exact(output) for n, output in run_all(Bench(module, **settings)).items()}
-    assert together == wanted
+    bench = Bench(module, **settings)
+    for _ in range(2):  # the second time a cache could help
+        assert {name: exact(output) for name, output in run_all(bench).items()} == wanted
 
 
 def test_a_last_chunk_of_one_token_leaves_batch_invariance_intact(module):

@@ -182,7 +182,8 @@ class RunnerOptions:
     enforce_no_recompile: bool = option(False, "Fail instead of compiling after warm-up.")
     batch_invariant: bool = option(
         False,
-        "One fixed step shape, so that a request's tokens do not depend on its neighbours.",
+        "One fixed step shape and no prefix cache, so that a request's tokens do not depend on "
+        "other requests.",
         "enable-deterministic-inference",
     )
     compilation_cache_dir: str | None = option(

@@ -336,6 +336,11 @@ def assemble(
         scheduler: Used instead of the configured policy.
         progress: Whether to show progress bars.
     """
+    if config.runner.batch_invariant and config.cache.enable_prefix_caching:
+        # Which part of a prompt is computed and which is found would depend on earlier requests.
+        logger.info("batch_invariant: prefixes are not cached")
+        cache = dataclasses.replace(config.cache, enable_prefix_caching=False)
+        config = dataclasses.replace(config, cache=cache)
     model = load_model(source, config, mesh=mesh, progress=progress)
     dtype = str(jax.tree.leaves(cast(Any, model.state)["embed_tokens"])[0].dtype)
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
