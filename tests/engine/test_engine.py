@@ -148,6 +148,11 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(module):
         ([1], {"logprobs": 21}, "logprobs must be at most 20, got 21"),
         ([1], {"prompt_logprobs": -1}, "prompt_logprobs must be at most 20, got -1"),
         ([1], {"stop": "x"}, "stop strings need a tokenizer"),
+        (
+            [1],
+            {"min_tokens": 1, "allowed_token_ids": [5, 299], "stop_token_ids": [5]},
+            "allowed_token_ids holds stop tokens only, which min_tokens=1 forbids",
+        ),
         ([1], {"min_tokens": 1, "stop_token_ids": range(40)}, "at most 32 stop tokens, got 41"),
     ],
 )
@@ -692,7 +697,7 @@ def test_serving_goes_on_while_shapes_are_compiled_in_the_background(module):
 @pytest.mark.parametrize("layout", ["slots", "pages"])
 def test_two_devices_give_what_one_gives(folder, layout):
     params = SamplingParams(
-        max_tokens=10, seed=4, logprobs=2, prompt_logprobs=1, ignore_eos=True, top_p=0.9,
+        max_tokens=5, seed=4, logprobs=2, prompt_logprobs=1, ignore_eos=True, top_p=0.9,
         repetition_penalty=1.1,
     )  # fmt: skip
     results = []

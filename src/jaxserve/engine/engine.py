@@ -249,6 +249,13 @@ class Engine:
                 f"min_tokens works with at most {MAX_BANNED} stop tokens, got {num_stops}.",
                 param="stop_token_ids",
             )
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)}
+        if sampling.min_tokens and stops.issuperset(sampling.allowed_token_ids or (-1,)):
+            raise RequestError(
+                "allowed_token_ids holds stop tokens only, which "
+                f"min_tokens={sampling.min_tokens} forbids at first; allow another token.",
+                param="allowed_token_ids",
+            )
 
     # The loop: one thread ----------------------------------------------------------------------
 
