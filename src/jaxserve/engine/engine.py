@@ -691,7 +691,9 @@ class Engine:
         sequence = item.sequence
         if sequence.phase is Phase.FINISHED:
             return
+        start = time.perf_counter()
         host = _HostLogprobs(scores, None)
+        self._waited += time.perf_counter() - start
         wanted = sequence.sampling.prompt_logprobs or 0
         if item.start == 0:
             sequence.prompt_logprobs.append(None)
