@@ -14,6 +14,7 @@ whatever device is there, to test this program.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -212,6 +213,8 @@ def run_tests(run: Run) -> None:
     # Only this folder: the others import packages that a GPU machine need not have. Its versions of
     # Flax and JAX are its own, so that their warnings are no errors.
     options = ["-q", "-W", "default", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(6, os.cpu_count() or 1))]  # most of the time goes to compiling
     command = [sys.executable, "-m", "pytest", *options, "tests/gpu"]
     environment = {
         **quiet_environment(),

@@ -18,8 +18,9 @@ _DEVICES = "--xla_force_host_platform_device_count=8"  # to share a model among;
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
 try:
+    import beartype  # noqa: F401  the hook below needs it
     from jaxtyping import install_import_hook
-except ImportError:  # a GPU machine may lack it; every other run has it
+except ImportError:  # a GPU machine may lack them; every other run has them
     pass
 else:
     # Where arrays are. The faces check what users pass by themselves, and tests pass them nonsense.
