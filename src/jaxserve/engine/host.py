@@ -1,6 +1,7 @@
 """What the synchronous and the asynchronous face share: a loaded engine on its thread."""
 
 import logging
+import operator
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -184,8 +185,9 @@ class EngineHost:
 
     def _check_ids(self, prompt: object) -> list[int]:
         try:
-            ids = [int(token) for token in prompt]  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
+            # operator.index takes every kind of integer and nothing that would have to be rounded.
+            ids = [operator.index(token) for token in prompt]  # type: ignore[attr-defined]
+        except TypeError:
             raise RequestError(
                 f"a prompt must be a string or a list of token ids, got {type(prompt).__name__}.",
                 param="prompt",

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
@@ -333,7 +334,8 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     listed = list(prompts)
-    if listed and not isinstance(listed[0], str | Mapping | Sequence):
+    is_one = bool(listed) and not isinstance(listed[0], str | Mapping | Sequence | np.ndarray)
+    if is_one:
         return [prompts]  # type: ignore[list-item]
     return listed  # type: ignore[return-value]
 

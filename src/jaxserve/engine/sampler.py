@@ -264,7 +264,7 @@ def draw_by_inversion(
     passed = (end > (target - before)[:, None]) & (inside > 0)
     last = _CDF_BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
     index = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
-    return (block * _CDF_BLOCK + index).astype(jnp.int32)
+    return jnp.minimum(block * _CDF_BLOCK + index, vocab - 1).astype(jnp.int32)
 
 
 def _ban(logits: Array, banned: Array) -> Array:

@@ -46,7 +46,7 @@ ModelSource = str | Path | CausalLM | tuple[ModelConfig | Mapping[str, object], 
 """A name or path, a module of this package, or (configuration, parameters)."""
 
 _Q_BLOCK = 128
-_CPU_KV_TILE = 128
+_CPU_KV_TILE = 256
 _GPU_KV_TILE = 1024
 _SLOT_SHARE = 0.75
 _CPU_CACHE_SHARE = 0.25
