@@ -167,7 +167,7 @@ def _attend_tiles(
     counts += [count for count in (tile_len, 2 * tile_len) if count <= row_len]
     index = jnp.sum(longest > jnp.asarray(counts), dtype=jnp.int32)
     branches = [functools.partial(few, count) for count in counts]
-    state = lax.switch(index, [*branches, many])
+    state = many() if plan.batch_invariant else lax.switch(index, [*branches, many])
     out = _by_token(xla.finish(state, dtype), group)[:, 0]
     if q.shape[0] == rows:
         return out

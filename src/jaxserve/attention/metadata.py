@@ -47,6 +47,8 @@ class AttentionPlan:
         q_block: Tokens per prefill block.
         backend: Which implementation runs.
         upcast: Whether products are taken in float32 whatever the dtype of the cache.
+        batch_invariant: Whether a row's result may not depend on the length of its neighbours,
+            not even in the last bit.
     """
 
     token_row: Int[Array, " tokens"]
@@ -64,3 +66,4 @@ class AttentionPlan:
     q_block: int = dataclasses.field(metadata={"static": True})
     backend: Backend = dataclasses.field(default="xla", metadata={"static": True})
     upcast: bool = dataclasses.field(default=False, metadata={"static": True})
+    batch_invariant: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -60,6 +60,7 @@ class RunnerSpec:
         use_pages: Paged layout; otherwise dense slots.
         keep_store: With slots: whether a page store for prefixes exists.
         backend: Attention implementation.
+        batch_invariant: Whether results may not depend on a row's neighbours.
         upcast: Whether attention multiplies in float32 whatever the dtype.
         logprobs_mode: What is reported.
         num_candidates: Most candidates reported per token.
@@ -77,6 +78,7 @@ class RunnerSpec:
     keep_store: bool
     backend: Backend
     upcast: bool
+    batch_invariant: bool
     logprobs_mode: LogprobsMode
     num_candidates: int
     matmul_precision: str
@@ -484,6 +486,7 @@ def _step(
         q_block=shape.q_block,
         backend=spec.backend,
         upcast=spec.upcast,
+        batch_invariant=spec.batch_invariant,
     )
     hidden, new_cache = model(token_ids, jnp.maximum(part["token_position"], 0), cache, plan)
     index = part["sample_index"]

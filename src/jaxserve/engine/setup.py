@@ -394,6 +394,7 @@ def assemble(
         keep_store=plan.keep_store,
         backend=backend,
         upcast=on_cpu,
+        batch_invariant=runner_options.batch_invariant,
         logprobs_mode=runner_options.logprobs_mode,
         num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
         matmul_precision="highest" if dtype == "float32" else "default",
