@@ -162,7 +162,7 @@ def _attend_tiles(
             scale=scale,
         )
 
-    # Short contexts are read in one piece: 16 rows of 160 keys take 41 ms a step instead of 52.
+    # Short contexts are read in one piece, which was faster than tiles at 8 and 16 rows on a CPU.
     counts = [tile_len // 2] if tile_len % (2 * unit) == 0 else []
     counts += [count for count in (tile_len, 2 * tile_len) if count <= row_len]
     index = jnp.sum(longest > jnp.asarray(counts), dtype=jnp.int32)
