@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxserve import cpu_kernels
 from jaxserve.attention import reference, xla
 from jaxserve.attention.metadata import AttentionPlan, CausalPlan
 from jaxserve.cache.buffers import KvLayer
@@ -63,6 +64,8 @@ def _attend_slots(
     rows = plan.rows
     keys, values = cache
     capacity = keys.shape[2]
+    if plan.backend == "llvm" and cpu_kernels.supports_slots(q.shape[2], capacity, keys.dtype.name):
+        return _attend_slots_compiled(q, k, v, cache, plan, scale=scale)
     # Padding rows write to the last position, which no sequence reaches.
     active = plan.token_row[:rows] >= 0
     position = jnp.where(active, plan.token_position[:rows], capacity - 1)
@@ -74,18 +77,51 @@ def _attend_slots(
         keys, values = _append_blocks(keys, values, k[rows:], v[rows:], plan)
     if plan.backend == "reference":
         return reference.paged_attend(q, keys, values, plan, scale=scale), (keys, values)
-    size = (keys.shape[1], plan.kv_tile, keys.shape[3])
 
     def decode_keys(start: Int[Array, ""] | int, length: int) -> xla.Tile:
         at, dims = (0, 0, start, 0), (rows, keys.shape[1], length, keys.shape[3])
         return lax.dynamic_slice(keys, at, dims), lax.dynamic_slice(values, at, dims)
 
-    def row_tile(row: Int[Array, ""], i: Int[Array, ""]) -> xla.Tile:
-        at, dims = (row, 0, i * plan.kv_tile, 0), (1, *size)
-        return lax.dynamic_slice(keys, at, dims), lax.dynamic_slice(values, at, dims)
-
+    row_tile = _slot_tiles(keys, values, plan.kv_tile)
     out = _attend_tiles(q, k, v, plan, decode_keys, row_tile, row_len=capacity, unit=1, scale=scale)
     return out, (keys, values)
+
+
+def _attend_slots_compiled(
+    q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, *, scale: float
+) -> tuple[Array, KvLayer]:
+    """Attend with the kernels for this machine's CPU."""
+    rows = plan.rows
+    position = jnp.where(plan.token_row[:rows] >= 0, plan.token_position[:rows], -1)
+    out, keys, values = cpu_kernels.decode(
+        q[:rows], k[:rows], v[:rows], *cache, position, scale=scale
+    )
+    if q.shape[0] > rows:
+        is_used = jnp.arange(plan.block_len.shape[0]) < plan.num_blocks
+        length = jnp.where(is_used, plan.block_len, 0)
+        blocks = jnp.stack([plan.block_start, plan.block_row, plan.block_position, length], axis=-1)
+        keys, values = cpu_kernels.append(k[rows:], v[rows:], keys, values, blocks)
+        prefill = cpu_kernels.prefill(
+            q[rows:], keys, values, blocks, q_block=plan.q_block, scale=scale
+        )
+        seen = plan.token_row[rows:, None, None] >= 0
+        out = jnp.concatenate([out, jnp.where(seen, prefill, 0.0)])
+    return out.astype(q.dtype), (keys, values)
+
+
+def _slot_tiles(keys: Array, values: Array, tile_len: int) -> Callable[[Array, Array], xla.Tile]:
+    """Return a function that reads one tile of one slot."""
+    size = (1, keys.shape[1], tile_len, keys.shape[3])
+
+    def tile(row: Int[Array, ""], i: Int[Array, ""]) -> xla.Tile:
+        at = (row, 0, i * tile_len, 0)
+        return lax.dynamic_slice(keys, at, size), lax.dynamic_slice(values, at, size)
+
+    return tile
+
+
+def _upcast(plan: AttentionPlan, *parts: Array) -> tuple[Array, ...]:
+    return tuple(x.astype(jnp.float32) for x in parts) if plan.upcast else parts
 
 
 def _append_blocks(
@@ -139,8 +175,7 @@ def _attend_tiles(
         scale: Multiplies the scores.
     """
     rows, dtype = plan.rows, q.dtype
-    if plan.upcast:
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q, k, v = _upcast(plan, q, k, v)
     group = q.shape[1] // k.shape[1]
     queries = _by_head(q[:rows, None], k.shape[1])
     num_seen = jnp.broadcast_to(plan.token_position[:rows, None] + 1, (rows, group))

@@ -11,7 +11,8 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Int
 
-Backend = Literal["xla", "reference"]
+Backend = Literal["xla", "llvm", "reference"]
+"""`xla` runs everywhere; `llvm` decodes with kernels compiled for this CPU; `reference` is slow."""
 
 
 @jax.tree_util.register_dataclass

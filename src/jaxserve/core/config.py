@@ -15,7 +15,7 @@ from jaxserve.core.errors import ConfigError, did_you_mean
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 WarmupMode = Literal["none", "lazy", "background", "full"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
-AttentionBackend = Literal["auto", "xla", "reference"]
+AttentionBackend = Literal["auto", "xla", "llvm", "reference"]
 KvLayout = Literal["auto", "slots", "pages"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -173,7 +173,11 @@ class SchedulerOptions:
 class RunnerOptions:
     """How steps are compiled and run."""
 
-    attention_backend: AttentionBackend = option("auto", "Implementation of attention.")
+    attention_backend: AttentionBackend = option(
+        "auto",
+        "Implementation of attention and, with llvm, of decoding's matrix products: kernels that "
+        "LLVM compiles for this CPU, the choice of auto where there are some.",
+    )
     warmup: WarmupMode = option(
         "background",
         "background: compile two step shapes that serve everything, then the others while serving; "

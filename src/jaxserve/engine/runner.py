@@ -490,7 +490,7 @@ def _step(
     )
     hidden, new_cache = model(token_ids, jnp.maximum(part["token_position"], 0), cache, plan)
     index = part["sample_index"]
-    logits = model.logits(hidden[jnp.maximum(index, 0)])
+    logits = model.logits(hidden[jnp.maximum(index, 0)], plan)
     inputs = SamplingInputs(
         **{name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, *FLAGS, "seed", "banned")}
     )

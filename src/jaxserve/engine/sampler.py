@@ -21,7 +21,7 @@ from jaxserve.core.config import LogprobsMode
 MAX_BANNED = 32
 """Stop tokens per row that `min_tokens` can hold back."""
 
-_CDF_BLOCK = 256
+_BLOCK = 256
 _FORBIDDEN = -jnp.inf
 
 
@@ -137,7 +137,7 @@ def sample(
         lambda x: x,
         processed,
     )
-    greedy = jnp.argmax(processed, axis=-1).astype(jnp.int32)
+    greedy = _argmax(processed)
 
     def draw(x: Array) -> tuple[Array, Array]:
         is_greedy = inputs.temperature == 0
@@ -249,8 +249,8 @@ def draw_by_inversion(
         uniform: One number in [0, 1) per row.
     """
     rows, vocab = probability.shape
-    padded = jnp.pad(probability, ((0, 0), (0, -vocab % _CDF_BLOCK)))
-    blocks = padded.reshape(rows, -1, _CDF_BLOCK)
+    padded = jnp.pad(probability, ((0, 0), (0, -vocab % _BLOCK)))
+    blocks = padded.reshape(rows, -1, _BLOCK)
     block_end = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
     total = block_end[:, -1]
     target = jnp.minimum(uniform * total, total * (1 - 2.0**-23))
@@ -262,9 +262,22 @@ def draw_by_inversion(
     end = jnp.cumsum(inside, axis=-1)
     # Rounding can leave the target at or behind the block's own end: then its last token counts.
     passed = (end > (target - before)[:, None]) & (inside > 0)
-    last = _CDF_BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
+    last = _BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
     index = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
-    return jnp.minimum(block * _CDF_BLOCK + index, vocab - 1).astype(jnp.int32)
+    return jnp.minimum(block * _BLOCK + index, vocab - 1).astype(jnp.int32)
+
+
+def _argmax(x: Array) -> Array:
+    """Find the first largest element of each row, block first, element second.
+
+    XLA's CPU backend takes maxima sixteen times faster than it finds their places.
+    """
+    rows, vocab = x.shape
+    padded = jnp.pad(x, ((0, 0), (0, -vocab % _BLOCK)), constant_values=_FORBIDDEN)
+    blocks = padded.reshape(rows, -1, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 def _ban(logits: Array, banned: Array) -> Array:

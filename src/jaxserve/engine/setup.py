@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import psutil
 from flax import nnx
 
+from jaxserve import cpu_kernels
 from jaxserve.attention.metadata import Backend
 from jaxserve.cache.buffers import slot_capacity
-from jaxserve.core.config import EngineConfig, ModelOptions
+from jaxserve.core.config import AttentionBackend, EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
@@ -315,6 +316,25 @@ class Assembled:
     default_sampling: dict[str, Any]
 
 
+def _choose_backend(wanted: AttentionBackend, mesh: jax.sharding.Mesh) -> Backend:
+    is_one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    if wanted == "auto":
+        return "llvm" if is_one_cpu and cpu_kernels.is_available() else "xla"
+    if wanted != "llvm":
+        return wanted
+    if not is_one_cpu:
+        raise ConfigError(
+            f"attention_backend='llvm' works on one CPU device, found {mesh.devices.size} of "
+            f"platform {mesh.devices.flat[0].platform}; use 'auto'."
+        )
+    if not cpu_kernels.is_available():
+        raise ConfigError(
+            "attention_backend='llvm' needs the package llvmlite and a jaxlib with the XLA FFI of "
+            "major version 0; install llvmlite, or use 'xla'."
+        )
+    return "llvm"
+
+
 def assemble(
     source: ModelSource,
     config: EngineConfig,
@@ -350,9 +370,7 @@ def assemble(
     mixed = options.max_mixed_prefill_tokens or (64 if on_cpu else 512)
     plan = _plan_cache(config, model, dtype, max_num_seqs)
     runner_options = config.runner
-    backend: Backend = (
-        "xla" if runner_options.attention_backend == "auto" else runner_options.attention_backend
-    )
+    backend = _choose_backend(runner_options.attention_backend, model.mesh)
     resolved = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, max_model_len=plan.max_model_len, dtype=dtype),

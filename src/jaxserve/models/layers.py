@@ -1,7 +1,7 @@
 """The few layers that all families share. Weights carry logical axis names in their metadata."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxserve import cpu_kernels
 from jaxserve.attention.dense import attend
 from jaxserve.attention.metadata import AttentionPlan, CausalPlan
 from jaxserve.cache.buffers import KvLayer
@@ -36,7 +37,9 @@ class TokenModel(Protocol):
         """Return the final hidden states (normed) and the updated caches."""
         ...
 
-    def logits(self, hidden: Float[Array, "*tokens hidden"]) -> Float[Array, "*tokens vocab"]:
+    def logits(
+        self, hidden: Float[Array, "*tokens hidden"], plan: Plan | None = None
+    ) -> Float[Array, "*tokens vocab"]:
         """Project hidden states onto the vocabulary, in float32."""
         ...
 
@@ -87,6 +90,28 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+def project(
+    x: Float[Array, "*tokens in_size"], layers: Sequence[Linear], plan: Plan | None
+) -> list[Float[Array, "*tokens out_size"]]:
+    """Apply linear layers to one input: together, in one kernel, where the plan allows it."""
+    kernels = [layer.kernel[...] for layer in layers]
+    if not _use_cpu_kernels(x, kernels[0], plan):
+        return [layer(x) for layer in layers]
+    products = [y.astype(x.dtype) for y in cpu_kernels.multiply(x, kernels)]
+    return [
+        y if layer.bias is None else y + layer.bias[...]
+        for y, layer in zip(products, layers, strict=True)
+    ]
+
+
+def _use_cpu_kernels(x: Array, weight: Array, plan: Plan | None) -> bool:
+    return (
+        isinstance(plan, AttentionPlan)
+        and plan.backend == "llvm"
+        and cpu_kernels.pays(x.shape[0], weight.dtype.name)
+    )
+
+
 class Embedding(nnx.Module):
     """Token embeddings, also used as the output projection of models that tie the two."""
 
@@ -99,11 +124,14 @@ class Embedding(nnx.Module):
         """Look tokens up."""
         return jnp.take(self.embedding[...], token_ids, axis=0, mode="clip")
 
-    def attend(self, hidden: Float[Array, "*tokens size"]) -> Float[Array, "*tokens vocab"]:
+    def attend(
+        self, hidden: Float[Array, "*tokens size"], plan: Plan | None = None
+    ) -> Float[Array, "*tokens vocab"]:
         """Score every token of the vocabulary."""
-        return jnp.einsum(
-            "...m,vm->...v", hidden, self.embedding[...], preferred_element_type=jnp.float32
-        )
+        table = self.embedding[...]
+        if _use_cpu_kernels(hidden, table, plan):
+            return cpu_kernels.multiply_transposed(hidden, table)
+        return jnp.einsum("...m,vm->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 class GatedMlp(nnx.Module):
@@ -123,9 +151,12 @@ class GatedMlp(nnx.Module):
         self.up_proj = linear(hidden, inner, "hidden", "mlp")
         self.down_proj = linear(inner, hidden, "mlp", "hidden")
 
-    def __call__(self, x: Float[Array, "*tokens hidden"]) -> Float[Array, "*tokens hidden"]:
+    def __call__(
+        self, x: Float[Array, "*tokens hidden"], plan: Plan | None = None
+    ) -> Float[Array, "*tokens hidden"]:
         """Apply the feed-forward."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, (self.gate_proj, self.up_proj), plan)
+        return project(jax.nn.silu(gate) * up, (self.down_proj,), plan)[0]
 
 
 class Attention(nnx.Module):
@@ -169,15 +200,16 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
         """Attend, through the one door of `attention.dense`."""
         lead = x.shape[:-1]
-        q = self.q_proj(x).reshape(*lead, self.heads, self.dim)
-        k = self.k_proj(x).reshape(*lead, self.kv_heads, self.dim)
-        v = self.v_proj(x).reshape(*lead, self.kv_heads, self.dim)
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), plan)
+        q = q.reshape(*lead, self.heads, self.dim)
+        k = k.reshape(*lead, self.kv_heads, self.dim)
+        v = v.reshape(*lead, self.kv_heads, self.dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
         with jax.named_scope("attend"):
             out, cache = attend(q, k, v, cache, plan, scale=self.dim**-0.5)
-        return self.o_proj(out.reshape(*lead, self.heads * self.dim)), cache
+        return project(out.reshape(*lead, self.heads * self.dim), (self.o_proj,), plan)[0], cache
 
 
 class DecoderLayer(nnx.Module):
@@ -203,7 +235,7 @@ class DecoderLayer(nnx.Module):
             out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan)
         x = x + out
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x)), cache
+            return x + self.mlp(self.post_attention_layernorm(x), plan), cache
 
 
 class CausalLM(nnx.Module):
@@ -273,12 +305,21 @@ class CausalLM(nnx.Module):
             new_caches.append(new_cache)
         return visit("norm", self.norm(x)), tuple(new_caches)
 
-    def logits(self, hidden: Float[Array, "*tokens hidden"]) -> Float[Array, "*tokens vocab"]:
-        """Project hidden states onto the vocabulary, in float32."""
+    def logits(
+        self, hidden: Float[Array, "*tokens hidden"], plan: Plan | None = None
+    ) -> Float[Array, "*tokens vocab"]:
+        """Project hidden states onto the vocabulary, in float32.
+
+        Args:
+            hidden: Final hidden states, packed `[tokens]` if a plan is given.
+            plan: May allow kernels that are no part of XLA.
+        """
         with jax.named_scope("lm_head"):
             if self.lm_head is None:
-                return self.embed_tokens.attend(hidden)
+                return self.embed_tokens.attend(hidden, plan)
             kernel = self.lm_head.kernel[...]
+            if _use_cpu_kernels(hidden, kernel, plan):
+                return cpu_kernels.multiply(hidden, [kernel])[0]
             return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 

@@ -1,0 +1,199 @@
+"""Kernels compiled by LLVM against plain float64 arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve import cpu_kernels
+
+pytestmark = pytest.mark.skipif(not cpu_kernels.is_available(), reason="llvmlite is not installed")
+
+KINDS = st.sampled_from(["float32", "bfloat16"])
+SEEDS = st.integers(0, 2**32 - 1)
+few = settings(max_examples=8, deadline=None)
+
+
+def draw(rng: np.random.Generator, shape: tuple[int, ...], kind: str = "float32") -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), jnp.dtype(kind))
+
+
+def wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+@few
+@given(
+    rows=st.sampled_from([1, 3, 8, 19]),
+    depth=st.integers(1, 90),
+    sizes=st.lists(st.integers(1, 210), min_size=1, max_size=3),
+    kind=KINDS,
+    seed=SEEDS,
+)
+def test_products_agree_with_float64(rows, depth, sizes, kind, seed):
+    rng = np.random.default_rng(seed)
+    x = draw(rng, (rows, depth))
+    weights = [draw(rng, (depth, n), kind) for n in sizes]
+    outs = jax.jit(cpu_kernels.multiply)(x, weights)
+    for out, weight in zip(outs, weights, strict=True):
+        np.testing.assert_allclose(out, wide(x) @ wide(weight), rtol=1e-5, atol=1e-4)
+
+
+@few
+@given(
+    rows=st.sampled_from([1, 3, 8, 19]),
+    depth=st.integers(1, 90),
+    size=st.integers(1, 400),
+    kind=KINDS,
+    seed=SEEDS,
+)
+def test_transposed_products_agree_with_float64(rows, depth, size, kind, seed):
+    rng = np.random.default_rng(seed)
+    x, weight = draw(rng, (rows, depth)), draw(rng, (size, depth), kind)
+    out = jax.jit(cpu_kernels.multiply_transposed)(x, weight)
+    np.testing.assert_allclose(out, wide(x) @ wide(weight).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("product", ["multiply", "multiply_transposed"])
+def test_a_row_does_not_depend_on_its_neighbours(product):
+    rng = np.random.default_rng(0)
+    x = draw(rng, (16, 200))
+    weight = draw(rng, (200, 300) if product == "multiply" else (300, 200))
+
+    def apply(x: jax.Array) -> np.ndarray:
+        if product == "multiply":
+            return np.asarray(cpu_kernels.multiply(x, [weight])[0])
+        return np.asarray(cpu_kernels.multiply_transposed(x, weight))
+
+    together = apply(x)
+    for rows in (1, 2, 3, 5, 8):
+        np.testing.assert_array_equal(apply(x[:rows]), together[:rows])
+    np.testing.assert_array_equal(apply(x[::-1]), together[::-1])
+
+
+def attend_plainly(q, keys, values, position, scale):
+    """Attend from one token's heads to the first `position + 1` keys, in float64."""
+    group = q.shape[0] // keys.shape[0]
+    outs = []
+    for head in range(q.shape[0]):
+        scores = keys[head // group, : position + 1] @ q[head] * scale
+        weights = np.exp(scores - scores.max())
+        outs.append(weights @ values[head // group, : position + 1] / weights.sum())
+    return np.stack(outs)
+
+
+HEADS = st.sampled_from([(9, 3), (4, 4), (8, 1), (14, 2)])
+
+
+@few
+@given(
+    heads=HEADS,
+    head_dim=st.sampled_from([16, 64, 128]),
+    positions=st.lists(st.integers(-1, 190), min_size=1, max_size=5),
+    kind=KINDS,
+    seed=SEEDS,
+)
+def test_decode_appends_and_attends(heads, head_dim, positions, kind, seed):
+    rng = np.random.default_rng(seed)
+    rows, (q_heads, kv_heads) = len(positions), heads
+    q = 2 * draw(rng, (rows, q_heads, head_dim))
+    k, v = (draw(rng, (rows, kv_heads, head_dim)) for _ in range(2))
+    slots = (rows + 1, kv_heads, 192, head_dim)
+    keys, values = draw(rng, slots, kind), draw(rng, slots, kind)
+    expected_keys, expected_values = np.array(keys), np.array(values)
+    call = jax.jit(cpu_kernels.decode, static_argnames="scale")
+    position = jnp.asarray(positions, jnp.int32)
+    out, new_keys, new_values = call(q, k, v, keys, values, position, scale=0.125)
+    for row, at in enumerate(positions):
+        if at < 0:
+            np.testing.assert_array_equal(out[row], 0)
+            continue
+        expected_keys[row, :, at] = np.asarray(k[row].astype(kind))
+        expected_values[row, :, at] = np.asarray(v[row].astype(kind))
+        expected = attend_plainly(
+            wide(q[row]),
+            expected_keys[row].astype(np.float64),
+            expected_values[row].astype(np.float64),
+            at,
+            0.125,
+        )
+        np.testing.assert_allclose(out[row], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(new_keys, expected_keys)
+    np.testing.assert_array_equal(new_values, expected_values)
+
+
+@few
+@given(
+    heads=HEADS,
+    head_dim=st.sampled_from([16, 64, 128]),
+    chunks=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 64)), min_size=1, max_size=4),
+    kind=KINDS,
+    seed=SEEDS,
+)
+def test_prefill_appends_and_attends(heads, head_dim, chunks, kind, seed):
+    rng = np.random.default_rng(seed)
+    q_heads, kv_heads = heads
+    slots = (len(chunks) + 1, kv_heads, 384, head_dim)
+    table, start = [], 0
+    for slot, (position, length) in enumerate(chunks):
+        table.append((start, slot, position, length))
+        start += length
+    table.append((0, 0, 0, 0))  # an unused block
+    q = 2 * draw(rng, (start + 3, q_heads, head_dim))
+    k, v = (draw(rng, (start + 3, kv_heads, head_dim)) for _ in range(2))
+    keys, values = draw(rng, slots, kind), draw(rng, slots, kind)
+    expected_keys, expected_values = np.array(keys), np.array(values)
+
+    @jax.jit
+    def call(q, k, v, keys, values, blocks):
+        keys, values = cpu_kernels.append(k, v, keys, values, blocks)
+        out = cpu_kernels.prefill(q, keys, values, blocks, q_block=64, scale=0.125)
+        return out, keys, values
+
+    out, new_keys, new_values = call(q, k, v, keys, values, jnp.asarray(table, jnp.int32))
+    for first, slot, position, length in table:
+        for i in range(length):
+            expected_keys[slot, :, position + i] = np.asarray(k[first + i].astype(kind))
+            expected_values[slot, :, position + i] = np.asarray(v[first + i].astype(kind))
+        for i in range(length):
+            expected = attend_plainly(
+                wide(q[first + i]),
+                expected_keys[slot].astype(np.float64),
+                expected_values[slot].astype(np.float64),
+                position + i,
+                0.125,
+            )
+            np.testing.assert_allclose(out[first + i], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(new_keys, expected_keys)
+    np.testing.assert_array_equal(new_values, expected_values)
+
+
+def test_prefill_does_not_depend_on_how_a_prompt_is_cut():
+    rng = np.random.default_rng(1)
+    q, k, v = (draw(rng, (150, heads, 64)) for heads in (6, 2, 2))
+    slots = jnp.zeros((1, 2, 256, 64))
+
+    def run(cuts: list[int]) -> np.ndarray:
+        keys, values, outs = slots, slots, []
+        for low, high in zip([0, *cuts], [*cuts, 150], strict=True):
+            blocks = jnp.asarray([[0, 0, low, high - low]], jnp.int32)
+            keys, values = cpu_kernels.append(k[low:high], v[low:high], keys, values, blocks)
+            outs.append(
+                cpu_kernels.prefill(q[low:high], keys, values, blocks, q_block=150, scale=0.125)
+            )
+        return np.concatenate(outs)
+
+    whole = run([])
+    for cuts in ([75], [1, 2, 149], [32, 64, 96, 128]):
+        np.testing.assert_array_equal(run(cuts), whole)
+
+
+def test_far_apart_scores_neither_overflow_nor_vanish():
+    q = jnp.full((1, 1, 64), 100.0)
+    keys = jnp.linspace(-1, 1, 128)[None, None, :, None] * jnp.ones((1, 1, 128, 64))
+    values = jnp.broadcast_to(jnp.arange(128.0)[None, None, :, None], (1, 1, 128, 64))
+    k, v = keys[:, :, 127], values[:, :, 127]
+    out, _, _ = cpu_kernels.decode(q, k, v, keys, values, jnp.asarray([127], jnp.int32), scale=1.0)
+    np.testing.assert_allclose(out, 127.0, rtol=1e-6)
