@@ -18,19 +18,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
-from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError, UnsupportedError
-from jaxserve.core.event import FinishReason, Logprob, RequestMetrics, TokenEvent, TokenLogprobs
+from jaxserve.cache.pages import PagePool, chain_hashes
+from jaxserve.core.errors import CapacityError, EngineDeadError, UnsupportedError
+from jaxserve.core.event import FinishReason, RequestMetrics, TokenEvent, TokenLogprobs
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.protocols import Clock, Scheduler
-from jaxserve.core.request import Request, RequestId, SamplingParams
+from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView
 from jaxserve.engine.batcher import Item, RowTable, build
+from jaxserve.engine.intake import Intake
+from jaxserve.engine.logprobs import HostLogprobs
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.runner import Runner, StepResult
-from jaxserve.engine.sampler import MAX_BANNED, Sampled
+from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.sequence import Phase, SequenceState
-from jaxserve.engine.tokenizer import Detokenizer, Tokenizer
+from jaxserve.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,6 @@ Sink = Callable[[TokenEvent], None]
 """Where the events of one request go; called on the engine's thread, must not block."""
 
 _MAX_FAILURES = 3
-_MAX_SALT = 128
 _HOST_TIME_WINDOW = 4096
 
 
@@ -112,15 +113,19 @@ class Engine:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._clock = clock
-        self._eos = tuple(eos_token_ids)
+        self._intake = Intake(
+            spec,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            max_logprobs=max_logprobs,
+            seed=seed,
+        )
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_queued = max_num_queued_reqs
         self._caching = enable_prefix_caching
         self._overlap = overlap
-        self._max_logprobs = max_logprobs
-        self._rng = np.random.default_rng(seed)
         self._inbox: deque[tuple[str, object]] = deque()
-        self._admission = threading.Lock()
+        self._admission = threading.Condition()
         self._num_open = 0
         self._requests: dict[RequestId, _RequestState] = {}
         self._sequences: dict[int, SequenceState] = {}
@@ -130,7 +135,6 @@ class Engine:
         self._dirty_bias: set[int] = set()
         self._in_flight: _Pending | None = None
         self._events: list[tuple[Sink, TokenEvent]] = []
-        self._next_id = 0
         self._num_failures = 0
         self._waited = 0.0
 
@@ -163,7 +167,7 @@ class Engine:
             CapacityError: If too many completions are under way.
             EngineDeadError: If the engine has stopped.
         """
-        self._check(request)
+        self._intake.check(request)
         count = request.sampling.n
         with self._admission:
             if self.dead is not None:
@@ -178,6 +182,18 @@ class Engine:
             self._num_open += count
             self._inbox.append(("submit", (request, sink)))
 
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no completion is under way; not on the engine's own thread.
+
+        Args:
+            timeout_s: Longest wait in seconds.
+
+        Returns:
+            Whether everything has ended.
+        """
+        with self._admission:
+            return self._admission.wait_for(lambda: not self._num_open, timeout_s)
+
     def cancel(self, request_id: str) -> None:
         """Ask for a request to end; its completions finish with reason `abort`."""
         self._inbox.append(("cancel", request_id))
@@ -190,72 +206,16 @@ class Engine:
         """Ask for the prefix cache to be emptied."""
         self._inbox.append(("forget", None))
 
+    def _close(self, count: int) -> None:
+        """Take ended completions off the count of open ones."""
+        with self._admission:
+            self._num_open -= count
+            if not self._num_open:
+                self._admission.notify_all()
+
     def _retry_after(self) -> float:
         done = self.metrics.e2e_latency
         return max(1.0, round(done.mean, 0)) if done.count else 1.0
-
-    def _check(self, request: Request) -> None:
-        spec, sampling = self.runner.spec, request.sampling
-        prompt_len = len(request.prompt_token_ids)
-        vocab = spec.config.vocab_size
-        if prompt_len == 0:
-            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
-        limit = min(spec.max_model_len, spec.num_pages * spec.page_size)
-        if prompt_len >= limit:
-            raise RequestError(
-                f"this engine's maximum context length is {limit} tokens, but the prompt has "
-                f"{prompt_len}, which leaves no room for an output token. Shorten the prompt.",
-                param="prompt",
-            )
-        low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
-        if low < 0 or high >= vocab:
-            raise RequestError(
-                f"token ids must be in [0, {vocab}), got {low if low < 0 else high}.",
-                param="prompt",
-            )
-        self._check_tokens(sampling, vocab)
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted, limit = getattr(sampling, name), self._max_logprobs
-            if wanted is not None and limit >= 0 and not 0 <= wanted <= limit:
-                raise RequestError(
-                    f"{name} must be at most {limit}, got {wanted}; start with a larger "
-                    "--max-logprobs.",
-                    param=name,
-                )
-        if len(request.cache_salt) > _MAX_SALT:
-            raise RequestError(
-                f"cache_salt must have at most {_MAX_SALT} characters, got "
-                f"{len(request.cache_salt)}.",
-                param="cache_salt",
-            )
-        if self._tokenizer is None and sampling.stop:
-            raise RequestError("stop strings need a tokenizer.", param="stop")
-
-    def _check_tokens(self, sampling: SamplingParams, vocab: int) -> None:
-        named = {
-            "logit_bias": sampling.logit_bias or (),
-            "allowed_token_ids": sampling.allowed_token_ids or (),
-            "stop_token_ids": sampling.stop_token_ids,
-        }
-        for name, ids in named.items():
-            bad = [i for i in ids if not 0 <= i < vocab]
-            if bad:
-                raise RequestError(
-                    f"{name} must hold ids in [0, {vocab}), got {bad[0]}.", param=name
-                )
-        num_stops = len(sampling.stop_token_ids) + len(self._eos)
-        if sampling.min_tokens and num_stops > MAX_BANNED:
-            raise RequestError(
-                f"min_tokens works with at most {MAX_BANNED} stop tokens, got {num_stops}.",
-                param="stop_token_ids",
-            )
-        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)}
-        if sampling.min_tokens and stops.issuperset(sampling.allowed_token_ids or (-1,)):
-            raise RequestError(
-                "allowed_token_ids holds stop tokens only, which "
-                f"min_tokens={sampling.min_tokens} forbids at first; allow another token.",
-                param="allowed_token_ids",
-            )
 
     # The loop: one thread ----------------------------------------------------------------------
 
@@ -320,7 +280,7 @@ class Engine:
             self._refuse(request, sink, f"request id {request.request_id!r} is already in use.")
             return
         try:
-            sequences = [self._make_sequence(request, i) for i in range(request.sampling.n)]
+            sequences = self._intake.make_sequences(request)
         except Exception as error:  # noqa: BLE001  one bad request must not end the others
             self._refuse(request, sink, str(error))
             return
@@ -333,8 +293,7 @@ class Engine:
 
     def _refuse(self, request: Request, sink: Sink, message: str) -> None:
         """End a request that turned out to be impossible after it had been taken in."""
-        with self._admission:
-            self._num_open -= request.sampling.n
+        self._close(request.sampling.n)
         for index in range(request.sampling.n):
             event = TokenEvent(
                 request_id=request.request_id,
@@ -344,42 +303,6 @@ class Engine:
                 error=message,
             )
             self._events.append((sink, event))
-
-    def _make_sequence(self, request: Request, index: int) -> SequenceState:
-        spec, sampling = self.runner.spec, request.sampling
-        prompt_len = len(request.prompt_token_ids)
-        limit = min(spec.max_model_len, spec.num_pages * spec.page_size)
-        if sampling.max_tokens is not None:
-            limit = min(limit, prompt_len + sampling.max_tokens)
-        if sampling.seed is None:
-            seed = int(self._rng.integers(0, 2**63))
-        else:
-            seed = (sampling.seed + index) % 2**64
-        stops = frozenset(sampling.stop_token_ids)
-        detokenizer = None
-        if self._tokenizer is not None and sampling.detokenize:
-            detokenizer = Detokenizer(
-                self._tokenizer,
-                prompt_ids=request.prompt_token_ids,
-                skip_special_tokens=sampling.skip_special_tokens,
-                stop=sampling.stop,
-                include_stop=sampling.include_stop_str_in_output,
-                min_tokens=sampling.min_tokens,
-            )
-        self._next_id += 1
-        return SequenceState(
-            seq_id=self._next_id,
-            request=request,
-            index=index,
-            sampling=sampling,
-            max_total_len=limit,
-            stop_ids=stops if sampling.ignore_eos else stops | frozenset(self._eos),
-            detokenizer=detokenizer,
-            prompt_len=prompt_len,
-            seed_words=(seed >> 32, seed & 0xFFFFFFFF),
-            root_hash=salt_hash(request.cache_salt),
-            token_ids=list(request.prompt_token_ids),
-        )
 
     def _view(self) -> ReplicaView:
         running = [s for s in self._rows if s is not None]
@@ -623,7 +546,9 @@ class Engine:
         sampled = pending.result.sampled
         tokens = np.asarray(sampled.token)
         self._waited += time.perf_counter() - start
-        logprobs = _HostLogprobs(sampled, pending) if pending.wants_logprobs else None
+        logprobs = None
+        if pending.wants_logprobs:
+            logprobs = HostLogprobs(sampled, with_candidates=pending.wants_candidates)
         for item, scores in pending.prompt_scores:
             self._commit_prompt_scores(item, scores)
         now = self._clock.now()
@@ -692,7 +617,7 @@ class Engine:
         if sequence.phase is Phase.FINISHED:
             return
         start = time.perf_counter()
-        host = _HostLogprobs(scores, None)
+        host = HostLogprobs(scores, with_candidates=True)
         self._waited += time.perf_counter() - start
         wanted = sequence.sampling.prompt_logprobs or 0
         if item.start == 0:
@@ -750,8 +675,7 @@ class Engine:
         sequence.finish_reason = reason
         state = self._requests[sequence.request.request_id]
         state.num_unfinished -= 1
-        with self._admission:
-            self._num_open -= 1
+        self._close(1)
         if state.num_unfinished == 0:
             del self._requests[sequence.request.request_id]
         times = RequestMetrics(
@@ -816,39 +740,3 @@ class Engine:
     def _fail_all(self, message: str) -> None:
         for sequence in list(self._sequences.values()):
             self._send(sequence, reason=FinishReason.ERROR, error=message)
-
-
-class _HostLogprobs:
-    """Log-probabilities of one step, fetched from the device."""
-
-    def __init__(self, sampled: Sampled, pending: _Pending | None) -> None:
-        self._logprob = np.asarray(sampled.logprob)
-        self._rank = np.asarray(sampled.rank)
-        self._tokens: np.ndarray | None = None
-        self._values: np.ndarray | None = None
-        if pending is None or pending.wants_candidates:
-            self._tokens = np.asarray(sampled.top_token)
-            self._values = np.asarray(sampled.top_logprob)
-
-    def entry(
-        self, index: int, token: int, count: int, decoded: Callable[[int], str | None]
-    ) -> TokenLogprobs:
-        """Build the entry of one token: itself first, then the `count` most likely ones."""
-        own = Logprob(
-            logprob=float(self._logprob[index]),
-            rank=int(self._rank[index]),
-            decoded_token=decoded(token),
-        )
-        entry = {token: own}
-        if self._tokens is None or self._values is None:
-            return entry
-        number = self._tokens.shape[1] if count < 0 else min(count, self._tokens.shape[1])
-        for rank in range(number):
-            candidate = int(self._tokens[index, rank])
-            if candidate not in entry:
-                entry[candidate] = Logprob(
-                    logprob=float(self._values[index, rank]),
-                    rank=rank + 1,
-                    decoded_token=decoded(candidate),
-                )
-        return entry

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 
 from jaxserve.core.errors import EngineDeadError
 from jaxserve.core.request import Request
@@ -54,12 +53,7 @@ class EngineThread:
         Returns:
             Whether everything has ended.
         """
-        deadline = time.monotonic() + timeout_s
-        while self.engine.num_unfinished:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
+        return self.engine.wait_idle(timeout_s)
 
     def close(self) -> None:
         """Abort what is under way and stop the thread."""
