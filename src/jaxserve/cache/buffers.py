@@ -6,6 +6,7 @@ every step.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,16 @@ def allocate(
     sharding: jax.sharding.Sharding,
 ) -> KvBuffers:
     """Allocate zeroed buffers `[rows or pages, kv_heads, length, head_dim]`, two per layer."""
-    zeros = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    zeros = _zeros_program(shape, dtype, sharding)
     return tuple((zeros(), zeros()) for _ in range(num_layers))
+
+
+@functools.lru_cache(maxsize=16)
+def _zeros_program(
+    shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding
+) -> Callable[[], Array]:
+    """Return one program per kind of buffer, so that allocating anew compiles nothing."""
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
 def save_pages(

@@ -42,9 +42,16 @@ def chain_hashes(
     return hashes
 
 
-def salt_hash(salt: str) -> PageHash:
-    """Return where the hash chain of requests with a salt begins; only equal salts share pages."""
-    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def salt_hash(salt: str, *, generation: int = 0) -> PageHash:
+    """Return where the hash chain of requests begins; only equal beginnings share pages.
+
+    Args:
+        salt: The requests' salt.
+        generation: Of the weights; pages that other weights have computed are never found.
+    """
+    person = generation.to_bytes(8, "little")
+    text = salt.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16, person=person).digest()
 
 
 class PagePool:

@@ -54,6 +54,44 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
+@dataclass(slots=True)
+class WeightSpan:
+    """Output tokens that one version of the weights produced.
+
+    Attributes:
+        version: The version.
+        start: Index of the first of them among the completion's output tokens.
+        end: One more than the index of the last.
+    """
+
+    version: str
+    start: int
+    end: int
+
+
+def extend_spans(spans: list[WeightSpan], version: str, count: int) -> None:
+    """Add tokens to the spans of a completion.
+
+    Args:
+        spans: Its spans so far; extended in place.
+        version: Version of the weights that produced the tokens.
+        count: How many tokens; with 0 nothing happens.
+
+    >>> spans = [WeightSpan("1", 0, 3)]
+    >>> extend_spans(spans, "1", 1)
+    >>> extend_spans(spans, "2", 2)
+    >>> [(span.version, span.start, span.end) for span in spans]
+    [('1', 0, 4), ('2', 4, 6)]
+    """
+    if not count:
+        return
+    if spans and spans[-1].version == version:
+        spans[-1].end += count
+        return
+    low = spans[-1].end if spans else 0
+    spans.append(WeightSpan(version, low, low + count))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """News of one completion: newly generated tokens, its end, or both.
@@ -69,6 +107,7 @@ class TokenEvent:
         stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
         num_prompt_tokens: Length of the prompt.
         num_cached_tokens: Prompt tokens found in the prefix cache.
+        weight_version: Version of the weights that produced the tokens; empty without tokens.
         metrics: Times, on the last event.
         error: What went wrong, when `finish_reason` is ERROR.
     """
@@ -83,6 +122,7 @@ class TokenEvent:
     stop_reason: int | str | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    weight_version: str = ""
     metrics: RequestMetrics | None = None
     error: str | None = None
 
@@ -99,6 +139,7 @@ class CompletionOutput:
         logprobs: Per token, if asked for.
         finish_reason: `stop`, `length` or `abort`; None while it runs.
         stop_reason: The stop string or id that ended it.
+        weight_versions: Which version of the weights produced which tokens, in order.
     """
 
     index: int = 0
@@ -108,6 +149,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    weight_versions: list[WeightSpan] = field(default_factory=list[WeightSpan])
 
     def finished(self) -> bool:
         """Tell whether this completion has ended."""
@@ -143,6 +185,7 @@ class RequestOutput:
         out = self.outputs[event.index]
         out.text += event.text
         out.token_ids.extend(event.token_ids)
+        extend_spans(out.weight_versions, event.weight_version, len(event.token_ids))
         if event.logprobs is not None:
             out.logprobs = [*(out.logprobs or []), *event.logprobs]
             total = sum(next(iter(lp.values())).logprob for lp in event.logprobs)

@@ -224,6 +224,9 @@ class Request:
         arrival: Clock time of arrival in seconds.
         priority: Lower is served first, under the `priority` policy; otherwise ignored.
         cache_salt: Requests share cached prefixes only with requests of the same salt.
+        output_token_ids: Output that an interrupted run of the same request has generated already.
+            The completion goes on behind it as if it had never been interrupted; events hold only
+            what is new.
     """
 
     request_id: RequestId
@@ -233,3 +236,4 @@ class Request:
     arrival: float = 0.0
     priority: int = 0
     cache_salt: str = ""
+    output_token_ids: tuple[int, ...] = ()

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxserve.core.errors import EngineDeadError
 from jaxserve.core.event import CompletionOutput, FinishReason, RequestOutput, TokenEvent
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.controls import AsyncControls
 from jaxserve.engine.host import EngineHost, Progress, Prompt
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.setup import ModelSource
@@ -44,7 +45,7 @@ class _Mailbox:
             queue.put_nowait(event)
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncControls):
     """A model behind asyncio.
 
     Args:
@@ -151,11 +152,13 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         """Turn a prompt into a request; see `EngineHost.make_request`."""
         return self._host.make_request(
-            prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt
-        )
+            prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt,
+            output_token_ids=output_token_ids,
+        )  # fmt: skip
 
     async def events(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Submit a request and yield its events; closing the generator early aborts it.
@@ -212,6 +215,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> AsyncGenerator[RequestOutput]:
         """Yield the growing output of one prompt; the last item is finished.
 
@@ -221,6 +225,8 @@ class AsyncLLM:
             request_id: Unique among unfinished requests.
             priority: Lower is served first, under the `priority` policy.
             cache_salt: Prefixes are shared only within one salt.
+            output_token_ids: Output of an interrupted run of this request, behind which the
+                completion goes on; the outputs hold only what is new.
 
         Raises:
             RequestError: If it can never be served.
@@ -229,7 +235,7 @@ class AsyncLLM:
         """
         request = self.make_request(
             prompt, sampling_params, request_id=request_id, priority=priority,
-            cache_salt=cache_salt,
+            cache_salt=cache_salt, output_token_ids=output_token_ids,
         )  # fmt: skip
         output = empty_output(request)
         async with contextlib.aclosing(self.events(request)) as events:
@@ -243,10 +249,6 @@ class AsyncLLM:
         """End one or several requests; their completions finish with reason `abort`."""
         for one in [request_id] if isinstance(request_id, str) else request_id:
             self._host.thread.cancel(one)
-
-    def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache."""
-        self._host.thread.forget_prefixes()
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` if the engine has stopped."""

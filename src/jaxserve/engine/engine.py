@@ -14,11 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
-from jaxserve.cache.pages import PagePool, chain_hashes
+from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
 from jaxserve.core.errors import CapacityError, EngineDeadError, UnsupportedError
 from jaxserve.core.event import FinishReason, RequestMetrics, TokenEvent, TokenLogprobs
 from jaxserve.core.plan import StepPlan
@@ -38,6 +40,11 @@ logger = logging.getLogger(__name__)
 
 Sink = Callable[[TokenEvent], None]
 """Where the events of one request go; called on the engine's thread, must not block."""
+
+FIRST_VERSION = "0"
+"""Version of the weights with which an engine starts."""
+PAUSED_RETRY_S = 5.0
+"""Seconds after which to try again at an engine that takes nothing new for now."""
 
 _MAX_FAILURES = 3
 _HOST_TIME_WINDOW = 4096
@@ -85,6 +92,12 @@ class Engine:
         pool: Page book-keeping.
         metrics: Counters.
         host_times: Seconds of host work in recent steps, waiting for the device not counted.
+        dead: Why it has stopped; None while it lives.
+        refusal: Why new requests are refused for now; None takes them.
+        is_frozen: Whether no step is planned: what runs and what waits stays as it is. Set between
+            steps only.
+        weight_version: Version of the weights, with which every token is marked. Set between
+            steps only.
     """
 
     def __init__(
@@ -110,6 +123,9 @@ class Engine:
         self.pool = PagePool(spec.num_pages, spec.page_size)
         self.host_times: deque[float] = deque(maxlen=_HOST_TIME_WINDOW)
         self.dead: str | None = None
+        self.refusal: str | None = None
+        self.is_frozen = False
+        self.weight_version = FIRST_VERSION
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._clock = clock
@@ -135,6 +151,8 @@ class Engine:
         self._dirty_bias: set[int] = set()
         self._in_flight: _Pending | None = None
         self._events: list[tuple[Sink, TokenEvent]] = []
+        self._idle_calls: list[Callable[[], None]] = []
+        self._generation = 0
         self._num_failures = 0
         self._waited = 0.0
 
@@ -148,7 +166,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return bool(self._inbox or self._sequences or self._in_flight)
+        return bool(
+            self._inbox
+            or self._in_flight
+            or self._idle_calls
+            or (self._sequences and not self.is_frozen)
+        )
 
     @property
     def is_busy(self) -> bool:
@@ -172,6 +195,9 @@ class Engine:
         with self._admission:
             if self.dead is not None:
                 raise EngineDeadError(f"the engine has stopped: {self.dead}")
+            if self.refusal is not None:
+                self.metrics.rejected("paused")
+                raise CapacityError(self.refusal, retry_after_s=PAUSED_RETRY_S)
             if self._max_queued is not None and self._num_open + count > self._max_queued:
                 self.metrics.rejected("max_num_queued_reqs")
                 raise CapacityError(
@@ -206,6 +232,36 @@ class Engine:
         """Ask for the prefix cache to be emptied."""
         self._inbox.append(("forget", None))
 
+    def call[T](self, work: Callable[[], T], *, when_idle: bool = False) -> Future[T]:
+        """Ask for something to be done on the engine's thread between two steps.
+
+        No step is on the device meanwhile, and every token before it has been sent.
+
+        Args:
+            work: What to do; what it raises reaches the future only.
+            when_idle: Whether to wait until no completion is under way.
+
+        Returns:
+            Its result; cannot be cancelled.
+
+        Raises:
+            EngineDeadError: If the engine has stopped.
+        """
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001  raised again by whoever waits
+                future.set_exception(error)
+
+        with self._admission:
+            if self.dead is not None:
+                raise EngineDeadError(f"the engine has stopped: {self.dead}")
+            self._inbox.append(("call when idle" if when_idle else "call", run))
+        return future
+
     def _close(self, count: int) -> None:
         """Take ended completions off the count of open ones."""
         with self._admission:
@@ -228,6 +284,9 @@ class Engine:
                 self._overlapped_turn()
             else:
                 self._plain_turn()
+            if self._idle_calls and not self._num_open:
+                self._settle()
+                self.run_idle_calls()
             self._num_failures = 0
         except Exception as error:  # noqa: BLE001  whatever happens, other requests go on
             self._recover(error)
@@ -245,21 +304,24 @@ class Engine:
         self._take()
         self._fail_all(f"the engine has stopped: {reason}")
         self._emit()
+        self.run_idle_calls()
 
     def _plain_turn(self) -> None:
         self._take()
-        plan = self._scheduler.plan(self._view())
-        self._commit(self._launch(plan))
+        self._commit(self._launch(self._plan()))
 
     def _overlapped_turn(self) -> None:
         self._take()
-        plan = self._scheduler.plan(self._view())
+        plan = self._plan()
         before, self._in_flight = self._in_flight, None
         try:
             launched = self._launch(plan)
         finally:
             self._commit(before)
         self._in_flight = launched
+
+    def _plan(self) -> StepPlan:
+        return StepPlan() if self.is_frozen else self._scheduler.plan(self._view())
 
     def _take(self) -> None:
         while self._inbox:
@@ -270,10 +332,11 @@ class Engine:
             elif verb == "cancel":
                 self._abort(RequestId(str(load)))
             elif verb == "cancel_all":
-                for request_id in list(self._requests):
-                    self._abort(request_id)
-            else:
+                self.abort_all()
+            elif verb == "forget":
                 self.pool.forget()
+            else:
+                self._answer_call(verb, cast(Callable[[], None], load))
 
     def _accept(self, request: Request, sink: Sink) -> None:
         if request.request_id in self._requests:
@@ -288,8 +351,20 @@ class Engine:
             request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
         )
         for sequence in sequences:
+            sequence.root_hash = salt_hash(request.cache_salt, generation=self._generation)
             self._sequences[sequence.seq_id] = sequence
             self._waiting[sequence.seq_id] = sequence
+            if request.output_token_ids:
+                self._replay(sequence)
+
+    def _replay(self, sequence: SequenceState) -> None:
+        """Take output of an interrupted run in; it may have been complete already."""
+        for token in sequence.request.output_token_ids:
+            sequence.token_ids.append(token)
+            reason, stop_reason, _text = self._judge(sequence, token)
+            if reason is not None:
+                self._send(sequence, reason=reason, stop_reason=stop_reason)
+                return
 
     def _refuse(self, request: Request, sink: Sink, message: str) -> None:
         """End a request that turned out to be impossible after it had been taken in."""
@@ -387,6 +462,76 @@ class Engine:
             self._advance(item, pending)
         return pending
 
+    # Between steps: called on the engine's thread through `call` ---------------------------------
+
+    def _answer_call(self, verb: str, run: Callable[[], None]) -> None:
+        if verb == "call when idle" and self._num_open:
+            self._idle_calls.append(run)
+            return
+        try:
+            self._settle()
+        except Exception:
+            self._inbox.appendleft((verb, run))  # still owed, once the failure has been dealt with
+            raise
+        run()
+
+    def _settle(self) -> None:
+        """Wait for the step on the device and send what it brings."""
+        pending, self._in_flight = self._in_flight, None
+        self._commit(pending)
+        self._emit()
+
+    def run_idle_calls(self) -> None:
+        """Do now what was to be done when idle."""
+        calls, self._idle_calls = self._idle_calls, []
+        for run in calls:
+            run()
+
+    def abort_all(self) -> None:
+        """End every request with reason `abort`."""
+        for request_id in list(self._requests):
+            self._abort(request_id)
+        self._emit()
+
+    def preempt_all(self) -> None:
+        """Take row and pages from every running sequence; each is recomputed later."""
+        for sequence in reversed([s for s in self._rows if s is not None]):
+            self._preempt(sequence)
+
+    def forget_now(self) -> None:
+        """Empty the prefix cache."""
+        self.pool.forget()
+
+    def start_generation(self) -> None:
+        """Cut the prefix cache off from everything computed so far, because the weights changed.
+
+        Running sequences keep their pages, but nobody else will find them.
+        """
+        self._generation += 1
+        self.pool.forget()
+        for sequence in self._sequences.values():
+            salt = sequence.request.cache_salt
+            sequence.root_hash = salt_hash(salt, generation=self._generation)
+            sequence.hashes = []
+            sequence.is_stale = sequence.phase is Phase.RUNNING
+
+    def drop_cache(self) -> None:
+        """Free the device's cache; running sequences are preempted."""
+        for sequence in self._sequences.values():
+            sequence.is_stale = True  # nothing is worth keeping
+        self.preempt_all()
+        self._clear_rows()
+        self.runner.drop_cache()
+
+    def _clear_rows(self) -> None:
+        spec = self.runner.spec
+        self._rows = [None] * spec.max_num_seqs
+        self._table = RowTable(spec.max_num_seqs)
+        self._dirty_bias.clear()
+        self.pool = PagePool(spec.num_pages, spec.page_size)
+
+    # Rows and pages ----------------------------------------------------------------------------
+
     def _preempt(self, sequence: SequenceState) -> None:
         logger.debug("preempting sequence %d", sequence.seq_id)
         self._keep_prefix(sequence)
@@ -413,6 +558,7 @@ class Engine:
         sequence.phase = Phase.RUNNING
         sequence.pages = [*pages, *fresh]
         sequence.num_named = len(pages)
+        sequence.is_stale = False
         sequence.num_computed = len(pages) * self.pool.page_size
         sequence.prompt_logprobs = []
         del self._waiting[sequence.seq_id]
@@ -505,7 +651,7 @@ class Engine:
 
     def _keep_prefix(self, sequence: SequenceState) -> None:
         """Make the full pages whose tokens are known available to others."""
-        if not self._caching:
+        if not self._caching or sequence.is_stale:
             return
         self._hash(sequence)
         known = min(sequence.num_computed, len(sequence.token_ids)) // self.pool.page_size
@@ -660,6 +806,7 @@ class Engine:
             stop_reason=stop_reason,
             num_prompt_tokens=sequence.prompt_len,
             num_cached_tokens=sequence.num_cached,
+            weight_version=self.weight_version if token_ids else "",
             metrics=times,
             error=error,
         )
@@ -689,7 +836,7 @@ class Engine:
         self.metrics.finished(
             reason=reason,
             prompt_len=sequence.prompt_len,
-            output_len=sequence.num_output,
+            output_len=sequence.num_output - len(sequence.request.output_token_ids),
             metrics=times,
             sampling=sequence.sampling,
             index=sequence.index,
@@ -724,11 +871,7 @@ class Engine:
         self._num_failures += 1
         self._in_flight = None
         self._fail_all(f"{type(error).__name__}: {error}")
-        spec = self.runner.spec
-        self._rows = [None] * spec.max_num_seqs
-        self._table = RowTable(spec.max_num_seqs)
-        self._dirty_bias.clear()
-        self.pool = PagePool(spec.num_pages, spec.page_size)
+        self._clear_rows()
         if self._num_failures >= _MAX_FAILURES:
             self.stop(f"{_MAX_FAILURES} steps in a row failed; the last error was: {error}")
             return

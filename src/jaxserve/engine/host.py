@@ -15,8 +15,10 @@ from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, RequestId, SamplingParams, new_request_id
+from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.loop import EngineThread
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.profiling import Profiler
 from jaxserve.engine.setup import ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.config import ModelConfig
@@ -24,7 +26,8 @@ from jaxserve.models.config import ModelConfig
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, object]
-"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids` (and `cache_salt`)."""
+"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and maybe `cache_salt` and
+`output_token_ids`."""
 
 Progress = Callable[[int, int], None]
 """Called with (programs compiled, programs in all) during warm-up."""
@@ -69,7 +72,7 @@ class EngineHost:
                 f"give settings either in `config` or one by one, got both ({', '.join(settings)})."
             )
         self.clock = WallClock()
-        self._made = assemble(
+        made = assemble(
             source,
             config or EngineConfig.from_settings(settings),
             clock=self.clock,
@@ -78,16 +81,19 @@ class EngineHost:
             scheduler=scheduler,
             progress=progress,
         )
-        self.engine = self._made.engine
-        self.name = self._made.model.name
-        self.tokenizer = self._made.tokenizer
-        self.model_config: ModelConfig = self._made.model.config
-        self.graph = self._made.model.graph
-        self.config = self._made.config
-        self.default_sampling = self._made.default_sampling
+        # Not kept whole: it holds the first weights, which an update lets go.
+        self.engine = made.engine
+        self.name = made.model.name
+        self.tokenizer = made.tokenizer
+        self.model_config: ModelConfig = made.model.config
+        self.graph = made.model.graph
+        self.config = made.config
+        self.default_sampling = made.default_sampling
         self._compiler: threading.Thread | None = None
         self._warm_up(on_warm_up or (_progress_bar() if progress else None))
         self.thread = EngineThread(self.engine)
+        self.lifecycle = Lifecycle(self.engine, self.thread.call)
+        self.profiler = Profiler()
 
     def _warm_up(self, on_progress: Progress | None) -> None:
         runner, mode = self.engine.runner, self.config.runner.warmup
@@ -143,6 +149,7 @@ class EngineHost:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         """Turn a prompt into a request.
 
@@ -152,6 +159,8 @@ class EngineHost:
             request_id: Unique among unfinished requests; random if absent.
             priority: Lower is served first, under the `priority` policy.
             cache_salt: Prefixes are shared only within one salt.
+            output_token_ids: Output of an interrupted run of this request, behind which the
+                completion goes on.
 
         Raises:
             RequestError: If the prompt is of no known form, or is text and there is no tokenizer.
@@ -159,6 +168,7 @@ class EngineHost:
         text: str | None = None
         if isinstance(prompt, Mapping):
             cache_salt = str(prompt.get("cache_salt") or cache_salt)
+            output_token_ids = prompt.get("output_token_ids") or output_token_ids  # type: ignore[assignment]
             text = prompt.get("prompt")  # type: ignore[assignment]
             ids = prompt.get("prompt_token_ids")
             if ids is None and text is None:
@@ -173,6 +183,7 @@ class EngineHost:
             ids = self.encode(prompt)
         else:
             ids = self._check_ids(prompt)
+        output = self._check_ids(output_token_ids, "output_token_ids") if output_token_ids else ()
         return Request(
             request_id=RequestId(request_id or new_request_id()),
             prompt_token_ids=tuple(ids),
@@ -181,16 +192,17 @@ class EngineHost:
             arrival=self.clock.now(),
             priority=priority,
             cache_salt=cache_salt,
+            output_token_ids=tuple(output),
         )
 
-    def _check_ids(self, prompt: object) -> list[int]:
+    def _check_ids(self, tokens: object, param: str = "prompt") -> list[int]:
         try:
             # operator.index takes every kind of integer and nothing that would have to be rounded.
-            ids = [operator.index(token) for token in prompt]  # type: ignore[attr-defined]
+            ids = [operator.index(token) for token in tokens]  # type: ignore[attr-defined]
         except TypeError:
+            form = "a list of token ids" if param != "prompt" else "a string or a list of token ids"
             raise RequestError(
-                f"a prompt must be a string or a list of token ids, got {type(prompt).__name__}.",
-                param="prompt",
+                f"{param} must be {form}, got {type(tokens).__name__}.", param=param
             ) from None
         return ids
 

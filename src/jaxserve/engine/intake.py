@@ -51,6 +51,7 @@ class Intake:
             RequestError: With the name of the field to blame.
         """
         self._check_prompt(request.prompt_token_ids)
+        self._check_output(request)
         self._check_tokens(request.sampling)
         self._check_logprobs(request.sampling)
         if len(request.cache_salt) > _MAX_SALT:
@@ -77,6 +78,33 @@ class Intake:
             raise RequestError(
                 f"token ids must be in [0, {self._vocab}), got {low if low < 0 else high}.",
                 param="prompt",
+            )
+
+    def _check_output(self, request: Request) -> None:
+        """Check output that an interrupted run of the request has generated already."""
+        token_ids = request.output_token_ids
+        if not token_ids:
+            return
+        if request.sampling.n != 1:
+            raise RequestError(
+                "output_token_ids belong to one completion, so n must be 1, got "
+                f"{request.sampling.n}; resume completion i of a seeded request with seed + i.",
+                param="output_token_ids",
+            )
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self._vocab:
+            raise RequestError(
+                f"output_token_ids must be in [0, {self._vocab}), got {low if low < 0 else high}.",
+                param="output_token_ids",
+            )
+        room = self._max_len - len(request.prompt_token_ids)
+        if request.sampling.max_tokens is not None:
+            room = min(room, request.sampling.max_tokens)
+        if len(token_ids) > room:
+            raise RequestError(
+                f"output_token_ids holds {len(token_ids)} tokens, but the prompt and max_tokens "
+                f"allow a completion of at most {room}, those already generated included.",
+                param="output_token_ids",
             )
 
     def _check_tokens(self, sampling: SamplingParams) -> None:

@@ -17,6 +17,7 @@ from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.async_engine import empty_output
+from jaxserve.engine.controls import Controls
 from jaxserve.engine.host import EngineHost, Prompt
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.scoring import ForwardOutput, Hook, forward, token_logprobs
@@ -28,7 +29,7 @@ Message = Mapping[str, Any]
 """One chat message: `role`, `content`."""
 
 
-class LLM:
+class LLM(Controls):
     """A model to generate with, to score with, and to look into.
 
     Args:
@@ -219,7 +220,11 @@ class LLM:
 
     @property
     def params(self) -> nnx.State:
-        """The weights being served, by reference."""
+        """The weights being served, by reference.
+
+        Raises:
+            RequestError: While they are asleep.
+        """
         return self._host.engine.runner.params
 
     def logprobs(
@@ -307,10 +312,6 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters of a call that gives none."""
         return self._host.default_params()
-
-    def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache."""
-        self._host.thread.forget_prefixes()
 
     def close(self) -> None:
         """Stop the engine and free the cache; live parameters stay untouched."""

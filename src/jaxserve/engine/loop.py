@@ -2,6 +2,8 @@
 
 import logging
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 
 from jaxserve.core.errors import EngineDeadError
 from jaxserve.core.request import Request
@@ -39,10 +41,13 @@ class EngineThread:
         self.engine.cancel(request_id)
         self._wake.set()
 
-    def forget_prefixes(self) -> None:
-        """Empty the prefix cache."""
-        self.engine.forget_prefixes()
+    def call[T](self, work: Callable[[], T], *, when_idle: bool = False) -> Future[T]:
+        """Do something between two steps; see `Engine.call`."""
+        if self._is_closing:
+            raise EngineDeadError("the engine has been closed.")
+        future = self.engine.call(work, when_idle=when_idle)
         self._wake.set()
+        return future
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is left to do.

@@ -9,9 +9,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from jaxserve.core.event import FinishReason, RequestMetrics
 from jaxserve.core.request import SamplingParams
+
+SleepState = Literal["awake", "weights_offloaded", "discard_all"]
 
 PREFIX = "jaxserve"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,6 +32,7 @@ ITL_BUCKETS = (
     40.0, 80.0,
 )  # fmt: skip
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+UPDATE_BUCKETS = (0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 N_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
 
@@ -97,7 +101,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """One metric as it stands on the page: labelled numbers, or one histogram."""
+    """One metric as it stands on the page: labelled numbers, or one histogram with labels."""
 
     name: str
     kind: str
@@ -131,6 +135,10 @@ class EngineMetrics:
         generation_tokens: Tokens generated.
         finished_by_reason: Ended completions per finish reason.
         rejections: Refused requests per reason.
+        weight_version: Version of the weights.
+        num_weight_updates: How often they have been changed.
+        weight_update_time: Seconds per change, from the call to the swap.
+        sleep_state: `awake`, `weights_offloaded` or `discard_all`.
 
     Source: metric names, labels and buckets of vLLM, under our own prefix.
     """
@@ -159,7 +167,11 @@ class EngineMetrics:
         self.finished_by_reason: Counter[str] = Counter(
             {reason.value: 0 for reason in FinishReason}
         )
-        self.rejections: Counter[str] = Counter({"max_num_queued_reqs": 0})
+        self.rejections: Counter[str] = Counter({"max_num_queued_reqs": 0, "paused": 0})
+        self.weight_version = "0"
+        self.num_weight_updates = 0
+        self.weight_update_time = Histogram(UPDATE_BUCKETS)
+        self.sleep_state: SleepState = "awake"
         self._make_histograms(max_model_len)
 
     def _make_histograms(self, max_model_len: int) -> None:
@@ -291,6 +303,18 @@ class EngineMetrics:
             self.num_compilations += 1
             self.compile_seconds += seconds
 
+    def weights_updated(self, version: str, seconds: float) -> None:
+        """Record a change of the weights, and the seconds from the call to the swap."""
+        with self._lock:
+            self.weight_version = version
+            self.num_weight_updates += 1
+            self.weight_update_time.observe(seconds)
+
+    def weights_renamed(self, version: str) -> None:
+        """Record another name for the same weights."""
+        with self._lock:
+            self.weight_version = version
+
     def rejected(self, reason: str) -> None:
         """Record a request that was refused, such as `max_num_queued_reqs`; from any thread."""
         with self._lock:
@@ -372,6 +396,14 @@ class EngineMetrics:
         yield one(
             "compile_seconds_total", "counter", "Seconds spent compiling.", self.compile_seconds
         )
+        yield _Family(
+            "weight_version", "gauge", "Changes of the weights so far; their version is a label.",
+            [({"weight_version": self.weight_version}, self.num_weight_updates)],
+        )  # fmt: skip
+        yield many(
+            "engine_sleep_state", "gauge", "1 for the state in which the weights are.",
+            "sleep_state", {state: state == self.sleep_state for state in get_args(SleepState)},
+        )  # fmt: skip
 
     def _histograms(self) -> Iterator[_Family]:
         table = (
@@ -410,6 +442,11 @@ class EngineMetrics:
         )
         for name, text, histogram in table:
             yield _Family(name, "histogram", text, histogram=histogram.copy())
+        yield _Family(
+            "rl_weight_update_operation_duration_seconds", "histogram",
+            "Seconds per change of the weights.",
+            [({"operation": "update_weights"}, 0)], self.weight_update_time.copy(),
+        )  # fmt: skip
 
 
 def _lines(family: _Family, prefix: str, model_name: str, engine: str) -> Iterator[str]:
@@ -419,10 +456,12 @@ def _lines(family: _Family, prefix: str, model_name: str, engine: str) -> Iterat
     base = {"model_name": model_name}
     if family.has_engine_label:
         base = {"engine": engine, **base}
-    for labels, value in family.values:
-        yield f"{name}{{{_labels({**base, **labels})}}} {_number(value)}"
     if family.histogram is None:
+        for labels, value in family.values:
+            yield f"{name}{{{_labels({**base, **labels})}}} {_number(value)}"
         return
+    for labels, _value in family.values:
+        base |= labels
     common = _labels(base)
     below = 0
     bounds = [*map(_number, family.histogram.bounds), "+Inf"]

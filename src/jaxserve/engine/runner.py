@@ -21,7 +21,7 @@ from jaxserve.attention.metadata import AttentionPlan, Backend
 from jaxserve.cache import buffers
 from jaxserve.cache.buffers import KvBuffers
 from jaxserve.core.config import LogprobsMode
-from jaxserve.core.errors import JaxserveError
+from jaxserve.core.errors import JaxserveError, RequestError
 from jaxserve.engine.sampler import RowState, Sampled, SamplingInputs, report, sample
 from jaxserve.engine.shapes import (
     FLAGS,
@@ -35,6 +35,7 @@ from jaxserve.engine.shapes import (
 )
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
+from jaxserve.models.registry import flatten_params
 from jaxserve.sharding.rules import TENSOR_AXIS
 
 logger = logging.getLogger(__name__)
@@ -413,8 +414,56 @@ class Runner:
 
     @property
     def params(self) -> nnx.State:
-        """The weights being served."""
-        return jax.tree.unflatten(self._tree, self._params)
+        """The weights being served.
+
+        Raises:
+            RequestError: While they are not on the device.
+        """
+        leaves = self._params
+        if not leaves:
+            raise RequestError(
+                "the weights are not on the device; wake_up() or update_params() brings them.",
+                status=409,
+            )
+        return jax.tree.unflatten(self._tree, leaves)
+
+    @property
+    def has_params(self) -> bool:
+        """Whether the weights are on the device."""
+        return bool(self._params)
+
+    @property
+    def param_specs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of every weight by path, in the order of `set_params`."""
+        described = jax.tree.unflatten(self._tree, self._param_specs)
+        return flatten_params(described)
+
+    def set_params(self, leaves: Sequence[jax.Array | None]) -> None:
+        """Serve other weights from the next step on; nothing is compiled or copied.
+
+        Args:
+            leaves: One array per weight, in the order of `param_specs` and just as described
+                there; None keeps what is served.
+        """
+        old = self._params or (None,) * len(leaves)
+        chosen = [new if new is not None else kept for new, kept in zip(leaves, old, strict=True)]
+        if any(leaf is None for leaf in chosen):
+            raise AssertionError("a partial update found no weights to keep")
+        self._params = tuple(cast(list[jax.Array], chosen))
+
+    def release_params(self) -> tuple[jax.Array, ...]:
+        """Let the weights go; who takes the result holds them, else nobody does."""
+        leaves, self._params = self._params, ()
+        return leaves
+
+    def drop_cache(self) -> None:
+        """Free cache and row state until `restore_cache`; programs stay."""
+        self._free()
+        self.slots = self.pages = ()
+
+    def restore_cache(self) -> None:
+        """Allocate cache and row state anew, empty."""
+        self._allocate()
 
     @property
     def num_programs(self) -> int:

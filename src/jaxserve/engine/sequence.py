@@ -40,6 +40,7 @@ class SequenceState:
         pages: Pages held, in order.
         hashes: Hashes of full pages, as far as computed.
         num_named: Leading pages that the prefix cache knows.
+        is_stale: Whether its pages hold what earlier weights have computed; nobody may share them.
         num_cached: Prompt tokens found in the prefix cache at first admission.
         has_device_token: Whether its latest token is on the device, in its row; then it decodes.
         num_preemptions: How often it lost its pages.
@@ -65,6 +66,7 @@ class SequenceState:
     pages: list[int] = field(default_factory=list)
     hashes: list[PageHash] = field(default_factory=list)
     num_named: int = 0
+    is_stale: bool = False
     num_cached: int = 0
     has_device_token: bool = False
     num_preemptions: int = 0

@@ -36,6 +36,7 @@ from jaxserve.models.registry import (
     abstract_params,
     draw_params,
     fill,
+    flatten_params,
 )
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.sharding.mesh import make_mesh
@@ -142,23 +143,6 @@ def _live_params(
         )
     graph, state = abstract_model(config, dtype=jnp.dtype(table.dtype))
     return _live(config, graph, fill(state, arrays), mesh)
-
-
-def flatten_params(params: object) -> dict[str, jax.Array]:
-    """List live parameters by dotted path.
-
-    Args:
-        params: An `nnx.State`, a nested mapping, or a flat mapping by dotted path.
-    """
-    flat, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    arrays: dict[str, jax.Array] = {}
-    for path, leaf in flat:
-        parts = [
-            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-        ]
-        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        arrays[".".join(part for part in parts if part)] = value
-    return arrays
 
 
 def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh) -> LoadedModel:

@@ -50,6 +50,23 @@ def abstract_params(
     return described
 
 
+def flatten_params(params: object) -> dict[str, Any]:
+    """List live parameters, or what stands in their places, by dotted path.
+
+    Args:
+        params: An `nnx.State`, a nested mapping, or a flat mapping by dotted path.
+    """
+    flat, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    arrays: dict[str, Any] = {}
+    for path, leaf in flat:
+        parts = [
+            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+        ]
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        arrays[".".join(part for part in parts if part)] = value
+    return arrays
+
+
 def fill(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
     """Put arrays, by path, in the place of a state's values; nothing is copied.
 
