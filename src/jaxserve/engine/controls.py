@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxserve.core.control import PauseMode, WeightUpdate
 from jaxserve.engine.host import EngineHost
-from jaxserve.engine.lifecycle import PauseMode, WeightUpdate
 from jaxserve.engine.weights import Names, NewWeights, prepare_weights, read_weights
 from jaxserve.models.hub import resolve_model
 

@@ -8,12 +8,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Literal, Protocol, cast, get_args
+from typing import Protocol, cast, get_args
 
 import jax
 import numpy as np
 
+from jaxserve.core.control import SLEEP_TAGS, PauseMode, SleepTag, WeightUpdate
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import SleepState
@@ -21,9 +21,6 @@ from jaxserve.engine.weights import NewWeights
 
 logger = logging.getLogger(__name__)
 
-PauseMode = Literal["abort", "wait", "keep"]
-SleepTag = Literal["weights", "kv_cache", "scheduling"]
-TAGS: tuple[SleepTag, ...] = get_args(SleepTag)
 MAX_VERSION_LEN = 128
 CONFLICT = 409
 """HTTP status of what is right in itself but not now."""
@@ -35,25 +32,6 @@ class Caller(Protocol):
     def __call__[T](self, work: Callable[[], T], *, when_idle: bool = False) -> Future[T]:
         """Return the future of its result."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightUpdate:
-    """What an update did.
-
-    Attributes:
-        version: Version of the weights from now on.
-        seconds: From the call to the swap, waiting for the running step included.
-        num_shared: Arrays that are served where they are.
-        num_moved: Arrays that were copied to other devices or out of host memory.
-        num_cast: Arrays whose dtype was changed.
-    """
-
-    version: str
-    seconds: float
-    num_shared: int
-    num_moved: int
-    num_cast: int
 
 
 class Lifecycle:
@@ -281,7 +259,7 @@ class Lifecycle:
     @property
     def asleep(self) -> tuple[SleepTag, ...]:
         """The parts that are asleep."""
-        return tuple(tag for tag in TAGS if tag in self._asleep)
+        return tuple(tag for tag in SLEEP_TAGS if tag in self._asleep)
 
     def sleep(self, level: int = 1, mode: PauseMode = "abort") -> Future[None]:
         """Pause, and give memory back.
@@ -340,11 +318,12 @@ class Lifecycle:
             RequestError: If there is no such part; through the future, if scheduling would go on
                 without weights or cache. Nothing is woken then.
         """
-        wanted = set(TAGS if tags is None else tags)
-        unknown = sorted(wanted - set(TAGS))
+        wanted = set(SLEEP_TAGS if tags is None else tags)
+        unknown = sorted(wanted - set(SLEEP_TAGS))
         if unknown:
             raise RequestError(
-                f"tags must be among {', '.join(TAGS)}, got {str(unknown[0])[:40]!r}.", param="tags"
+                f"tags must be among {', '.join(SLEEP_TAGS)}, got {str(unknown[0])[:40]!r}.",
+                param="tags",
             )
 
         def work() -> bool:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from jaxserve import __version__
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.metrics import CONTENT_TYPE
-from jaxserve.serve import errors
+from jaxserve.serve import admin, errors
 from jaxserve.serve.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestIds, RootPath
 from jaxserve.serve.openai_api import (
     ChatBody,
@@ -220,6 +220,7 @@ def create_app(state: ServerState) -> FastAPI:
     app = FastAPI(title="jaxserve", version=__version__, **hide_docs)
     app.state.server = state
     app.include_router(router)
+    app.include_router(admin.router, include_in_schema=config.access.enable_admin_api)
     errors.install(app)
     # the last one added sees a request first
     app.add_middleware(BodyLimit, max_bytes=config.listen.max_request_body_bytes)

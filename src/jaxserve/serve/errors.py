@@ -36,6 +36,7 @@ TYPES = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    409: "ConflictError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
     500: "InternalServerError",
@@ -123,7 +124,7 @@ def _problem_of_http(error: HTTPException) -> Problem:
 def _problem_of_validation(errors: Sequence[Any]) -> Problem:
     """Name the first wrong field; a field that may have several types fails once per type."""
     first = errors[0]
-    where = [part for part in first["loc"] if part != "body"]
+    where = list(first["loc"][1:])  # behind "body", "query" or "path"
     if first["type"] == "json_invalid":
         detail = first.get("ctx", {}).get("error", "it ends too early")
         message = f"The body is not valid JSON: {detail} (at character {first['loc'][-1]})."

@@ -122,6 +122,13 @@ class GenerationBody(Body):
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_weight_versions: bool | None = None
+    output_token_ids: list[int] | None = Field(
+        default=None,
+        description="Output that an interrupted run of this very request has generated already. "
+        "The completion goes on behind it as if never interrupted: seed, penalties, stop strings, "
+        "min_tokens and max_tokens count from the first of them. The answer holds what is new.",
+    )
     priority: int = Field(default=0, ge=-(2**63), lt=2**63)
     cache_salt: str | None = None
     request_id: str | None = None

@@ -105,9 +105,23 @@ class AccessOptions:
     allowed_methods: tuple[str, ...] = option(("*",), "Methods that those origins may use.")
     allowed_headers: tuple[str, ...] = option(("*",), "Headers that those origins may send.")
     allow_credentials: bool = option(False, "Whether those origins may send cookies.")
+    enable_admin_api: bool = option(
+        False,
+        "Open the routes that change the running server: weights, pauses, sleep, caches, profiles.",
+    )
+    admin_api_key: str | None = option(
+        None, "Key that those routes ask for; without it, any key of --api-key."
+    )
+    profiler_dir: str | None = option(
+        None, "Folder for the traces of /start_profile. Default: a new one for temporary files."
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.admin_api_key is not None and not self.enable_admin_api:
+            raise ConfigError("admin_api_key needs enable_admin_api; the routes are closed.")
+        if self.admin_api_key == "":
+            raise ConfigError("admin_api_key must not be empty; leave the flag out.")
         if any(not key for key in self.api_key):
             raise ConfigError("api_key must not be empty; leave the flag out to need no key.")
 

@@ -178,7 +178,7 @@ class Process:
             if engine.num_unfinished:
                 say(f"stopping: {engine.num_unfinished} completions may go on for {timeout:g} s")
             if not await engine.drain(timeout):
-                await self.state.abort_all()
+                await self.state.abort()
                 await engine.drain(FLUSH_S)
         self._server.should_exit = True
 

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import __version__
-from jaxserve.core.event import FinishReason, Logprob, TokenEvent, TokenLogprobs
+from jaxserve.core.event import (
+    FinishReason,
+    Logprob,
+    TokenEvent,
+    TokenLogprobs,
+    WeightSpan,
+    extend_spans,
+)
 from jaxserve.serve.errors import GenerationFailedError
 from jaxserve.serve.translate import Job
 
@@ -193,6 +200,7 @@ class Answer:
         choices: All completions, those of one prompt next to each other.
         usage: Token counts.
         prompt_logprobs: Those of each prompt, once known.
+        weight_versions: Which weights produced which tokens, by completion; if asked for.
     """
 
     job: Job
@@ -200,6 +208,7 @@ class Answer:
     choices: list[Choice] = field(init=False)
     usage: Usage = field(init=False)
     prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = field(init=False)
+    weight_versions: dict[int, list[WeightSpan]] = field(init=False)
     _cached: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -207,6 +216,7 @@ class Answer:
         self.choices = [Choice(index) for index in range(self.job.num_choices)]
         self.usage = Usage(prompt=sum(len(r.prompt_token_ids) for r in self.job.requests))
         self.prompt_logprobs = {}
+        self.weight_versions = {}
         self._cached = {}
 
     def count(self, position: int, event: TokenEvent) -> None:
@@ -218,11 +228,25 @@ class Answer:
         """
         if not self.job.echo_only:
             self.usage.completion += len(event.token_ids)
+        if self.job.return_weight_versions:
+            spans = self.weight_versions.setdefault(position * self.job.n + event.index, [])
+            extend_spans(spans, event.weight_version, len(event.token_ids))
         if event.num_cached_tokens > self._cached.get(position, 0):
             self.usage.cached += event.num_cached_tokens - self._cached.get(position, 0)
             self._cached[position] = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[position] = event.prompt_logprobs
+
+    def version_fields(self, index: int) -> dict[str, Any]:
+        """Return the spans of one completion, if they were asked for."""
+        if not self.job.return_weight_versions:
+            return {}
+        spans = self.weight_versions.get(index, [])
+        return {
+            "weight_versions": [
+                {"version": span.version, "start": span.start, "end": span.end} for span in spans
+            ]
+        }
 
     def head(self, kind: str) -> dict[str, Any]:
         """Return the fields with which every answer and chunk begins."""
@@ -251,7 +275,7 @@ def chat_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
             entry["logprobs"] = {"content": writer.chat(choice.logprobs, job.num_top)}
         if job.return_token_ids:
             entry["token_ids"] = choice.token_ids
-        choices.append(entry)
+        choices.append({**entry, **answer.version_fields(choice.index)})
     reply = {
         **answer.head("chat.completion"),
         "choices": choices,
@@ -279,6 +303,7 @@ def completion_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
             entry["logprobs"] = _echoed_logprobs(answer, choice, writer, job.num_top)
         if job.return_token_ids:
             entry["token_ids"] = [] if job.echo_only else choice.token_ids
+        entry |= answer.version_fields(choice.index)
         choices.append({**entry, **prompt_fields(answer, writer, position)})
     return {
         **answer.head("text_completion"),

@@ -36,6 +36,14 @@ class EventSource(AsyncIterator[TokenEvent]):
         self._queue = engine.submit(request)
         self._num_open = request.sampling.n
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Ids by which a client may know the request: its answer's, with and without prefix."""
+        answer = self._request.request_id.rpartition("-")[0]
+        stem, _, number = answer.rpartition("-")
+        known = {self._request.request_id, answer, *([stem] if number.isdecimal() else [])}
+        return frozenset(known | {name.partition("-")[2] for name in known})
+
     def __aiter__(self) -> "EventSource":
         """Return itself."""
         return self

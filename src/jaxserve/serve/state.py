@@ -1,7 +1,7 @@
 """What all requests share: the engine once it is there, the model's names, the load."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -132,10 +132,19 @@ class ServerState:
             raise
         return sources
 
-    async def abort_all(self) -> None:
-        """End every request early; the clients get what there is, with reason `abort`."""
-        for source in list(self._open):
+    async def abort(self, ids: Collection[str] | None = None) -> int:
+        """End requests early; the clients get what there is, with reason `abort`.
+
+        Args:
+            ids: Ids of answers, with or without their `cmpl-` or `chatcmpl-`; None is all.
+
+        Returns:
+            How many there were.
+        """
+        found = [s for s in self._open if ids is None or not s.names.isdisjoint(ids)]
+        for source in found:
             await source.abort()
+        return len(found)
 
     def _log(self, job: Job) -> None:
         if not self.config.log.enable_log_requests:

@@ -166,6 +166,7 @@ class _ChatChunks(_Chunks):
         if event.finish_reason is not None:
             choice["finish_reason"] = event.finish_reason.value
             choice["stop_reason"] = event.stop_reason
+            choice |= self.answer.version_fields(event.index)
         elif not event.text and not event.token_ids:
             return None
         return self.write(choice)
@@ -210,6 +211,7 @@ class _TextChunks(_Chunks):
         if event.finish_reason is not None:
             choice["finish_reason"] = event.finish_reason.value
             choice["stop_reason"] = event.stop_reason
+            choice |= self.answer.version_fields(index)
         return self.write(choice)
 
     def _logprobs(

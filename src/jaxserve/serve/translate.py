@@ -51,6 +51,7 @@ class Job:
         echo_only: Whether nothing but the prompt is wanted (max_tokens 0).
         prompt_logprobs: Whether to report those of the prompt.
         return_token_ids: Whether to report ids of prompt and completion.
+        return_weight_versions: Whether to report which weights produced which tokens.
         tokens_as_ids: Whether tokens are written as token_id:N.
     """
 
@@ -67,6 +68,7 @@ class Job:
     echo_only: bool = False
     prompt_logprobs: bool = False
     return_token_ids: bool = False
+    return_weight_versions: bool = False
     tokens_as_ids: bool = False
 
     @property
@@ -128,6 +130,12 @@ async def completion_job(
     _check_stream(body)
     prompts = _prompts(body.prompt)
     echo = bool(body.echo)
+    if body.output_token_ids and (echo or len(prompts) != 1):
+        raise RequestError(
+            "output_token_ids continue the completion of one prompt, without echo, got "
+            f"{len(prompts)} prompts{' and echo' if echo else ''}.",
+            param="output_token_ids",
+        )
     echo_only = echo and body.max_tokens == 0
     max_tokens = 1 if echo_only else body.max_tokens
     prompt_logprobs = body.prompt_logprobs
@@ -223,6 +231,7 @@ def _shared(body: GenerationBody, options: ApiOptions) -> dict[str, Any]:
         "continuous_usage": include_usage and continuous,
         "prompt_logprobs": body.prompt_logprobs is not None,
         "return_token_ids": bool(body.return_token_ids),
+        "return_weight_versions": bool(body.return_weight_versions),
         "tokens_as_ids": options.return_tokens_as_token_ids if as_ids is None else as_ids,
     }
 
@@ -318,6 +327,7 @@ def _request(
         request_id=unique,
         priority=body.priority,
         cache_salt=body.cache_salt or "",
+        output_token_ids=body.output_token_ids or (),
     )
     left = engine.max_model_len - len(request.prompt_token_ids)
     wanted = request.sampling.max_tokens
