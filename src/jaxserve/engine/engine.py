@@ -10,24 +10,23 @@ sees a request. Nothing that a request can cause raises out of `step`.
 
 import contextlib
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 
 from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
-from jaxserve.core.errors import CapacityError, EngineDeadError, UnsupportedError
+from jaxserve.core.errors import CapacityError, UnsupportedError
 from jaxserve.core.event import FinishReason, RequestMetrics, TokenEvent, TokenLogprobs
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView
 from jaxserve.engine.batcher import Item, RowTable, build
+from jaxserve.engine.inbox import Inbox, Sink
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.logprobs import HostLogprobs
 from jaxserve.engine.metrics import EngineMetrics
@@ -38,13 +37,8 @@ from jaxserve.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[TokenEvent], None]
-"""Where the events of one request go; called on the engine's thread, must not block."""
-
 FIRST_VERSION = "0"
 """Version of the weights with which an engine starts."""
-PAUSED_RETRY_S = 5.0
-"""Seconds after which to try again at an engine that takes nothing new for now."""
 
 _MAX_FAILURES = 3
 _HOST_TIME_WINDOW = 4096
@@ -71,7 +65,7 @@ class _Pending:
     prompt_scores: list[tuple[Item, Sampled]] = field(default_factory=list)
 
 
-class Engine:
+class Engine(Inbox):
     """Serves requests on one device or mesh. `step` is called by one thread only.
 
     Args:
@@ -90,10 +84,7 @@ class Engine:
 
     Attributes:
         pool: Page book-keeping.
-        metrics: Counters.
         host_times: Seconds of host work in recent steps, waiting for the device not counted.
-        dead: Why it has stopped; None while it lives.
-        refusal: Why new requests are refused for now; None takes them.
         is_frozen: Whether no step is planned: what runs and what waits stays as it is. Set between
             steps only.
         weight_version: Version of the weights, with which every token is marked. Set between
@@ -118,31 +109,25 @@ class Engine:
     ) -> None:
         """Start idle."""
         spec = runner.spec
-        self.runner = runner
-        self.metrics = metrics
-        self.pool = PagePool(spec.num_pages, spec.page_size)
-        self.host_times: deque[float] = deque(maxlen=_HOST_TIME_WINDOW)
-        self.dead: str | None = None
-        self.refusal: str | None = None
-        self.is_frozen = False
-        self.weight_version = FIRST_VERSION
-        self._scheduler = scheduler
-        self._tokenizer = tokenizer
-        self._clock = clock
-        self._intake = Intake(
+        intake = Intake(
             spec,
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids,
             max_logprobs=max_logprobs,
             seed=seed,
         )
+        super().__init__(intake, metrics, max_num_queued_reqs=max_num_queued_reqs)
+        self.runner = runner
+        self.pool = PagePool(spec.num_pages, spec.page_size)
+        self.host_times: deque[float] = deque(maxlen=_HOST_TIME_WINDOW)
+        self.is_frozen = False
+        self.weight_version = FIRST_VERSION
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._clock = clock
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_queued = max_num_queued_reqs
         self._caching = enable_prefix_caching
         self._overlap = overlap
-        self._inbox: deque[tuple[str, object]] = deque()
-        self._admission = threading.Condition()
-        self._num_open = 0
         self._requests: dict[RequestId, _RequestState] = {}
         self._sequences: dict[int, SequenceState] = {}
         self._waiting: dict[int, SequenceState] = {}
@@ -155,13 +140,6 @@ class Engine:
         self._generation = 0
         self._num_failures = 0
         self._waited = 0.0
-
-    # The way in: any thread --------------------------------------------------------------------
-
-    @property
-    def num_unfinished(self) -> int:
-        """Completions that have been accepted and have not ended."""
-        return self._num_open
 
     @property
     def has_work(self) -> bool:
@@ -177,101 +155,6 @@ class Engine:
     def is_busy(self) -> bool:
         """Whether a step is on the device."""
         return self._in_flight is not None
-
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Accept a request, or refuse it at once.
-
-        Args:
-            request: What to do.
-            sink: Receives its events; the last one of every completion has a finish reason.
-
-        Raises:
-            RequestError: If it can never be served.
-            CapacityError: If too many completions are under way.
-            EngineDeadError: If the engine has stopped.
-        """
-        self._intake.check(request)
-        count = request.sampling.n
-        with self._admission:
-            if self.dead is not None:
-                raise EngineDeadError(f"the engine has stopped: {self.dead}")
-            if self.refusal is not None:
-                self.metrics.rejected("paused")
-                raise CapacityError(self.refusal, retry_after_s=PAUSED_RETRY_S)
-            if self._max_queued is not None and self._num_open + count > self._max_queued:
-                self.metrics.rejected("max_num_queued_reqs")
-                raise CapacityError(
-                    f"{self._num_open} completions are under way and at most {self._max_queued} "
-                    f"are accepted; {count} more were asked for. Try again later.",
-                    retry_after_s=self._retry_after(),
-                )
-            self._num_open += count
-            self._inbox.append(("submit", (request, sink)))
-
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no completion is under way; not on the engine's own thread.
-
-        Args:
-            timeout_s: Longest wait in seconds.
-
-        Returns:
-            Whether everything has ended.
-        """
-        with self._admission:
-            return self._admission.wait_for(lambda: not self._num_open, timeout_s)
-
-    def cancel(self, request_id: str) -> None:
-        """Ask for a request to end; its completions finish with reason `abort`."""
-        self._inbox.append(("cancel", request_id))
-
-    def cancel_all(self) -> None:
-        """Ask for every request to end."""
-        self._inbox.append(("cancel_all", None))
-
-    def forget_prefixes(self) -> None:
-        """Ask for the prefix cache to be emptied."""
-        self._inbox.append(("forget", None))
-
-    def call[T](self, work: Callable[[], T], *, when_idle: bool = False) -> Future[T]:
-        """Ask for something to be done on the engine's thread between two steps.
-
-        No step is on the device meanwhile, and every token before it has been sent.
-
-        Args:
-            work: What to do; what it raises reaches the future only.
-            when_idle: Whether to wait until no completion is under way.
-
-        Returns:
-            Its result; cannot be cancelled.
-
-        Raises:
-            EngineDeadError: If the engine has stopped.
-        """
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:  # noqa: BLE001  raised again by whoever waits
-                future.set_exception(error)
-
-        with self._admission:
-            if self.dead is not None:
-                raise EngineDeadError(f"the engine has stopped: {self.dead}")
-            self._inbox.append(("call when idle" if when_idle else "call", run))
-        return future
-
-    def _close(self, count: int) -> None:
-        """Take ended completions off the count of open ones."""
-        with self._admission:
-            self._num_open -= count
-            if not self._num_open:
-                self._admission.notify_all()
-
-    def _retry_after(self) -> float:
-        done = self.metrics.e2e_latency
-        return max(1.0, round(done.mean, 0)) if done.count else 1.0
 
     # The loop: one thread ----------------------------------------------------------------------
 

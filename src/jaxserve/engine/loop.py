@@ -7,7 +7,8 @@ from concurrent.futures import Future
 
 from jaxserve.core.errors import EngineDeadError
 from jaxserve.core.request import Request
-from jaxserve.engine.engine import Engine, Sink
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.inbox import Sink
 
 logger = logging.getLogger(__name__)
 
