@@ -26,7 +26,7 @@ from jaxserve.cpu_kernels.emit import (
 
 _CHUNKS_PER_THREAD = 2
 """Chunks are long, so that memory is read in long runs, yet a thread that is held up loses few."""
-_DEPTH = 8
+_DEPTH = 12
 """Rows of the weights between two visits to the sums; prefetching runs as far ahead."""
 
 
