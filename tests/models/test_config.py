@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.core.errors import CheckpointError, ConfigError, JaxserveError, UnsupportedError
-from jaxserve.models.config import ModelConfig, RopeScaling, stretched_length
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.positions import RopeScaling, stretched_length
 
 TINY = {
     "model_type": "llama",
