@@ -233,12 +233,14 @@ def _read_layer_kinds(
     values: Fields, model_type: str, num_layers: int, max_position: int
 ) -> tuple[LayerKind, ...]:
     """Return the kind of each layer; nothing if all are of the ordinary kind."""
+    family = _FAMILY_OF[model_type]
+    if family == "llama" and values.get("layer_types") is None:
+        return ()
     if num_layers > MOST_LAYERS:
         raise CheckpointError(
             f"config.json: found {num_layers} for 'num_hidden_layers', expected at most "
             f"{MOST_LAYERS}; repair the file or download the model again."
         )
-    family = _FAMILY_OF[model_type]
     rotates = _read_rope_layers(values, num_layers) if family == "smollm3" else [True] * num_layers
     slides = _read_sliding(values, family, num_layers, rotates)
     window: int | None = None
@@ -310,7 +312,7 @@ def _read_rope_layers(values: Fields, num_layers: int) -> list[bool]:
         interval = values.count("no_rope_layer_interval")
         return [(i + 1) % interval != 0 for i in range(num_layers)]
     is_list = isinstance(given, list | tuple)
-    if not is_list or len(given) < num_layers or any(item not in {0, 1} for item in given):
+    if not is_list or len(given) < num_layers or any(item not in (0, 1) for item in given):
         raise CheckpointError(
             f"config.json: found {given!r} for 'no_rope_layers', expected a list of 0 (does "
             f"not rotate) or 1 for each of the {num_layers} layers; repair the file or download "
