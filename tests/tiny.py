@@ -23,7 +23,8 @@ from jaxserve.engine.async_engine import empty_output
 from jaxserve.engine.setup import ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.llama import Llama
+from jaxserve.models.layers import CausalLM
+from jaxserve.models.registry import FAMILIES
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 32, 2, 4, 2, 8, 64
 MAX_LEN = 4096
@@ -109,7 +110,7 @@ def _weights(vocab: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def tiny_module(dtype: str = "float32", **changes: object) -> Llama:
+def tiny_module(dtype: str = "float32", **changes: object) -> CausalLM:
     """Draw a live module with weights large enough that its choices are clear."""
     config = ModelConfig.from_hf(
         {
@@ -131,7 +132,8 @@ def tiny_module(dtype: str = "float32", **changes: object) -> Llama:
         }
         | changes
     )
-    module = Llama(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(5))
+    family = FAMILIES[config.model_type]
+    module = family(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(5))
     module.embed_tokens.embedding[...] = module.embed_tokens.embedding[...] * 50
     return module
 

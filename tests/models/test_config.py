@@ -1,6 +1,7 @@
 """Configurations: what a config.json means, what is refused, and rotary frequencies."""
 
 import contextlib
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.core.errors import CheckpointError, ConfigError, JaxserveError, UnsupportedError
-from jaxserve.models.config import ModelConfig, RopeScaling, stretched_length
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.positions import RopeScaling, stretched_length
 
 TINY = {
     "model_type": "llama",
@@ -77,12 +79,124 @@ def test_qwen3_heads_are_128_wide_unless_said_otherwise():
     assert read(model_type="qwen3", num_key_value_heads=2, head_dim=8).head_dim == 8
 
 
+def windows(**changes):
+    return [kind.window for kind in read(**changes).kinds]
+
+
 def test_mistral_is_llama_when_it_sees_the_whole_context():
     config = read(model_type="mistral", num_key_value_heads=2, sliding_window=None)
-    assert config == read(num_key_value_heads=2)
+    assert config == dataclasses.replace(read(num_key_value_heads=2), model_type="mistral")
     assert config == read(model_type="mistral", num_key_value_heads=2, sliding_window=64)
+    assert windows(model_type="mistral", num_key_value_heads=2, sliding_window=63) == [63, 63]
+    long = {"model_type": "mistral", "num_key_value_heads": 2, "max_position_embeddings": 9999}
+    assert windows(**long) == [4096, 4096]
     eight = read(model_type="mistral", num_attention_heads=16, sliding_window=None, head_dim=4)
     assert eight.num_kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "gemma2", "sliding_window": 8}, [8, None, 8, None]),
+        ({"model_type": "gemma3_text", "sliding_window": 8}, [8, 8, 8, 8]),
+        (
+            {"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 3},
+            [8, 8, None, 8],
+        ),
+        ({"model_type": "phi3", "sliding_window": 8}, [8, 8, 8, 8]),
+        ({"model_type": "phi3"}, [None] * 4),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "max_window_layers": 2,
+                "sliding_window": 9,
+            },
+            [None, None, 9, 9],
+        ),
+        ({"model_type": "qwen2", "sliding_window": 9}, [None] * 4),
+        (
+            {
+                "model_type": "smollm3",
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "no_rope_layer_interval": 2,
+            },
+            [None, 9, None, 9],
+        ),
+        (
+            {
+                "model_type": "ministral",
+                "sliding_window": 9,
+                "layer_types": ["full_attention", "sliding_attention"] * 2,
+            },
+            [None, 9, None, 9],
+        ),
+    ],
+)
+def test_layers_have_the_windows_of_their_family(changes, expected):
+    sizes = {"num_hidden_layers": 4, "num_key_value_heads": 2}
+    assert windows(**sizes, **changes) == expected
+
+
+def test_gemma_2_without_optional_keys_means_transformers_defaults():
+    config = read(model_type="gemma2", num_attention_heads=8)
+    assert (config.head_dim, config.num_kv_heads) == (256, 4)
+    assert config.tie_word_embeddings
+    assert (config.attention_soft_cap, config.final_soft_cap) == (50.0, 30.0)
+    assert (config.attention_scale, config.embedding_scale) == (1 / 16, 4.0)
+    assert (config.hidden_act, config.norm_plus_one) == ("gelu_tanh", True)
+    assert read(model_type="gemma2", final_logit_softcapping=None).final_soft_cap is None
+
+
+def test_the_old_spelling_of_gemma_3_stretches_its_global_layers_only():
+    config = read(
+        model_type="gemma3_text",
+        num_hidden_layers=6,
+        sliding_window=8,
+        rope_theta=1e6,
+        rope_local_base_freq=5e3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )
+    assert [kind.rope for kind in config.kinds] == ["local"] * 5 + ["global"]
+    assert (config.rope_theta, config.local_rope_theta) == (1e6, 5e3)
+    dim = config.head_dim
+    near, far = config.rope_frequencies("local")[0], config.rope_frequencies()[0]
+    np.testing.assert_allclose(near, [5e3 ** (-2 * i / dim) for i in range(dim // 2)], rtol=1e-6)
+    np.testing.assert_allclose(far, [1e6 ** (-2 * i / dim) / 8 for i in range(dim // 2)], rtol=1e-6)
+    assert config.qk_norm
+
+
+def test_the_language_model_of_a_gemma_3_that_sees_is_read():
+    text = {k: v for k, v in TINY.items() if k not in {"model_type", "vocab_size"}}
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "gemma3",
+            "text_config": {**text, "model_type": "gemma3_text"},
+            "vision_config": {"hidden_size": 1152},
+            "eos_token_id": [1, 106],
+        }
+    )
+    assert (config.model_type, config.vocab_size) == ("gemma3", 262208)
+    assert config.eos_token_ids == (1, 106)
+
+
+def test_phi_3_rotates_a_part_and_chooses_its_factors_by_length():
+    scaling = {"type": "su", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    config = read(
+        model_type="phi3",
+        head_dim=8,
+        partial_rotary_factor=0.5,
+        rope_scaling=scaling,
+        original_max_position_embeddings=16,
+    )
+    assert config.rotary_dim == 4
+    plain = np.float32([1.0, 10000.0**-0.5])
+    for length, factors in ((16, [1, 2]), (17, [3, 4]), (64, [3, 4])):
+        found, magnitude = config.for_length(length).rope_frequencies()
+        np.testing.assert_allclose(found, plain / np.float32(factors), rtol=1e-6)
+        assert magnitude == pytest.approx(math.sqrt(1 + math.log(4) / math.log(16)))
+    assert read().for_length(8) == read()
 
 
 def test_token_ids_come_as_one_or_many():
@@ -106,13 +220,31 @@ def test_dtype_is_read_in_both_spellings():
         ({"hidden_act": "gelu"}, "found hidden_act 'gelu', expected 'silu'"),
         ({"quantization_config": {"bits": 4}}, "found quantization_config, expected unquantised"),
         ({"partial_rotary_factor": 0.5}, "found partial_rotary_factor 0.5, expected 1.0"),
+        ({"use_bidirectional_attention": True}, "found use_bidirectional_attention true"),
+        (
+            {"model_type": "gemma2", "hidden_activation": "gelu"},
+            "found hidden_activation 'gelu', expected 'gelu_pytorch_tanh'",
+        ),
+        (
+            {"model_type": "gemma3_text", "layer_types": ["chunked_attention"] * 2},
+            "found layer_types chunked_attention, expected full_attention or sliding_attention",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention", "full_attention"]},
+            "sliding_attention beside use_sliding_window false",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+            },
+            "sliding_attention: found rope_type 'linear', expected default",
+        ),
         ({"use_sliding_window": True}, "found use_sliding_window true"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
             "found layer_types sliding_attention, expected full_attention in every layer",
         ),
-        ({"model_type": "mistral", "sliding_window": 32}, "found sliding_window 32"),
-        ({"model_type": "mistral", "max_position_embeddings": 9999}, "found sliding_window 4096"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "found rope_type 'dynamic'"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -143,6 +275,34 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(changes, words):
         ({"rope_theta": 1.0}, "rope_theta must be greater than 1"),
         ({"tie_word_embeddings": "yes"}, "found 'yes' for 'tie_word_embeddings'"),
         ({"eos_token_id": [1, -2]}, "expected a token id"),
+        ({"layer_types": ["full_attention"]}, "found 1 for 'layer_types'.*each of the 2 layers"),
+        ({"model_type": "gemma2", "sliding_window": None}, "found nothing for 'sliding_window'"),
+        ({"model_type": "gemma2", "num_hidden_layers": 2**30}, "expected at most 16384"),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1.0}, "final_soft_cap must be posit"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"found \[1\] for 'no_rope_layers'"),
+        ({"model_type": "gemma3"}, "found nothing for 'text_config'"),
+        (
+            {"model_type": "phi3", "head_dim": 6, "partial_rotary_factor": 0.5},
+            "rotary_dim must be even and between 2 and head_dim 6, got 3",
+        ),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+            "found nothing for 'long_factor', expected a list of numbers",
+        ),
+        (
+            {
+                "model_type": "phi3",
+                "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0, "x"]},
+            },
+            "found 'x' for '1', expected a number",
+        ),
+        (
+            {
+                "model_type": "phi3",
+                "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]},
+            },
+            "rope factors: found 1, expected head_dim / 2 = 2",
+        ),
         ({"rope_scaling": [1]}, "for 'rope_scaling', expected an object"),
         ({"rope_scaling": {"type": 3}}, "for 'type', expected a word"),
         ({"rope_scaling": {"type": "linear"}}, "found nothing for 'factor'"),
@@ -345,12 +505,22 @@ json_values = st.recursive(
                 "layer_types",
                 "sliding_window",
                 "hidden_act",
+                "layer_types",
+                "no_rope_layers",
+                "partial_rotary_factor",
+                "rope_local_base_freq",
+                "sliding_window_pattern",
+                "text_config",
+                "query_pre_attn_scalar",
+                "final_logit_softcapping",
             ]
         ),
         json_values,
         max_size=5,
     ),
-    st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    st.sampled_from(
+        ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3", "smollm3"]
+    ),
 )
 def test_any_values_give_a_configuration_or_one_of_our_errors(changes, model_type):
     with contextlib.suppress(JaxserveError):

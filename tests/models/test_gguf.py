@@ -20,9 +20,10 @@ from jaxserve.core.errors import (
     UnsupportedError,
 )
 from jaxserve.models.checkpoint import open_checkpoint
-from jaxserve.models.config import ModelConfig, RopeScaling
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.ggml import FORMATS, OTHER_FORMATS, dequantize
 from jaxserve.models.gguf import GgufCheckpoint, read_metadata
+from jaxserve.models.positions import RopeScaling
 
 NUMBER_OF = {kind.name: number for number, kind in FORMATS.items()}
 QUANTIZED = [kind.name for kind in FORMATS.values() if kind.is_quantized]

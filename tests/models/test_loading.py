@@ -135,6 +135,63 @@ def test_other_floats_keep_their_type(put, dtype):
         np.testing.assert_array_equal(checkpoint.read(name), value, strict=True)
 
 
+PHI3 = {**CONFIG, "model_type": "phi3"}
+
+
+def fused(weights):
+    """Put tensors together as Phi-3 stores them."""
+    groups = {
+        "self_attn.qkv_proj": [f"self_attn.{part}_proj" for part in "qkv"],
+        "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    stored = dict(weights)
+    for layer in range(LAYERS):
+        for name, parts in groups.items():
+            names = [f"model.layers.{layer}.{part}.weight" for part in parts]
+            whole = np.concatenate([stored.pop(part) for part in names])
+            stored[f"model.layers.{layer}.{name}.weight"] = whole
+    return stored
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_fused_tensors_are_cut_apart(put, dtype):
+    weights = weights_of(dtype=dtype)
+    checkpoint = open_checkpoint(put(fused(weights), config=PHI3, shards=2))
+    assert checkpoint.tensor_shapes() == {name: value.shape for name, value in weights.items()}
+    for name, value in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), value, strict=True)
+
+
+def test_fused_tensors_of_another_size_are_refused(put):
+    path = put(fused(weights_of()), config={**PHI3, "num_key_value_heads": 1})
+    words = (
+        r"found 'model.layers.0.self_attn.qkv_proj.weight' of shape \(48, 12\), expected 36 rows"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_model_that_sees_is_read_alone(put, prefix):
+    weights = weights_of(tied=True)
+    stored = {prefix + name.removeprefix("model."): value for name, value in weights.items()}
+    stored["model.vision_tower.blocks.0.weight"] = np.ones(3, np.float32)
+    stored["multi_modal_projector.norm.weight"] = np.ones(3, np.float32)
+    text = {**CONFIG, "model_type": "gemma3_text"}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    checkpoint = open_checkpoint(put(stored, config=config))
+    assert checkpoint.tensor_shapes() == {name: value.shape for name, value in weights.items()}
+    for name, value in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), value, strict=True)
+
+
+def test_one_tensor_under_two_names_is_refused(put):
+    weights = weights_of()
+    weights["language_model.model.norm.weight"] = weights["model.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"found tensor 'model.norm.weight' twice, as"):
+        open_checkpoint(put(weights))
+
+
 def test_shards_without_an_index_are_all_read(put, tmp_path):
     path = put(weights_of(), shards=2)
     (tmp_path / "model.safetensors.index.json").unlink()

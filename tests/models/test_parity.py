@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.models.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "oracles" / "golden" / "models"
@@ -101,14 +102,42 @@ def test_prefill_and_decode_agree(name: str) -> None:
     check_engine(GOLDEN / name)
 
 
-@pytest.mark.parametrize("name", ["llama_llama3_rope", "qwen3_plain"])
+@pytest.mark.parametrize("name", ["llama_llama3_rope", "qwen3_plain", "gemma2_plain"])
 @pytest.mark.parametrize("backend", ["xla", "reference"])
 def test_prefill_and_decode_agree_with_pages(name: str, backend: str) -> None:
     check_engine(GOLDEN / name, kv_layout="pages", attention_backend=backend)
 
 
-def test_prefill_in_chunks_agrees() -> None:
-    check_engine(GOLDEN / "qwen2_plain", max_num_batched_tokens=8)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen2_plain", "slots"),
+        ("mistral_window", "slots"),
+        ("gemma2_plain", "slots"),
+        ("gemma3_plain", "pages"),
+        ("phi3_window", "pages"),
+        ("smollm3_window_bias", "slots"),
+    ],
+)
+def test_prefill_in_chunks_agrees(name: str, layout: str) -> None:
+    check_engine(GOLDEN / name, max_num_batched_tokens=8, kv_layout=layout)
+
+
+def test_every_golden_window_is_shorter_than_the_longest_prompt() -> None:
+    for name in NAMES:
+        config = ModelConfig.from_hf(json.loads((GOLDEN / name / "config.json").read_text()))
+        longest = max(len(prefill) for _, prefill, _ in sequences(GOLDEN / name))
+        assert all(kind.window is None or 2 * kind.window < longest for kind in config.kinds)
+
+
+def test_longrope_takes_its_factors_by_the_longest_context_served() -> None:
+    """The same checkpoint, once for contexts as in pretraining and once for longer ones."""
+    tokens = sequences(GOLDEN / "phi3_short")[0][0][None]
+    logits = {}
+    for length in (64, 65):
+        with engine_of(GOLDEN / "phi3_short", max_model_len=length) as llm:
+            logits[length] = np.asarray(llm.forward(jnp.asarray(tokens)).logits)
+    assert np.abs(logits[64] - logits[65]).max() > 0.01
 
 
 def test_old_spelling_of_rope_agrees(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ and seeds.
 """
 
 import argparse
+import copy
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ SEED = 20260101
 PREFILL_LENGTHS = (3, 9, 24)
 NUM_DECODE = 6
 MIN_GAP = 1e-2
+NOT_OF_THE_MODEL = ("family", "max_shard_size", "stored_dtype", "prefill_lengths")
 
 SMALL = {
     "vocab_size": 64,
@@ -44,6 +47,7 @@ SMALL = {
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
 }
 """Common shape; head_dim times heads differs from hidden_size on purpose."""
 
@@ -54,6 +58,13 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [1.5, 2.0, 6.0, 8.0],
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
 }
 
 CASES: dict[str, dict] = {
@@ -105,9 +116,92 @@ CASES: dict[str, dict] = {
         "tie_word_embeddings": True,
         "attention_bias": True,
     },
+    "qwen2_window": {
+        "family": "qwen2",
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "mistral_window": {"family": "mistral", "num_key_value_heads": 2, "sliding_window": 7},
+    "ministral_mixed": {
+        "family": "ministral",
+        "num_key_value_heads": 2,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gemma2_plain": {
+        "family": "gemma2",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_plain": {
+        "family": "gemma3_text",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        "tie_word_embeddings": True,
+    },
+    "phi3_window": {"family": "phi3", "hidden_size": 32, "sliding_window": 6},
+    "phi3_partial_tied": {
+        "family": "phi3",
+        "hidden_size": 32,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.5,
+        "tie_word_embeddings": True,
+    },
+    "phi3_long": {
+        "family": "phi3",
+        "hidden_size": 32,
+        "num_key_value_heads": 1,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": LONGROPE,
+        "prefill_lengths": [17, 30],
+    },
+    "phi3_short": {
+        "family": "phi3",
+        "hidden_size": 32,
+        "num_key_value_heads": 1,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": LONGROPE,
+    },
+    "smollm3_plain": {
+        "family": "smollm3",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "no_rope_layer_interval": 2,
+        "tie_word_embeddings": True,
+    },
+    "smollm3_window_bias": {
+        "family": "smollm3",
+        "num_key_value_heads": 2,
+        "no_rope_layers": [0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
 }
 
 FAMILIES = {
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -136,6 +230,34 @@ def random_case(seed: int) -> dict:
         case["hidden_size"] = kv_heads * group * head_dim
     else:
         case["attention_bias"] = rng.random() < 0.5
+    if family in ("phi3", "mistral", "ministral"):
+        del case["attention_bias"]
+    if family == "phi3":
+        case["hidden_size"] = kv_heads * group * head_dim
+        case["partial_rotary_factor"] = rng.choice([0.5, 1.0])
+    types = rng.choices(["full_attention", "sliding_attention"], k=case["num_hidden_layers"])
+    if family not in ("llama", "qwen2", "qwen3"):
+        case["sliding_window"] = rng.choice([1, 2, 5, 8, 13, 200])
+    if family in ("gemma2", "gemma3_text", "ministral", "smollm3"):
+        case["layer_types"] = types
+    if family == "smollm3":
+        case["use_sliding_window"] = True
+        case["no_rope_layers"] = [rng.randrange(2) for _ in types]
+    if family.startswith("gemma"):
+        case["query_pre_attn_scalar"] = rng.randrange(2, 40)
+        case["final_logit_softcapping"] = rng.choice([None, 3.0, 30.0])
+    if family == "gemma2":
+        case["attn_logit_softcapping"] = rng.choice([None, 1.0, 50.0])
+    if family == "gemma3_text":
+        case["rope_parameters"] = {
+            "full_attention": rng.choice(
+                [
+                    {"rope_type": "default", "rope_theta": 1e6},
+                    {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+                ]
+            ),
+            "sliding_attention": {"rope_type": "default", "rope_theta": rng.choice([500.0, 1e4])},
+        }
     if family == "llama":
         case["mlp_bias"] = rng.random() < 0.5
         case["rope_parameters"] = rng.choice(
@@ -146,19 +268,18 @@ def random_case(seed: int) -> dict:
 
 def build(case: dict, seed: int) -> transformers.PreTrainedModel:
     """Make the model of a case, with every weight, norm and bias drawn at random."""
-    fields = {
-        k: v for k, v in case.items() if k not in ("family", "max_shard_size", "stored_dtype")
-    }
+    fields = {k: copy.deepcopy(v) for k, v in case.items() if k not in NOT_OF_THE_MODEL}
     make_config, make_model = FAMILIES[case["family"]]
     config = make_config(**{**SMALL, **fields})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = make_model(config).eval().to(torch.float32)
+    norm = 0.0 if case["family"].startswith("gemma") else 1.0  # what a norm's weight is near
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
             if "norm" in name:
-                parameter.copy_(1.0 + 0.3 * noise)
+                parameter.copy_(norm + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif "embed" in name:
@@ -173,7 +294,9 @@ def build(case: dict, seed: int) -> transformers.PreTrainedModel:
     return model
 
 
-def logits_of(model: transformers.PreTrainedModel, seed: int) -> dict[str, np.ndarray] | None:
+def logits_of(
+    model: transformers.PreTrainedModel, seed: int, lengths: Sequence[int] = PREFILL_LENGTHS
+) -> dict[str, np.ndarray] | None:
     """Compute the logits of a few sequences: prefill at once, then greedy steps with the cache.
 
     Returns:
@@ -182,7 +305,7 @@ def logits_of(model: transformers.PreTrainedModel, seed: int) -> dict[str, np.nd
     """
     generator = torch.Generator().manual_seed(seed + 1)
     out: dict[str, np.ndarray] = {}
-    for i, length in enumerate(PREFILL_LENGTHS):
+    for i, length in enumerate(lengths):
         ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
         with torch.no_grad():
             result = model(ids, use_cache=True)
@@ -214,7 +337,8 @@ def write(case: dict, seed: int, folder: Path) -> int:
     """Write the checkpoint of a case and what it computes; answer with the seed used."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    while (golden := logits_of(model := build(case, seed), seed)) is None:
+    lengths = case.get("prefill_lengths", PREFILL_LENGTHS)
+    while (golden := logits_of(model := build(case, seed), seed, lengths)) is None:
         seed += 1000
     if case.get("stored_dtype"):
         model = model.to(getattr(torch, case["stored_dtype"]))

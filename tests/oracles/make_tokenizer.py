@@ -354,6 +354,44 @@ TEMPLATES = {
         "{% for m in messages %}({{ m.role }}) {{ m.content | trim }} #{% endfor %}"
         "{% if add_generation_prompt %}(assistant){% endif %}"
     ),
+    "system_first": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{% if messages[0]['content'] is string %}{% set before = messages[0]['content'] + '//' %}"
+        "{% else %}{% set before = messages[0]['content'][0]['text'] + '//' %}{% endif %}"
+        "{% set rest = messages[1:] %}{% else %}{% set before = '' %}{% set rest = messages %}"
+        "{% endif %}{% for m in rest %}"
+        "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+        "<{{ role }}>{{ before if loop.first else '' }}"
+        "{% if m['content'] is string %}{{ m['content'] | trim }}"
+        "{% elif m['content'] is iterable %}{% for item in m['content'] %}"
+        "{% if item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
+        "{% else %}{{ raise_exception('no content') }}{% endif %}<end>\n{% endfor %}"
+        "{{ '<model>\n' if add_generation_prompt }}"
+    ),
+    "string_methods": (
+        "{%- set mode = 'think' if enable_thinking is undefined or enable_thinking else 'plain' -%}"
+        "{%- for m in messages -%}{%- set text = m.content -%}"
+        "{%- if text.startswith('Hi') -%}{%- set text = text.replace('Hi', 'Ho').rstrip() -%}"
+        "{%- elif 'brief' in text and not text.endswith('.') -%}{%- set text = text[:-2] -%}"
+        "{%- elif text | length > 3 -%}{%- set text = text.split(' ')[0].lstrip('W') ~ '!' -%}"
+        "{%- endif -%}{{- '<' ~ m.role ~ '/' ~ mode ~ '>' ~ text ~ '\n' -}}{%- endfor -%}"
+        "{%- if tools is not none and tools -%}{%- for tool in tools -%}"
+        "{{- loop.index ~ '. ' ~ (tool.function | string) ~ '\n' -}}{%- endfor -%}{%- endif -%}"
+    ),
+    "filtered": (
+        "{%- set others = messages | rejectattr('role', 'equalto', 'system') | list -%}"
+        "{%- set calls = others | selectattr('tool_calls', 'defined') | list -%}"
+        "{%- set users = others | selectattr('role', 'equalto', 'user') | list -%}"
+        "{{- bos_token -}}{%- for m in others -%}"
+        "{%- if m['role'] == 'user' -%}{%- if tools and m == users[-1] -%}"
+        "[TOOLS] {{ tools | map(attribute='function') | list | tojson }}[/TOOLS]{%- endif -%}"
+        "[U] {{ m['content'] }}[/U]"
+        "{%- elif m.tool_calls is defined and m.tool_calls is not none -%}"
+        "[CALLS] [{%- for call in m.tool_calls -%}{{ call.function | tojson }}"
+        "{{ ', ' if not loop.last else ']' }}{%- endfor -%}"
+        "{%- else -%}{{ ' ' + m['content'] + eos_token }}{%- endif -%}{%- endfor -%}"
+        "{{- calls | length -}}"
+    ),
     "raises": (
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Roles must alternate.') }}{% endif %}{{ m.content }}{% endfor %}"

@@ -1,5 +1,6 @@
 """Both layouts and both backends against attention written out in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,15 +20,30 @@ PAGES_PER_ROW = CAPACITY // PAGE
 NUM_BLOCKS = PREFILL // Q_BLOCK + ROWS
 SCALE = DIM**-0.5
 
-run = jax.jit(functools.partial(attend, scale=SCALE))
+run = jax.jit(
+    functools.partial(attend, scale=SCALE), static_argnames=("scale", "window", "soft_cap")
+)
+
+RULES = [
+    {},
+    {"window": 1},
+    {"window": 5},
+    {"window": TILE + 3, "soft_cap": 2.0},
+    {"window": 2 * LENGTH},
+    {"soft_cap": 0.5, "scale": 1.5},
+]
 
 
-def by_hand(q, keys, values):
-    """Attend from one token to all given keys `[length, kv_heads, dim]`."""
+def by_hand(q, keys, values, *, scale=SCALE, window=None, soft_cap=None):
+    """Attend from one token to the last of the given keys `[length, kv_heads, dim]`."""
     out = np.zeros_like(q, np.float64)
+    if window is not None:
+        keys, values = keys[-window:], values[-window:]
     for head in range(q.shape[0]):
         k, v = (x[:, head // GROUP].astype(np.float64) for x in (keys, values))
-        scores = k @ q[head].astype(np.float64) * SCALE
+        scores = k @ q[head].astype(np.float64) * scale
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
         weights = np.exp(scores - scores.max())
         out[head] = weights @ v / weights.sum()
     return out
@@ -94,9 +110,9 @@ def lay_out(work, order, *, pages, backend):
 
 @pytest.mark.parametrize("backend", ["xla", "reference"])
 @pytest.mark.parametrize("layout", ["slots", "pages"])
-@given(steps())
-@settings(max_examples=40)
-def test_any_mixture_of_decodes_and_prefills_is_what_float64_gives(layout, backend, step):
+@given(steps(), st.sampled_from(RULES))
+@settings(max_examples=60)
+def test_any_mixture_of_decodes_and_prefills_is_what_float64_gives(layout, backend, step, rule):
     work, seed, order = step
     random = np.random.default_rng(seed)
 
@@ -121,7 +137,7 @@ def test_any_mixture_of_decodes_and_prefills_is_what_float64_gives(layout, backe
         cache[:, table] = parts.transpose(0, 1, 3, 2, 4, 5)
     plan, where = lay_out(work, order, pages=table, backend=backend)
     out, after = run(
-        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), tuple(map(jnp.asarray, cache)), plan
+        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), tuple(map(jnp.asarray, cache)), plan, **rule
     )
     out, after = np.asarray(out), np.stack(after)
     if table is not None:
@@ -137,22 +153,23 @@ def test_any_mixture_of_decodes_and_prefills_is_what_float64_gives(layout, backe
         np.testing.assert_array_equal(known[1, length:], v[where[row]])
         for i, token in enumerate(where[row]):
             seen = known[:, : length + i + 1]
-            wanted = by_hand(q[token], seen[0], seen[1])
+            wanted = by_hand(q[token], seen[0], seen[1], **rule)
             np.testing.assert_allclose(out[token], wanted, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["xla", "reference"])
 @pytest.mark.parametrize("time", [1, 2, 17])
-def test_attention_without_a_cache_is_causal(backend, time):
+@pytest.mark.parametrize("rule", RULES)
+def test_attention_without_a_cache_is_causal(backend, time, rule):
     random = np.random.default_rng(time)
     q = random.standard_normal((2, time, KV_HEADS * GROUP, DIM)).astype(np.float32)
     k, v = random.standard_normal((2, 2, time, KV_HEADS, DIM)).astype(np.float32)
     plan = CausalPlan(backend=backend)
-    out, cache = run(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, plan)
+    out, cache = run(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, plan, **rule)
     assert cache is None
     for batch in range(2):
         for i in range(time):
-            wanted = by_hand(q[batch, i], k[batch, : i + 1], v[batch, : i + 1])
+            wanted = by_hand(q[batch, i], k[batch, : i + 1], v[batch, : i + 1], **rule)
             np.testing.assert_allclose(out[batch, i], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -169,6 +186,40 @@ def test_gradients_flow_through_attention_without_a_cache():
     for one, two in zip(*grads, strict=True):
         assert float(jnp.abs(one).max()) > 0
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_decoding_reads_no_tile_that_a_window_hides(layout, batch_invariant):
+    """What lies in hidden tiles is no number at all; reading it would spoil the result."""
+    lengths, window = (LENGTH + 20, TILE + 2, 3), 5
+    random = np.random.default_rng(3)
+    cache = random.standard_normal((2, ROWS, KV_HEADS, CAPACITY, DIM)).astype(np.float32)
+    whole = cache.copy()
+    for row, length in enumerate(lengths):
+        first = max(0, length + 1 - window) // TILE * TILE
+        cache[:, row, :, :first] = np.nan
+        cache[:, row, :, -(-(length + 1) // TILE) * TILE :] = 0.0
+    work = [("decode", length, 1) for length in lengths]
+    table = None
+    buffers = cache
+    if layout == "pages":
+        table = 1 + np.arange(ROWS * PAGES_PER_ROW).reshape(ROWS, -1).astype(np.int32)
+        parts = cache.reshape(2, ROWS, KV_HEADS, PAGES_PER_ROW, PAGE, DIM)
+        buffers = np.zeros((2, 1 + ROWS * PAGES_PER_ROW, KV_HEADS, PAGE, DIM), np.float32)
+        buffers[:, table] = parts.transpose(0, 1, 3, 2, 4, 5)
+    plan, _ = lay_out(work, range(ROWS), pages=table, backend="xla")
+    plan = dataclasses.replace(plan, batch_invariant=batch_invariant)
+    q = random.standard_normal((ROWS + PREFILL, KV_HEADS * GROUP, DIM)).astype(np.float32)
+    k, v = random.standard_normal((2, ROWS + PREFILL, KV_HEADS, DIM)).astype(np.float32)
+    out, _ = run(q, k, v, tuple(map(jnp.asarray, buffers)), plan, window=window)
+    for row, length in enumerate(lengths):
+        keys, values = whole[:, row, :, :length].swapaxes(1, 2)
+        keys, values = (
+            np.concatenate([old, new[row : row + 1]]) for old, new in ((keys, k), (values, v))
+        )
+        wanted = by_hand(q[row], keys, values, window=window)
+        np.testing.assert_allclose(out[row], wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_large_scores_overflow_nothing():

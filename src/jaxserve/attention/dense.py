@@ -11,13 +11,14 @@ Two layouts of the cache, both head-major so that a head's keys are contiguous:
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxserve import cpu_kernels
 from jaxserve.attention import reference, xla
-from jaxserve.attention.metadata import AttentionPlan, CausalPlan
+from jaxserve.attention.metadata import AttentionPlan, CausalPlan, ScoreRule
 from jaxserve.cache.buffers import KvLayer
 
 _MOST_STATIC_BLOCKS = 8
@@ -32,6 +33,8 @@ def attend(
     plan: AttentionPlan | CausalPlan,
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "*tokens q_heads head_dim"], KvLayer | None]:
     """Append keys and values to the cache and attend.
 
@@ -41,31 +44,39 @@ def attend(
         v: Values of the same tokens.
         cache: The layer's cache; None with a `CausalPlan`.
         plan: Which token sees which keys.
-        scale: Multiplies the scores, usually head_dim ** -0.5.
+        scale: Multiplies the products of queries and keys, usually head_dim ** -0.5. Static, as
+            are the next two.
+        window: Keys that a token sees back from itself, itself included; None sees all.
+        soft_cap: Scores are bent to stay between minus and plus this; None leaves them.
 
     Returns:
         The outputs, and the updated cache. Outputs of padding tokens are arbitrary but finite.
     """
+    rule = ScoreRule(scale=scale, window=window, soft_cap=soft_cap)
     if isinstance(plan, CausalPlan):
         if plan.backend == "reference":
-            mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))[None]
-            return reference.softmax_attend(q, k, v, mask, scale=scale), cache
-        return xla.causal(q, k, v, scale=scale), cache
+            position = jnp.arange(q.shape[1])
+            mask = position[None, :] <= position[:, None]
+            mask = (mask & rule.in_window(position[:, None], position[None, :]))[None]
+            return reference.softmax_attend(q, k, v, mask, rule=rule), cache
+        return xla.causal(q, k, v, rule=rule), cache
     if cache is None:
         raise ValueError("an AttentionPlan needs a cache, got None; use a CausalPlan without one.")
     if plan.page_table is None:
-        return _attend_slots(q, k, v, cache, plan, scale=scale)
-    return _attend_pages(q, k, v, cache, plan, plan.page_table, scale=scale)
+        return _attend_slots(q, k, v, cache, plan, rule=rule)
+    return _attend_pages(q, k, v, cache, plan, plan.page_table, rule=rule)
 
 
 def _attend_slots(
-    q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, *, scale: float
+    q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, *, rule: ScoreRule
 ) -> tuple[Array, KvLayer]:
     rows = plan.rows
     keys, values = cache
     capacity = keys.shape[2]
-    if plan.backend == "llvm" and cpu_kernels.supports_slots(q.shape[2], capacity, keys.dtype.name):
-        return _attend_slots_compiled(q, k, v, cache, plan, scale=scale)
+    # The kernels know neither windows nor caps; such layers take the way through XLA.
+    is_compiled = plan.backend == "llvm" and rule.window is None and rule.soft_cap is None
+    if is_compiled and cpu_kernels.supports_slots(q.shape[2], capacity, keys.dtype.name):
+        return _attend_slots_compiled(q, k, v, cache, plan, scale=rule.scale)
     # Padding rows write to the last position, which no sequence reaches.
     active = plan.token_row[:rows] >= 0
     position = jnp.where(active, plan.token_position[:rows], capacity - 1)
@@ -76,14 +87,16 @@ def _attend_slots(
     if num_prefill:
         keys, values = _append_blocks(keys, values, k[rows:], v[rows:], plan)
     if plan.backend == "reference":
-        return reference.paged_attend(q, keys, values, plan, scale=scale), (keys, values)
+        return reference.paged_attend(q, keys, values, plan, rule=rule), (keys, values)
 
-    def decode_keys(start: Int[Array, ""] | int, length: int) -> xla.Tile:
+    def decode_keys(start: Array | int, length: int) -> xla.Tile:
+        if jnp.ndim(start):
+            return _cut_rows(keys, start, length), _cut_rows(values, start, length)
         at, dims = (0, 0, start, 0), (rows, keys.shape[1], length, keys.shape[3])
         return lax.dynamic_slice(keys, at, dims), lax.dynamic_slice(values, at, dims)
 
     row_tile = _slot_tiles(keys, values, plan.kv_tile)
-    out = _attend_tiles(q, k, v, plan, decode_keys, row_tile, row_len=capacity, unit=1, scale=scale)
+    out = _attend_tiles(q, k, v, plan, decode_keys, row_tile, row_len=capacity, unit=1, rule=rule)
     return out, (keys, values)
 
 
@@ -124,6 +137,13 @@ def _upcast(plan: AttentionPlan, *parts: Array) -> tuple[Array, ...]:
     return tuple(x.astype(jnp.float32) for x in parts) if plan.upcast else parts
 
 
+def _cut_rows(buffer: Array, start: Array | int, length: int) -> Array:
+    """Cut a run of positions out of each row, from a place of its own."""
+    rows = jnp.asarray(start).shape[0]
+    dims = (buffer.shape[1], length, buffer.shape[3])
+    return jax.vmap(lambda row, at: lax.dynamic_slice(row, (0, at, 0), dims))(buffer[:rows], start)
+
+
 def _append_blocks(
     keys: Array, values: Array, k: Array, v: Array, plan: AttentionPlan
 ) -> tuple[Array, Array]:
@@ -159,7 +179,7 @@ def _attend_tiles(
     *,
     row_len: int,
     unit: int,
-    scale: float,
+    rule: ScoreRule,
 ) -> Array:
     """Attend from decode rows and from prefill tokens.
 
@@ -168,33 +188,43 @@ def _attend_tiles(
         k: Their keys.
         v: Their values.
         plan: The step.
-        decode_keys: So many keys and values of every row, from a position on.
+        decode_keys: So many keys and values of every row, from a position on: one for all rows,
+            or one of each row.
         row_tile: Keys and values of one tile of one row.
         row_len: Most keys that a row of the cache can hold.
         unit: Keys that can only be read together: a page.
-        scale: Multiplies the scores.
+        rule: How products become scores, and how far back a token sees.
     """
     rows, dtype = plan.rows, q.dtype
     q, k, v = _upcast(plan, q, k, v)
     group = q.shape[1] // k.shape[1]
     queries = _by_head(q[:rows, None], k.shape[1])
-    num_seen = jnp.broadcast_to(plan.token_position[:rows, None] + 1, (rows, group))
+    position = jnp.broadcast_to(plan.token_position[:rows, None], (rows, group))
+    num_seen = position + 1
     longest, tile_len = jnp.max(num_seen), plan.kv_tile
 
     def few(count: int) -> xla.State:
         keys, values = (part.astype(q.dtype) for part in decode_keys(0, count))
-        seen = jnp.arange(count)[None, None, :] < num_seen[:, :, None]
-        return xla.visit(xla.begin(queries.shape), queries, keys, values, seen, scale=scale)
+        key = jnp.arange(count)[None, None, :]
+        seen = (key < num_seen[:, :, None]) & rule.in_window(position[:, :, None], key)
+        return xla.visit(xla.begin(queries.shape), queries, keys, values, seen, rule=rule)
 
     def many() -> xla.State:
+        # With a window each row begins at the first tile that it sees, wherever others are.
+        first = None
+        if rule.window is not None:
+            first = jnp.maximum(num_seen[:, 0] - rule.window, 0) // tile_len * tile_len
+        count = longest if first is None else jnp.max(num_seen[:, 0] - first)
         return xla.visit_tiles(
             xla.begin(queries.shape),
             queries,
-            lambda i: decode_keys(i * tile_len, tile_len),
-            (longest + tile_len - 1) // tile_len,
+            lambda i: decode_keys(i * tile_len + (0 if first is None else first), tile_len),
+            (0, (count + tile_len - 1) // tile_len),
             num_seen,
             tile_len=tile_len,
-            scale=scale,
+            rule=rule,
+            position=position,
+            offset=first,
         )
 
     # Short contexts are read in one piece, which was faster than tiles at 8 and 16 rows on a CPU.
@@ -206,7 +236,7 @@ def _attend_tiles(
     out = _by_token(xla.finish(state, dtype), group)[:, 0]
     if q.shape[0] == rows:
         return out
-    prefill = _attend_prefill(q[rows:], k[rows:], v[rows:], plan, row_tile, scale=scale)
+    prefill = _attend_prefill(q[rows:], k[rows:], v[rows:], plan, row_tile, rule=rule)
     return jnp.concatenate([out, prefill.astype(dtype)])
 
 
@@ -217,7 +247,7 @@ def _attend_prefill(
     plan: AttentionPlan,
     row_tile: Callable[[Array, Array], xla.Tile],
     *,
-    scale: float,
+    rule: ScoreRule,
 ) -> Array:
     """Attend among the step's own prefill tokens, then to what the cache held before.
 
@@ -232,18 +262,20 @@ def _attend_prefill(
     block = max(plan.q_block, -(-q.shape[0] // _MOST_STATIC_BLOCKS))
     for low in range(0, q.shape[0], block):
         high = min(low + block, q.shape[0])
+        # Tokens of a sequence lie side by side, so what is as far away as the window is hidden.
+        first = 0 if rule.window is None else max(0, low + 1 - rule.window)
         queries = _by_head(q[None, low:high], kv_heads)
-        seen = (row[low:high, None] == row[None, :high]) & (
-            position[low:high, None] >= position[None, :high]
-        )
+        own, key = position[low:high, None], position[None, first:high]
+        seen = (row[low:high, None] == row[None, first:high]) & (own >= key)
+        seen &= rule.in_window(own, key)
         parts.append(
             xla.visit(
                 xla.begin(queries.shape),
                 queries,
-                keys[:, :, :high],
-                values[:, :, :high],
+                keys[:, :, first:high],
+                values[:, :, first:high],
                 jnp.tile(seen, (group, 1))[None],
-                scale=scale,
+                rule=rule,
             )
         )
     # One state per token and head: [tokens, heads, ...], so that runs of tokens can be cut out.
@@ -258,16 +290,21 @@ def _attend_prefill(
         taken = [lax.dynamic_slice_in_dim(x, start, length) for x in (padded[0], *state)]
         queries, *before = (_by_head(x[None], kv_heads) for x in taken)
         # What follows a short block belongs to another sequence and sees nothing here.
-        is_own = jnp.arange(length) < plan.block_len[i]
-        num_seen = jnp.where(is_own, context, 0)
+        place = jnp.arange(length)
+        num_seen = jnp.where(place < plan.block_len[i], context, 0)
+        own = plan.block_position[i] + place
+        first = 0
+        if rule.window is not None:
+            first = jnp.maximum(plan.block_position[i] + 1 - rule.window, 0) // plan.kv_tile
         after = xla.visit_tiles(
             (before[0], before[1], before[2]),
             queries,
             lambda tile: row_tile(plan.block_row[i], tile),
-            (context + plan.kv_tile - 1) // plan.kv_tile,
+            (first, (context + plan.kv_tile - 1) // plan.kv_tile),
             jnp.tile(num_seen, group)[None],
             tile_len=plan.kv_tile,
-            scale=scale,
+            rule=rule,
+            position=jnp.tile(own, group)[None],
         )
         return tuple(
             lax.dynamic_update_slice_in_dim(whole, _by_token(part, group)[0], start, axis=0)
@@ -308,7 +345,7 @@ def _attend_pages(
     plan: AttentionPlan,
     page_table: Array,
     *,
-    scale: float,
+    rule: ScoreRule,
 ) -> tuple[Array, KvLayer]:
     page_size = cache[0].shape[2]
     row = jnp.maximum(plan.token_row, 0)
@@ -325,7 +362,7 @@ def _attend_pages(
 
     if plan.backend == "reference":
         out = reference.paged_attend(
-            q, gather(keys, page_table), gather(values, page_table), plan, scale=scale
+            q, gather(keys, page_table), gather(values, page_table), plan, rule=rule
         )
         return out, (keys, values)
 
@@ -333,10 +370,13 @@ def _attend_pages(
 
     row_len = page_table.shape[1] * page_size
 
-    def decode_keys(start: Int[Array, ""] | int, length: int) -> xla.Tile:
-        pages = lax.dynamic_slice_in_dim(
-            page_table, start // page_size, length // page_size, axis=1
-        )
+    def decode_keys(start: Array | int, length: int) -> xla.Tile:
+        first, count = start // page_size, length // page_size
+        if jnp.ndim(start):
+            index = jnp.asarray(first)[:, None] + jnp.arange(count)
+            pages = jnp.take_along_axis(page_table, index, axis=1, mode="clip")
+        else:
+            pages = lax.dynamic_slice_in_dim(page_table, first, count, axis=1)
         return gather(keys, pages), gather(values, pages)
 
     def row_tile(row: Int[Array, ""], i: Int[Array, ""]) -> xla.Tile:
@@ -344,6 +384,6 @@ def _attend_pages(
         return gather(keys, pages), gather(values, pages)
 
     out = _attend_tiles(
-        q, k, v, plan, decode_keys, row_tile, row_len=row_len, unit=page_size, scale=scale
+        q, k, v, plan, decode_keys, row_tile, row_len=row_len, unit=page_size, rule=rule
     )
     return out, (keys, values)

@@ -9,10 +9,39 @@ import dataclasses
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 Backend = Literal["xla", "llvm", "reference"]
 """`xla` runs everywhere; `llvm` decodes with kernels compiled for this CPU; `reference` is slow."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRule:
+    """How products of queries and keys become scores; fixed for a layer, and static.
+
+    Attributes:
+        scale: Multiplies the products, usually head_dim ** -0.5.
+        window: Keys that a token sees back from itself, itself included; None sees all.
+        soft_cap: Bound that scores approach but never pass, on either side; None has none.
+
+    Source: Gemma 2 (soft cap), Mistral 7B (sliding window).
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def scores(self, products: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Scale and cap; which keys may be seen is another matter."""
+        scaled = products * self.scale
+        return scaled if self.soft_cap is None else self.soft_cap * jnp.tanh(scaled / self.soft_cap)
+
+    def in_window(
+        self, query: Int[Array, "..."], key: Int[Array, "..."]
+    ) -> Bool[Array, "..."] | bool:
+        """Tell whether keys are near enough to be seen, by the positions of both."""
+        return True if self.window is None else key > query - self.window
 
 
 @jax.tree_util.register_dataclass

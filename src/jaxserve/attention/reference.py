@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxserve.attention.metadata import AttentionPlan
+from jaxserve.attention.metadata import AttentionPlan, ScoreRule
 
 
 def softmax_attend(
@@ -13,13 +13,13 @@ def softmax_attend(
     v: Float[Array, "*batch kv_len kv_heads head_dim"],
     mask: Array,
     *,
-    scale: float,
+    rule: ScoreRule,
 ) -> Float[Array, "*batch q_len q_heads head_dim"]:
     """Attend where `mask[*batch, q_len, kv_len]` is true; rows without any key give zeros."""
     group = q.shape[-2] // k.shape[-2]
     k = jnp.repeat(k, group, axis=-2).astype(jnp.float32)
     v = jnp.repeat(v, group, axis=-2).astype(jnp.float32)
-    scores = jnp.einsum("...qhd,...shd->...hqs", q.astype(jnp.float32), k) * scale
+    scores = rule.scores(jnp.einsum("...qhd,...shd->...hqs", q.astype(jnp.float32), k))
     scores = jnp.where(mask[..., None, :, :], scores, -jnp.inf)
     weights = jnp.nan_to_num(jax.nn.softmax(scores, axis=-1))
     return jnp.einsum("...hqs,...shd->...qhd", weights, v).astype(q.dtype)
@@ -31,14 +31,14 @@ def paged_attend(
     v_rows: Float[Array, "rows kv_heads length head_dim"],
     plan: AttentionPlan,
     *,
-    scale: float,
+    rule: ScoreRule,
 ) -> Float[Array, "tokens q_heads head_dim"]:
-    """Attend from every packed token to the keys of its row at or before its position."""
+    """Attend from every packed token to the keys of its row that it may see."""
     row = jnp.maximum(plan.token_row, 0)
     k = jnp.swapaxes(k_rows[row], 1, 2)
     v = jnp.swapaxes(v_rows[row], 1, 2)
     key_position = jnp.arange(k.shape[1])[None, None, :]
-    mask = (key_position <= plan.token_position[:, None, None]) & (
-        plan.token_row[:, None, None] >= 0
-    )
-    return softmax_attend(q[:, None], k, v, mask, scale=scale)[:, 0]
+    position = plan.token_position[:, None, None]
+    mask = (key_position <= position) & (plan.token_row[:, None, None] >= 0)
+    mask &= rule.in_window(position, key_position)
+    return softmax_attend(q[:, None], k, v, mask, rule=rule)[:, 0]

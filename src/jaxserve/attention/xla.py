@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.attention.metadata import ScoreRule
+
 MASKED = -1e30
 """Score of a key that may not be seen; finite, so that an all-masked row gives no NaN."""
 
@@ -30,15 +32,18 @@ def causal(
     k: Float[Array, "batch time kv_heads head_dim"],
     v: Float[Array, "batch time kv_heads head_dim"],
     *,
-    scale: float,
+    rule: ScoreRule,
 ) -> Float[Array, "batch time q_heads head_dim"]:
     """Plain causal attention without a cache; differentiable."""
     batch, time, heads, dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, time, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    seen = jnp.tril(jnp.ones((time, time), bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores * scale, MASKED), axis=-1).astype(q.dtype)
+    position = jnp.arange(time)
+    seen = position[None, :] <= position[:, None]
+    seen &= rule.in_window(position[:, None], position[None, :])
+    scores = jnp.where(seen, rule.scores(scores), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
 
 
@@ -58,7 +63,7 @@ def visit(
     v: Float[Array, "rows kv_heads keys head_dim"],
     seen: Bool[Array, "rows queries keys"],
     *,
-    scale: float,
+    rule: ScoreRule,
 ) -> State:
     """Let queries see some more keys.
 
@@ -68,13 +73,13 @@ def visit(
         k: Keys.
         v: Values.
         seen: Which query may see which key.
-        scale: Multiplies the scores.
+        rule: How products become scores.
 
     Source: the running softmax of FlashAttention.
     """
     out, top, mass = state
     scores = jnp.einsum("rkqd,rksd->rkqs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None], scores * scale, MASKED)
+    scores = jnp.where(seen[:, None], rule.scores(scores), MASKED)
     new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - new_top[..., None])
     fade = jnp.exp(top - new_top)
@@ -95,11 +100,13 @@ def visit_tiles(
     state: State,
     q: Float[Array, "rows kv_heads queries head_dim"],
     tile: Callable[[Int[Array, ""]], Tile],
-    num_tiles: Int[Array, ""],
+    tiles: tuple[Int[Array, ""] | int, Int[Array, ""]],
     num_seen: Int[Array, "rows queries"],
     *,
     tile_len: int,
-    scale: float,
+    rule: ScoreRule,
+    position: Int[Array, "rows queries"],
+    offset: Int[Array, " rows"] | None = None,
 ) -> State:
     """Let queries see the first keys of their rows, tile by tile.
 
@@ -107,15 +114,19 @@ def visit_tiles(
         state: What they have seen so far.
         q: Queries that share a key-value head lie side by side.
         tile: Gives keys and values `[rows, kv_heads, tile_len, head_dim]` of one tile.
-        num_tiles: How many tiles to visit.
-        num_seen: How many keys, from the first, each query may see.
+        tiles: The first tile to visit, and the one behind the last.
+        num_seen: How many keys, from the first, each query may see unless its window hides them.
         tile_len: Keys per tile.
-        scale: Multiplies the scores.
+        rule: How products become scores, and how far back a query sees.
+        position: Position of each query.
+        offset: Position of the first key of tile 0 in each row; None is 0.
     """
+    start = 0 if offset is None else offset[:, None, None]
 
     def step(i: Int[Array, ""], state: State) -> State:
         k, v = (part.astype(q.dtype) for part in tile(i))
-        seen = (i * tile_len + jnp.arange(tile_len))[None, None, :] < num_seen[:, :, None]
-        return visit(state, q, k, v, seen, scale=scale)
+        key = start + (i * tile_len + jnp.arange(tile_len))[None, None, :]
+        seen = (key < num_seen[:, :, None]) & rule.in_window(position[:, :, None], key)
+        return visit(state, q, k, v, seen, rule=rule)
 
-    return lax.fori_loop(0, num_tiles, step, state)
+    return lax.fori_loop(*tiles, step, state)

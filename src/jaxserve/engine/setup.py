@@ -259,6 +259,16 @@ def _plan_cache(
     )
 
 
+def _fit_length(model: LoadedModel, max_model_len: int) -> LoadedModel:
+    """Settle what depends on the longest context: the frequencies of longrope."""
+    config = model.config.for_length(max_model_len)
+    if config == model.config:
+        return model
+    module = nnx.merge(model.graph, model.state)
+    module.config = config
+    return dataclasses.replace(model, config=config, graph=nnx.split(module)[0])
+
+
 def _kv_tile(config: EngineConfig, *, on_cpu: bool) -> int:
     """Choose keys per tile: what fits a core's cache, or fills a GPU; a multiple of the page."""
     wanted, page = (_CPU_KV_TILE if on_cpu else _GPU_KV_TILE), config.cache.block_size
@@ -353,6 +363,7 @@ def assemble(
     budget = options.max_num_batched_tokens or (512 if on_cpu else 8192)
     mixed = options.max_mixed_prefill_tokens or (64 if on_cpu else 512)
     plan = _plan_cache(config, model, dtype, max_num_seqs)
+    model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     backend = _choose_backend(runner_options.attention_backend, model.mesh)
     resolved = dataclasses.replace(

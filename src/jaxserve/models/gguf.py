@@ -1,9 +1,10 @@
 """GGUF files: metadata, tensors by their Hugging Face names, and the model's configuration.
 
 The file is mapped into memory and nothing in it is trusted: every length is checked against what
-is left of the file before it is used. Three things differ from a Hugging Face checkpoint and are
-undone here: dimensions are listed in reverse, tensors have other names, and files of the llama
-architecture have the rows of query and key weights reordered for interleaved rotation.
+is left of the file before it is used. Four things differ from a Hugging Face checkpoint and are
+undone here: dimensions are listed in reverse, tensors have other names, files of the llama and
+smollm3 architectures have the rows of query and key weights reordered for interleaved rotation, and
+norms of gemma hold one more than their weight.
 
 Source: the GGUF specification (versions 2 and 3) in the ggml repository; names of keys and tensors
 as llama.cpp's converter writes them.
@@ -14,16 +15,18 @@ import dataclasses
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from jaxserve.core.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean
-from jaxserve.models.config import Fields, ModelConfig, RopeScaling, stretched_length
+from jaxserve.core.errors import CheckpointError, UnsupportedError, did_you_mean
+from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start
+from jaxserve.models.fused import slices_of
 from jaxserve.models.ggml import FORMATS, OTHER_FORMATS, Format, dequantize
+from jaxserve.models.gguf_config import ROPE_FACTORS, GgufTensors, hf_name, read_config
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -47,25 +50,6 @@ _NUMBERS: dict[int, np.dtype] = {
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
-_TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
 _SAMPLING_KEYS = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -73,17 +57,8 @@ _SAMPLING_KEYS = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_OTHER_MATHEMATICS = (
-    "expert_count",
-    "attention.sliding_window",
-    "attention.scale",
-    "attention.logit_softcapping",
-    "logit_scale",
-    "residual_scale",
-    "embedding_scale",
-)
-"""Keys below the architecture that would change what is computed."""
+_STORED_AS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Precision that a file's embedding tells of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,25 +283,51 @@ class GgufCheckpoint:
             where = str(path)
             _refuse_splits(Fields(self.metadata, where=where))
             infos = _read_tensor_infos(cursor, num_tensors, _alignment(cursor, self.metadata))
-            self._tensors = {
-                _hf_name(name): info for name, info in infos.items() if name != _ROPE_FACTORS
-            }
-            factors = infos.get(_ROPE_FACTORS)
-            self.config = _read_config(
-                Fields(self.metadata, where=where),
-                infos,
-                () if factors is None else self._numbers(factors).reshape(-1).tolist(),
+            fields = Fields(self.metadata, where=where)
+            embedding = infos.get("token_embd.weight")
+            self.is_quantized = any(info.format.is_quantized for info in infos.values())
+            tensors = GgufTensors(
+                shapes={name: info.shape for name, info in infos.items()},
+                rope_factors={
+                    name: tuple(self._numbers(infos[name]).reshape(-1).tolist())
+                    for name in ROPE_FACTORS
+                    if name in infos
+                },
+                torch_dtype=None
+                if embedding is None or self.is_quantized
+                else _STORED_AS.get(embedding.format.name),
             )
+            self.config = read_config(fields, tensors)
+            self._tensors = self._name_tensors(infos)
         except BaseException:
             self.close()
             raise
-        self.is_quantized = any(info.format.is_quantized for info in infos.values())
         prefix = "general.sampling."
         self.generation_config: dict[str, object] = {
             ours: self.metadata[prefix + theirs]
             for theirs, ours in _SAMPLING_KEYS.items()
             if prefix + theirs in self.metadata
         }
+
+    def _name_tensors(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Give tensors the names of Hugging Face, and cut those apart that are stored as one."""
+        arch = self.config.model_type
+        named = {hf_name(name, arch): name for name in infos if name not in ROPE_FACTORS}
+        shapes = {ours: infos[name].shape for ours, name in named.items()}
+        tensors: dict[str, TensorInfo] = {}
+        for ours, part in slices_of(self.config, shapes, str(self.path)).items():
+            info = infos[named[part.source]]
+            if part.start is not None:
+                # Rows are packed one behind the other.
+                row = info.nbytes // info.shape[0]
+                info = dataclasses.replace(
+                    info,
+                    shape=part.shape,
+                    offset=info.offset + part.start * row,
+                    nbytes=part.shape[0] * row,
+                )
+            tensors[ours] = info
+        return tensors
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, by Hugging Face name where it has one."""
@@ -350,12 +351,15 @@ class GgufCheckpoint:
             hint = did_you_mean(name, self._tensors)
             raise CheckpointError(f"{self.path}: no tensor {name!r}.{hint}")
         heads = 0
-        if self.config.model_type == "llama":
+        if self.config.model_type in {"llama", "smollm3"}:
             if ".q_proj." in name:
                 heads = self.config.num_heads
             elif ".k_proj." in name:
                 heads = self.config.num_kv_heads
-        return self._numbers(info, heads)
+        value = self._numbers(info, heads)
+        if self.config.norm_plus_one and name.endswith("norm.weight"):
+            return value.astype(np.float32) - np.float32(1)
+        return value
 
     def _numbers(self, info: TensorInfo, heads: int = 0) -> np.ndarray:
         raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
@@ -398,133 +402,3 @@ def _refuse_splits(fields: Fields) -> None:
             f"{fields.where}: found one part of a split GGUF file, expected a whole one; join the "
             "parts with llama.cpp's `llama-gguf-split --merge`."
         )
-
-
-def _hf_name(name: str) -> str:
-    """Translate a tensor's name; unknown ones stay as they are and are reported as extra."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _TOP_NAMES:
-        return f"{_TOP_NAMES[stem]}.{kind}"
-    match stem.split("."):
-        case ["blk", layer, part] if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
-        case _:
-            return name
-
-
-def _read_config(
-    fields: Fields, tensors: Mapping[str, TensorInfo], rope_factors: Iterable[float]
-) -> ModelConfig:
-    arch = fields.word("general.architecture")
-    if arch not in _ARCHITECTURES:
-        hint = did_you_mean(str(arch), _ARCHITECTURES)
-        raise UnsupportedError(
-            f"{fields.where}: found the architecture {arch!r}, expected one of "
-            f"{', '.join(_ARCHITECTURES)}; this model family is not supported.{hint}"
-        )
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None:
-        raise CheckpointError(
-            f"{fields.where}: no tensor 'token_embd.weight', expected the embedding; {AGAIN}"
-        )
-    _refuse_variations(fields, arch)
-    num_heads = _same_in_all_layers(fields, f"{arch}.attention.head_count")
-    hidden_size = fields.count(f"{arch}.embedding_length")
-    head_dim = fields.count(f"{arch}.attention.key_length", hidden_size // num_heads or 1)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.count(f"{arch}.{key}", head_dim) != head_dim:
-            raise UnsupportedError(
-                f"{fields.where}: found {arch}.{key} {fields.get(f'{arch}.{key}')}, expected the "
-                f"head size {head_dim}; this variation of {arch} is not supported."
-            )
-    max_position = fields.count(f"{arch}.context_length")
-    eos_keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    eos = [i for key in eos_keys for i in fields.token_ids(f"tokenizer.ggml.{key}")]
-    is_quantized = any(info.format.is_quantized for info in tensors.values())
-    try:
-        scaling = _read_rope_scaling(fields, arch, max_position, tuple(rope_factors))
-        return ModelConfig(
-            model_type=arch,
-            vocab_size=embedding.shape[0],
-            hidden_size=hidden_size,
-            intermediate_size=_same_in_all_layers(fields, f"{arch}.feed_forward_length"),
-            num_layers=fields.count(f"{arch}.block_count"),
-            num_heads=num_heads,
-            num_kv_heads=_same_in_all_layers(fields, f"{arch}.attention.head_count_kv", num_heads),
-            head_dim=head_dim,
-            rms_norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
-            # The format's meaning of a missing base; converters leave out the Llama 2 value.
-            rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
-            rope_scaling=scaling,
-            max_position=stretched_length(max_position, scaling),
-            tie_word_embeddings="output.weight" not in tensors,
-            qkv_bias="blk.0.attn_q.bias" in tensors,
-            o_bias="blk.0.attn_output.bias" in tensors,
-            mlp_bias="blk.0.ffn_gate.bias" in tensors,
-            qk_norm=arch == "qwen3",
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-            bos_token_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
-            torch_dtype=None if is_quantized else _STORED_AS.get(embedding.format.name),
-        )
-    except CheckpointError:
-        raise
-    except ConfigError as error:
-        raise CheckpointError(f"{fields.where}: {error}") from error
-
-
-_STORED_AS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def _refuse_variations(fields: Fields, arch: str) -> None:
-    for key in _OTHER_MATHEMATICS:
-        found = fields.get(f"{arch}.{key}")
-        if found is not None and np.any(np.asarray(found)):
-            raise UnsupportedError(
-                f"{fields.where}: found {arch}.{key} {found}, expected none; this variation of "
-                f"{arch} is not supported."
-            )
-
-
-def _same_in_all_layers(fields: Fields, key: str, default: int | None = None) -> int:
-    """Return a number that may be given once, or once per layer."""
-    found = fields.get(key)
-    if not isinstance(found, np.ndarray):
-        return fields.count(key, default)
-    if len(found) == 0 or (found != found[0]).any() or found.dtype.kind not in "iu":
-        raise UnsupportedError(
-            f"{fields.where}: found {key} that differs between layers, expected one number; such "
-            "models are not supported."
-        )
-    return Fields({key: found[0].item()}, where=fields.where).count(key)
-
-
-def _read_rope_scaling(
-    fields: Fields, arch: str, max_position: int, factors: tuple[float, ...]
-) -> RopeScaling | None:
-    prefix = f"{arch}.rope.scaling."
-    kind = fields.word(f"{prefix}type") or "none"
-    if kind not in {"none", "linear", "yarn"} or (factors and kind != "none"):
-        raise UnsupportedError(
-            f"{fields.where}: found {prefix}type {kind!r}"
-            f"{' beside rope_freqs.weight' if factors else ''}, expected none, linear or yarn; "
-            "this model is not supported."
-        )
-    if factors:
-        is_plain = all(factor == 1 for factor in factors)
-        return None if is_plain else RopeScaling(kind="factors", factors=factors)
-    if kind == "none":
-        return None
-    factor = fields.number(f"{prefix}factor")
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
-    magnitude = fields.number(f"{prefix}yarn_attn_factor", 1.0) * fields.number(
-        f"{prefix}attn_factor", 1.0
-    )
-    scaling = RopeScaling(
-        kind="yarn",
-        factor=factor,
-        original_max_position=fields.count(f"{prefix}original_context_length", max_position),
-        beta_fast=fields.number(f"{prefix}yarn_beta_fast", 32.0),
-        beta_slow=fields.number(f"{prefix}yarn_beta_slow", 1.0),
-    )
-    return dataclasses.replace(scaling, attention_factor=magnitude * scaling.magnitude)

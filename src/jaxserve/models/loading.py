@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 
 from jaxserve.core.errors import CheckpointError, ModelNotFoundError, UnsupportedError, did_you_mean
 from jaxserve.models.buffer import prepare_buffer
-from jaxserve.models.config import Fields, ModelConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
+from jaxserve.models.fused import slices_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -81,7 +83,7 @@ class SafetensorsCheckpoint:
         self.config = dataclasses.replace(config, eos_token_ids=tuple(eos))
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, tuple[int, ...]] = {}
         index = _read_index(path)
         for name in _shard_names(path, index):
             self._open_shard(name)
@@ -91,6 +93,7 @@ class SafetensorsCheckpoint:
                 f"{path / _INDEX}: names {_some(lost)}, which no file holds; download the model "
                 "again."
             )
+        self._slices = slices_of(self.config, self._stored, str(path))
 
     def _open_shard(self, name: str) -> None:
         path = self.path / name
@@ -112,12 +115,12 @@ class SafetensorsCheckpoint:
                     f"{self._file_of[tensor]}; remove the files that do not belong to the model."
                 )
             self._file_of[tensor] = name
-            self._shapes[tensor] = tuple(shard.get_slice(tensor).get_shape())
+            self._stored[tensor] = tuple(shard.get_slice(tensor).get_shape())
         self._files[name] = shard
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, by name, file by file."""
-        return dict(self._shapes)
+        return {name: part.shape for name, part in self._slices.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor.
@@ -132,18 +135,22 @@ class SafetensorsCheckpoint:
             CheckpointError: If there is no such tensor.
             UnsupportedError: If its weights are neither float nor bfloat16 numbers.
         """
-        if name not in self._file_of:
-            hint = did_you_mean(name, self._file_of)
+        part = self._slices.get(name)
+        if part is None:
+            hint = did_you_mean(name, self._slices)
             raise CheckpointError(f"{self.path}: no tensor {name!r}.{hint}")
-        shard = self._files[self._file_of[name]]
-        kind = shard.get_slice(name).get_dtype()
+        shard = self._files[self._file_of[part.source]]
+        stored = shard.get_slice(part.source)
+        kind = stored.get_dtype()
         if kind not in _READABLE:
             raise UnsupportedError(
-                f"{self.path / self._file_of[name]}: found tensor {name!r} of type {kind}, "
+                f"{self.path / self._file_of[part.source]}: found tensor {name!r} of type {kind}, "
                 f"expected one of {', '.join(_READABLE)}; quantised safetensors are not supported, "
                 "get the original model or a GGUF file."
             )
-        return shard.get_tensor(name)
+        if part.start is None:
+            return shard.get_tensor(part.source)
+        return stored[part.start : part.start + part.shape[0]]
 
     def close(self) -> None:
         """Give the files back."""

@@ -12,16 +12,26 @@ from flax import nnx
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.registry import Registry
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.gemma2 import Gemma2
+from jaxserve.models.gemma3 import Gemma3
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.llama import Llama
+from jaxserve.models.mistral import Mistral
+from jaxserve.models.phi3 import Phi3
 from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
+from jaxserve.models.smollm3 import SmolLM3
 from jaxserve.sharding.rules import LogicalAxisRules
 
 FAMILIES: Registry[type[CausalLM]] = Registry("model family")
 FAMILIES.register("llama")(Llama)
 FAMILIES.register("qwen2")(Qwen2)
 FAMILIES.register("qwen3")(Qwen3)
+FAMILIES.register("mistral")(Mistral)
+FAMILIES.register("gemma2")(Gemma2)
+FAMILIES.register("gemma3")(Gemma3)
+FAMILIES.register("phi3")(Phi3)
+FAMILIES.register("smollm3")(SmolLM3)
 
 
 def path_name(path: tuple[object, ...]) -> str:
@@ -104,14 +114,14 @@ def draw_params(
         seed: Seed of the draw.
 
     Returns:
-        Norm scales of one, biases of zero, everything else normal with a deviation that keeps
-        activations near one.
+        Norm scales of one, biases and norm offsets of zero, everything else normal with a
+        deviation that keeps activations near one.
     """
     key = jax.random.key(seed)
     drawn: dict[str, jax.Array] = {}
     for index, (name, spec) in enumerate(described.items()):
         kind = name.rpartition(".")[2]
-        deviation = {"embedding": 0.02, "scale": 0.0, "bias": 0.0}.get(kind)
+        deviation = {"embedding": 0.02, "scale": 0.0, "offset": 0.0, "bias": 0.0}.get(kind)
         if deviation is None:
             deviation = 1 / math.sqrt(spec.shape[0])
         # One small program per distinct shape: a single program over all weights of a deep model
