@@ -1,6 +1,7 @@
 """Settings and fixtures of every test."""
 
 import os
+import shutil
 from pathlib import Path
 
 import hypothesis
@@ -40,6 +41,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if jax.default_backend() != "gpu":
             pytest.skip("needs a GPU, and JAX_PLATFORMS=cuda where tests run")
+    if item.get_closest_marker("browser") is not None and find_chromium() is None:
+        pytest.skip(
+            "needs Chromium: install it (apt-get install chromium), or name its program in CHROMIUM"
+        )
+
+
+def find_chromium() -> str | None:
+    """Return the path of a Chromium that tests may start."""
+    named = os.environ.get("CHROMIUM")
+    if named:
+        return named
+    names = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium; tests that use it carry the mark `browser`."""
+    found = find_chromium()
+    assert found is not None, "a test that needs a browser must carry the mark `browser`"
+    return found
 
 
 @pytest.fixture(scope="session")

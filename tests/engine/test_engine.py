@@ -84,6 +84,23 @@ def test_cancelling_frees_pages_and_row_within_a_step(module, overlap, steps):
     assert [e for e in bench.events[name] if e.finish_reason is not None] == [last]
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    "end",
+    [{"max_tokens": 4}, {"stop_token_ids": [7], "logit_bias": {7: 100.0}, "min_tokens": 3}],
+    ids=["foreseen", "surprising"],
+)
+def test_gauges_fall_to_zero_with_the_last_completion(module, overlap, end):
+    bench = Bench(module, async_scheduling=overlap)
+    bench.submit(PROMPT, SamplingParams(ignore_eos=True, **end))
+    bench.engine.step()
+    assert bench.metrics.num_running == 1
+    assert bench.metrics.kv_usage > 0
+    bench.run()
+    assert bench.metrics.num_running == 0
+    assert bench.metrics.kv_usage == 0
+
+
 def test_cancelling_a_request_that_waits_ends_it(bench):
     names = [bench.submit(PROMPT, LONG) for _ in range(6)]
     for _ in range(3):

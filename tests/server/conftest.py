@@ -1,6 +1,7 @@
 """One tiny engine for all server tests, in process, and ways to ask it."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -95,10 +96,9 @@ def ask(engine: AsyncLLM) -> Ask:
     return send
 
 
-@pytest.fixture(scope="session")
-def url(engine: AsyncLLM) -> Iterator[str]:
-    """A real server on a free port of the loopback interface."""
-    config = ServerConfig.from_settings({"served_model_name": ("tiny",)})
+@contextlib.contextmanager
+def _running(engine: AsyncLLM | None, settings: dict[str, Any]) -> Iterator[str]:
+    config = ServerConfig.from_settings({"served_model_name": ("tiny",)} | settings)
     app = create_app(ServerState(config, model="tiny", engine=engine))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -111,6 +111,25 @@ def url(engine: AsyncLLM) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@pytest.fixture(scope="session")
+def url(engine: AsyncLLM) -> Iterator[str]:
+    """A real server on a free port of the loopback interface."""
+    with _running(engine, {}) as address:
+        yield address
+
+
+@pytest.fixture
+def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """Start a real server with settings of its own, with or without the engine."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*, with_engine: bool = True, **settings: Any) -> str:
+            engine = request.getfixturevalue("engine") if with_engine else None
+            return stack.enter_context(_running(engine, settings))
+
+        yield start
 
 
 @pytest.fixture(scope="session")

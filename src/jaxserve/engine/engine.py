@@ -173,6 +173,8 @@ class Engine(Inbox):
             self._num_failures = 0
         except Exception as error:  # noqa: BLE001  whatever happens, other requests go on
             self._recover(error)
+        if not self.has_work:
+            self._record_step(())  # no later turn will tell that everything has ended
         self._emit()
         self.host_times.append(time.perf_counter() - start - self._waited)
 

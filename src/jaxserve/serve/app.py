@@ -19,6 +19,7 @@ from jaxserve.serve.openai_api import (
     DetokenizeBody,
     TokenizeBody,
 )
+from jaxserve.serve.page import page_router
 from jaxserve.serve.replies import Answer, TokenWriter, chat_reply, completion_reply
 from jaxserve.serve.sse import (
     STATUS_CLIENT_GONE,
@@ -221,6 +222,8 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.server = state
     app.include_router(router)
     app.include_router(admin.router, include_in_schema=config.access.enable_admin_api)
+    if not config.api.disable_page:
+        app.include_router(page_router(state))
     errors.install(app)
     # the last one added sees a request first
     app.add_middleware(BodyLimit, max_bytes=config.listen.max_request_body_bytes)

@@ -154,6 +154,7 @@ class ApiOptions:
         ("vllm",), "Further prefixes under which /metrics repeats everything; none for none."
     )
     disable_fastapi_docs: bool = option(False, "Do not serve /docs, /redoc and /openapi.json.")
+    disable_page: bool = option(False, "Do not serve the chat page at / and what belongs to it.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

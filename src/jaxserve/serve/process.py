@@ -24,6 +24,7 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.models.hub import DEFAULT_MODEL, resolve_model
 from jaxserve.serve.app import create_app
 from jaxserve.serve.options import ServerConfig, Settings
+from jaxserve.serve.page import WithoutPolls
 from jaxserve.serve.state import ServerState
 from jaxserve.serve.terminal import leave, say
 
@@ -62,6 +63,8 @@ def log_config(config: ServerConfig) -> dict[str, Any]:
     level = config.log.uvicorn_log_level.upper()
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         made["loggers"].setdefault(name, {})["level"] = level
+    made["filters"] = {"without_polls": {"()": WithoutPolls}}
+    made["loggers"]["uvicorn.access"]["filters"] = ["without_polls"]
     ours = "DEBUG" if config.log.log_level == "trace" else config.log.log_level.upper()
     made["loggers"]["jaxserve"] = {"handlers": ["default"], "level": ours, "propagate": False}
     return made
