@@ -17,6 +17,7 @@ exclude_patterns = ["__pycache__"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 default_role = "code"  # what single backticks in docstrings mean
+nb_merge_streams = True
 nb_execution_mode = "off"  # `make notebooks` runs them, and fails if one fails
 
 html_theme = "furo"
