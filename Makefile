@@ -18,7 +18,8 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-oldest check format bench gpu oracles constraints clean
+.PHONY: help setup serve test test-oldest check format docs notebooks bench gpu oracles constraints \
+  clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +47,19 @@ format: $(VENV)/.stamp-dev ## format, and fix what the linter can fix
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
+docs: $(VENV)/.stamp-docs ## build the documentation into build/docs; warnings are errors
+	@$(BIN)/python scripts/pair_notebooks.py
+	@$(BIN)/sphinx-build -q -W --keep-going -n -b html docs build/docs
+	@echo "built: build/docs/index.html"
+
+notebooks: $(VENV)/.stamp-docs ## run the notebooks into build/notebooks, where make docs finds their outputs
+	@$(BIN)/python scripts/pair_notebooks.py
+	@mkdir -p build/notebooks
+	@set -e; for notebook in notebooks/*.ipynb; do \
+	  echo "$$notebook"; cp "$$notebook" build/notebooks/; \
+	  $(BIN)/jupyter-execute --inplace --timeout=600 "build/$$notebook"; \
+	done
+
 bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are there: make bench [PEERS=...]
 	@$(BIN)/python -m benchmarks.golden
 	@$(BIN)/python -m benchmarks.steady
@@ -72,9 +86,9 @@ constraints: ## resolve the pins again (constraints*.txt)
 	@scripts/pin
 
 clean: ## remove everything that these targets made
-	rm -rf .venv .venv-jax0112 .venv-oracles .tools .cache dist .pytest_cache .ruff_cache .hypothesis
-	rm -rf .import_linter_cache
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .venv-jax0112 .venv-oracles .tools .cache build dist docs/notebooks .pytest_cache
+	rm -rf .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/bin/python:
 	@$(UV) venv --quiet --seed --clear --python "$$(scripts/find-python)" $* || { rm -rf $*; exit 1; }
@@ -87,6 +101,11 @@ $(VENV)/.stamp-serve: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
 	    --editable '.[serve]' --group test --group lint --group bench
+	@touch $@ $(VENV)/.stamp-serve
+
+$(VENV)/.stamp-docs: pyproject.toml constraints.txt | $(BIN)/python
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
+	    --editable '.[serve]' --group docs --group notebooks
 	@touch $@ $(VENV)/.stamp-serve
 
 $(OLDEST)/.stamp-dev: pyproject.toml constraints-jax-0.11.2.txt | $(OLDEST)/bin/python

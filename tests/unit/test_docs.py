@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import jaxserve
+from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.serve.flags import iter_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "jaxserve"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 
 
@@ -74,7 +77,7 @@ def make_targets():
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", DOCUMENTS + PAGES)
 def test_make_targets_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
@@ -87,7 +90,7 @@ def test_every_make_target_is_explained():
     assert make_targets() == explained
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", DOCUMENTS + PAGES)
 def test_modules_that_documents_run_exist(document):
     for name in re.findall(r"python -m ([a-z_.]+)", (ROOT / document).read_text()):
         if name == "venv" or name == "pip":
@@ -99,6 +102,29 @@ def test_modules_that_documents_run_exist(document):
             for end in (".py", "/__main__.py")
         ]
         assert any(candidate.exists() for candidate in candidates), name
+
+
+@pytest.mark.parametrize("document", ["README.md", "SECURITY.md", *PAGES])
+def test_flags_and_variables_that_documents_name_exist(document):
+    known = {name for flag in iter_flags() for name in flag.names}
+    known |= {f"--no-{flag.option[2:]}" for flag in iter_flags() if flag.kind == "bool"}
+    known |= {"--config", "--help"}
+    variables = {flag.env for flag in iter_flags()}
+    variables |= {"JAXSERVE_CACHE_DIR", "JAXSERVE_CONFIG", "JAXSERVE_MODEL", "JAXSERVE_"}
+    text = (ROOT / document).read_text()
+    named = re.findall(r"`(--[a-z-]+)[ `]", text)
+    lines = re.findall(r"jaxserve(?:\.serve| serve) .*", text)
+    named += re.findall(r" (--[a-z-]+)", " ".join(lines))
+    assert set(named) <= known
+    assert set(re.findall(r"JAXSERVE_[A-Z_]*", text)) <= variables
+
+
+def test_metrics_that_pages_name_exist():
+    page = EngineMetrics(cache_config={"block_size": 16}).render("m")
+    known = set(re.findall(r"# HELP (\S+)", page))
+    for document in PAGES:
+        named = set(re.findall(r"`(jaxserve:\w+)`", (ROOT / document).read_text()))
+        assert named <= known, document
 
 
 def test_python_in_the_readme_compiles_and_imports_public_names():
@@ -113,7 +139,9 @@ def test_python_in_the_readme_compiles_and_imports_public_names():
 def test_paths_that_documents_name_exist():
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
-        for name in re.findall(r"`((?:src|tests|benchmarks|scripts|\.ci)/[A-Za-z0-9_./-]*)`", text):
+        for name in re.findall(
+            r"`((?:src|tests|benchmarks|docs|notebooks|scripts|\.ci)/[A-Za-z0-9_./-]*)`", text
+        ):
             assert (ROOT / name).exists(), f"{document} names {name}"
         for name in re.findall(r"\]\(([A-Za-z][A-Za-z0-9_./-]*)\)", text):
             assert (ROOT / name).exists(), f"{document} links to {name}"

@@ -1,0 +1,1 @@
+"""Sources of the documentation site; the Python files beside them write its tables."""
