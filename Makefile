@@ -63,6 +63,7 @@ notebooks: $(VENV)/.stamp-docs ## run the notebooks into build/notebooks, where 
 bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are there: make bench [PEERS=...]
 	@$(BIN)/python -m benchmarks.golden
 	@$(BIN)/python -m benchmarks.steady
+	@$(BIN)/python -m benchmarks.structured
 	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
 
 # Where a GPU is, JAX for it is too: with a Python that has JAX and Flax nothing is installed and no

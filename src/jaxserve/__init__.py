@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TokenEvent,
     )
     from jaxserve.core.request import Request, SamplingParams
+    from jaxserve.core.structured import StructuredOutputsParams
     from jaxserve.engine.async_engine import AsyncLLM
     from jaxserve.engine.llm import LLM
 
@@ -51,6 +52,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenEvent",
     "UnsupportedError",
     "__version__",
@@ -67,6 +69,7 @@ _HOMES = {
     "TokenEvent": "jaxserve.core.event",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
+    "StructuredOutputsParams": "jaxserve.core.structured",
 }
 
 

@@ -44,7 +44,9 @@ def make_inputs(rows=ROWS, **values):
     for row, ids in values.pop("banned", {}).items():
         banned[row, : len(ids)] = ids
     fields["banned"] = jnp.asarray(banned)
-    for name in ("random", "filter", "penalty", "bias", "logprobs", "top_logprobs"):
+    mask = values.pop("mask", np.full((rows, -(-VOCAB // 32)), 0xFFFFFFFF, np.uint32))
+    fields["mask"] = jnp.asarray(mask)
+    for name in ("random", "filter", "penalty", "bias", "mask", "logprobs", "top_logprobs"):
         fields[f"any_{name}"] = jnp.asarray(values.pop(f"any_{name}", True))
     assert not values
     return SamplingInputs(**fields)
@@ -310,3 +312,33 @@ def test_banned_and_forbidden_tokens_are_never_drawn():
         assert token[1] not in {7, 0, 299}
         assert token[2] == 11
         assert token[3] == 7
+
+
+@given(st.integers(0, 2**32), st.booleans())
+@settings(max_examples=20)
+def test_only_tokens_whose_bit_is_set_are_drawn(seed, greedy):
+    random = np.random.default_rng(seed)
+    allowed = random.random((ROWS, VOCAB)) < random.choice([0.01, 0.5])
+    allowed[:, random.integers(VOCAB)] = True
+    bits = np.zeros((ROWS, -(-VOCAB // 32) * 32), bool)
+    bits[:, :VOCAB] = allowed
+    mask = np.packbits(bits, axis=-1, bitorder="little").view(np.uint32)
+    logits = jnp.asarray(random.standard_normal((ROWS, VOCAB)) * 9, jnp.float32)
+    bias = random.standard_normal((ROWS, VOCAB)) * 50
+    inputs = make_inputs(
+        mask=mask, temperature=0.0 if greedy else 1.3, top_k=3, frequency_penalty=-2.0, seed=seed
+        + np.arange(ROWS),
+    )  # fmt: skip
+    drawn = sample_jit(logits, inputs, make_state(bias=bias), num_candidates=2, mode="raw_logprobs")
+    assert allowed[np.arange(ROWS), np.asarray(drawn.token)].all()
+    if greedy:
+        best = np.where(allowed, np.asarray(logits) + bias.astype(np.float32), -np.inf)
+        np.testing.assert_array_equal(drawn.token, best.argmax(-1))
+
+
+def test_without_the_flag_a_mask_is_not_looked_at():
+    logits = jnp.zeros((ROWS, VOCAB)).at[:, 7].set(5.0)
+    mask = np.zeros((ROWS, -(-VOCAB // 32)), np.uint32)
+    inputs = make_inputs(mask=mask, any_mask=False, temperature=0.0)
+    drawn = sample_jit(logits, inputs, make_state(), num_candidates=2, mode="raw_logprobs")
+    np.testing.assert_array_equal(drawn.token, 7)

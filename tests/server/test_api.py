@@ -465,7 +465,19 @@ def test_template_arguments_of_server_and_request(ask):
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"request_id": "a\nb"}, "request_id"),
         ({"tools": []}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"type": "odd"}}}, "structured_outputs"),
+        (
+            {
+                "structured_outputs": {"regex": "a"},
+                "response_format": {"type": "json_object"},
+            },
+            "response_format",
+        ),
         ({"suffix": "end"}, "suffix"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import child, client, record, serving
+from benchmarks import child, client, record, serving, structured
 from benchmarks.child import Child, Load, PeerError
 from benchmarks.peers import protocol
 
@@ -178,3 +178,29 @@ def test_prompts_are_the_same_for_everybody() -> None:
     assert one == child.random_prompts([1, 2], 3, 5, 40000)
     assert [len(prompt) for prompt in one] == [5, 5, 5]
     assert all(1000 <= token < 40000 for prompt in one for token in prompt)
+
+
+def test_descriptions_of_functions_become_bounded_schemas() -> None:
+    described = {
+        "type": "dict",
+        "properties": {
+            "n": {"type": "float", "description": "d", "default": 1},
+            "t": {"type": "tuple", "items": {"type": "integer"}},
+            "k": {"type": "string", "enum": ["a"]},
+            "x": {"type": "any"},
+        },
+        "required": ["n", "gone"],
+    }
+    made = structured.plain_schema(described)
+    bound = {"minimum": -(10**6), "maximum": 10**6}
+    assert made == {
+        "type": "object",
+        "properties": {
+            "n": {"type": "number", **bound},
+            "t": {"type": "array", "items": {"type": "integer", **bound}, "maxItems": 4},
+            "k": {"enum": ["a"]},
+            "x": {"type": "string", "maxLength": 60},
+        },
+        "required": ["n"],
+        "additionalProperties": False,
+    }

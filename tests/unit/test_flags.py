@@ -261,3 +261,17 @@ def test_pull_of_an_unknown_name_says_what_there_is(capsys: pytest.CaptureFixtur
 def test_pull_of_a_path_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["pull", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path)
+
+
+def test_single_keys_of_json_flags():
+    argv = [
+        "m", "--structured_outputs_config.backend", "guidance",
+        "--structured-outputs-config.disable_any_whitespace=true",
+    ]  # fmt: skip
+    config = {"backend": "guidance", "disable_any_whitespace": True}
+    assert parse(argv, {}).engine.structured.structured_outputs_config == config
+    argv += ["--structured-outputs-config", '{"enable_in_reasoning": true}']
+    merged = parse(argv, {}).engine.structured.structured_outputs_config
+    assert merged == config | {"enable_in_reasoning": True}
+    assert parse(["--grammar-backend", "llguidance"], {}).engine.structured.backend == "llguidance"
+    assert parse(["m"], {}).engine.structured.backend == "auto"

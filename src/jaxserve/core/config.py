@@ -18,6 +18,8 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 AttentionBackend = Literal["auto", "xla", "llvm", "reference"]
 KvLayout = Literal["auto", "slots", "pages"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+ContentFormat = Literal["auto", "string", "openai"]
+GrammarBackend = Literal["auto", "llguidance", "guidance", "none"]
 
 
 def option(
@@ -213,6 +215,80 @@ class RunnerOptions:
         _at_least(self, -1, "max_logprobs")
 
 
+_STRUCTURED_KEYS = {
+    "backend": str,
+    "disable_any_whitespace": bool,
+    "disable_additional_properties": bool,
+    "enable_in_reasoning": bool,
+}
+_FOREIGN_BACKENDS = ("xgrammar", "outlines", "lm-format-enforcer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOptions:
+    """Outputs that follow a grammar."""
+
+    structured_outputs_config: Mapping[str, Any] | None = option(
+        None,
+        "JSON object with backend, disable_any_whitespace, disable_additional_properties, "
+        "enable_in_reasoning; single keys also as --structured-outputs-config.KEY.",
+    )
+    structured_outputs_backend: GrammarBackend = option(
+        "auto",
+        "Grammar engine: auto and guidance mean llguidance; none refuses constraints. Wins over "
+        "the backend in structured-outputs-config.",
+        "grammar-backend",
+    )
+    grammar_compile_timeout: float = option(
+        10.0, "Seconds that one grammar may take to compile; a slower one is refused with 400."
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.backend in _FOREIGN_BACKENDS:
+            raise ConfigError(_foreign_backend(self.backend))
+        _one_of(self, structured_outputs_backend=GrammarBackend)
+        if self.grammar_compile_timeout <= 0:
+            raise ConfigError(
+                "grammar_compile_timeout must be greater than zero, got "
+                f"{self.grammar_compile_timeout}."
+            )
+        for key, value in (self.structured_outputs_config or {}).items():
+            kind = _STRUCTURED_KEYS.get(key)
+            if kind is None:
+                raise ConfigError(
+                    f"structured_outputs_config has no key {key!r}."
+                    f"{did_you_mean(key, _STRUCTURED_KEYS)} Known: {', '.join(_STRUCTURED_KEYS)}."
+                )
+            if not isinstance(value, kind):
+                raise ConfigError(
+                    f"structured_outputs_config.{key} must be a {kind.__name__}, got {value!r}."
+                )
+        if self.backend not in typing.get_args(GrammarBackend):
+            raise ConfigError(
+                "structured_outputs_config.backend must be one of "
+                f"{', '.join(typing.get_args(GrammarBackend))}, got {self.backend!r}."
+            )
+
+    @property
+    def backend(self) -> str:
+        """The grammar engine's name."""
+        if self.structured_outputs_backend != "auto":
+            return self.structured_outputs_backend
+        return (self.structured_outputs_config or {}).get("backend", "auto")
+
+    def flag(self, name: str) -> bool:
+        """Return one of the switches in `structured_outputs_config`; off by default."""
+        return bool((self.structured_outputs_config or {}).get(name, False))
+
+
+def _foreign_backend(name: str) -> str:
+    return (
+        f"the grammar engine {name} is not built in; use llguidance, which takes the same "
+        "constraints, or leave the backend out."
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to know besides the weights."""
@@ -221,6 +297,7 @@ class EngineConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     runner: RunnerOptions = field(default_factory=RunnerOptions)
+    structured: StructuredOptions = field(default_factory=StructuredOptions)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NewType
 
 from jaxserve.core.errors import RequestError
+from jaxserve.core.structured import StructuredOutputsParams
 
 RequestId = NewType("RequestId", str)
 
@@ -67,6 +68,7 @@ class SamplingParams:
         spaces_between_special_tokens: Accepted for compatibility; special tokens carry no spaces.
         logit_bias: Token id -> value added to its logit, clamped to [-100, 100].
         allowed_token_ids: Only these tokens may be generated.
+        structured_outputs: What the text must look like; the completion ends where it must.
 
     Raises:
         RequestError: If a value is outside its range; names the field.
@@ -96,6 +98,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Check every range, and put the sequences into one form."""
@@ -110,6 +113,7 @@ class SamplingParams:
             put(self, "prompt_logprobs", 1)
         self._check_numbers()
         self._check_lengths()
+        self._check_structure()
         if self.logit_bias is not None:
             put(
                 self,
@@ -187,6 +191,23 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _check(_is_int(value) and value >= -1, name, "-1 or at least 0", value)
+
+    def _check_structure(self) -> None:
+        structure = self.structured_outputs
+        if structure is None:
+            return
+        if not isinstance(structure, StructuredOutputsParams):
+            raise RequestError(
+                "structured_outputs must be a StructuredOutputsParams, got "
+                f"{type(structure).__name__}.",
+                param="structured_outputs",
+            )
+        if self.allowed_token_ids is not None:
+            raise RequestError(
+                "structured_outputs and allowed_token_ids cannot be combined: together they may "
+                "leave no token at all. Use one of them.",
+                param="structured_outputs",
+            )
 
     @property
     def is_greedy(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.errors import EngineDeadError
+from jaxserve.core.errors import EngineDeadError, RequestError
 from jaxserve.core.event import CompletionOutput, FinishReason, RequestOutput, TokenEvent
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
@@ -169,6 +169,11 @@ class AsyncLLM(AsyncControls):
             EngineDeadError: If the engine has stopped.
         """
         queue = self.submit(request)
+        try:
+            await self.grammar_ready(request)
+        except RequestError:
+            self._host.thread.cancel(request.request_id)
+            raise
         # Closed with this generator, not when the loop gets round to it.
         async with contextlib.aclosing(self.follow(request, queue)) as events:
             async for event in events:
@@ -191,6 +196,18 @@ class AsyncLLM(AsyncControls):
         queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._host.thread.submit(request, lambda event: mailbox.post(queue, event))
         return queue
+
+    async def grammar_ready(self, request: Request) -> None:
+        """Wait until the grammar of a request has been compiled; at once if its text is free.
+
+        Submit the request first: it then waits in its place, and holds nothing meanwhile.
+
+        Raises:
+            RequestError: If the grammar does not compile, or not in time.
+        """
+        grammar = self._host.begin_grammar(request)
+        if grammar is not None and grammar.poll() is None:
+            await asyncio.to_thread(grammar.wait)
 
     async def follow(
         self, request: Request, queue: "asyncio.Queue[TokenEvent]"

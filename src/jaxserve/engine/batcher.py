@@ -95,7 +95,7 @@ class RowTable:
         for name in _CONSTANT_FIELDS:
             packed.fields[name][...] = self._values[name][:rows]
         for name, flag in self._flags.items():
-            packed.fields[name][...] = flag[:rows].any()
+            packed.fields[name][...] = flag[:rows].any()  # any_mask: set with the mask itself
 
 
 def build(

@@ -8,19 +8,23 @@ import datetime
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 import jinja2.utils
 from jinja2.parser import Parser
 
 from jaxserve.core.clock import WallClock
+from jaxserve.core.config import ContentFormat
 from jaxserve.core.errors import ConfigError, RequestError
 from jaxserve.core.protocols import Clock
+from jaxserve.engine.tool_text import with_calls, with_tools
 
 DEFAULT_NAME = "default"
 TOOLS_NAME = "tool_use"
@@ -119,12 +123,16 @@ class _Compiled:
     Attributes:
         takes_parts: Whether it goes through a message's content as a list of typed parts.
         tests_strings: Whether it asks if the content is a string.
+        knows_tools: Whether it shows the model which tools there are.
+        knows_calls: Whether it writes the calls of earlier turns.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.template = _environment().from_string(source)
         tree = _environment().parse(source)
+        self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
+        self.knows_calls = "tool_calls" in source
         names = _content_names(tree)
         loops = tree.find_all(jinja2.nodes.For)
         tests = tree.find_all(jinja2.nodes.Test)
@@ -212,6 +220,8 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        content_format: ContentFormat = "auto",
+        describe_tools: bool = False,
     ) -> str:
         """Write a conversation as one prompt.
 
@@ -223,6 +233,11 @@ class ChatTemplate:
             tools: Function schemas that the model may call.
             chat_template: Name of a template of this model, or the text of another one.
             kwargs: Further variables for the template.
+            content_format: Whether content reaches the template as a string or as a list of parts
+                (openai); auto looks at the template.
+            describe_tools: Whether a template that knows no tools gets them described in the
+                system message, in the form that the tool parser `hermes` reads; calls and results
+                of earlier turns likewise. Otherwise such a template leaves them out.
 
         Returns:
             The prompt. Special tokens are part of it; nothing is to be added when it is tokenised.
@@ -244,7 +259,13 @@ class ChatTemplate:
                 param="chat_template_kwargs",
             )
         compiled = self._choose(chat_template, has_tools=bool(tools))
-        plain = _prepare(messages, compiled)
+        if describe_tools and tools and not compiled.knows_tools:
+            listed = [_check_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+            messages = with_tools(listed, tools)
+        if describe_tools and not compiled.knows_calls:
+            listed = [_check_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+            messages = with_calls(listed)
+        plain = _prepare(messages, compiled, content_format)
         if continue_final_message:
             _mark_end(plain)
         try:
@@ -265,6 +286,17 @@ class ChatTemplate:
                 param="messages",
             ) from error
         return _cut_at_mark(text) if continue_final_message else text
+
+    def knows_tools(self, chat_template: str | None = None) -> bool:
+        """Tell whether the template that tools would be given to shows them to the model.
+
+        Args:
+            chat_template: Name of a template of this model, or the text of another one.
+
+        Raises:
+            RequestError: If there is no template, or it is not valid.
+        """
+        return self._choose(chat_template, has_tools=True).knows_tools
 
     def _choose(self, chat_template: str | None, *, has_tools: bool) -> _Compiled:
         if chat_template is not None:
@@ -296,34 +328,57 @@ class ChatTemplate:
         return datetime.datetime.fromtimestamp(self._clock.unix()).astimezone().strftime(form)
 
 
-def _prepare(messages: Sequence[Mapping[str, Any]], compiled: _Compiled) -> list[dict[str, Any]]:
+def _prepare(
+    messages: Sequence[Mapping[str, Any]], compiled: _Compiled, content_format: ContentFormat
+) -> list[dict[str, Any]]:
     """Copy the messages into the form that the template expects."""
     if not messages:
         raise RequestError("messages must not be empty.", param="messages")
-    plain = [_plain_message(place, message, compiled) for place, message in enumerate(messages)]
+    form = _Form.of(compiled, content_format)
+    plain = [_plain_message(place, message, form) for place, message in enumerate(messages)]
     if "developer" not in compiled.source and any(m["role"] == "developer" for m in plain):
         return _merge_system(plain)
     return plain
 
 
-def _plain_message(place: int, message: object, compiled: _Compiled) -> dict[str, Any]:
-    where = f"messages[{place}]"
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a template takes a message's content."""
+
+    takes_parts: bool
+    takes_strings: bool
+
+    @classmethod
+    def of(cls, compiled: _Compiled, content_format: ContentFormat) -> "_Form":
+        if content_format != "auto":
+            is_openai = content_format == "openai"
+            return cls(takes_parts=is_openai, takes_strings=not is_openai)
+        is_string = compiled.tests_strings or not compiled.takes_parts
+        return cls(takes_parts=compiled.takes_parts, takes_strings=is_string)
+
+
+def _check_message(message: object, where: str) -> Mapping[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object, got {type(message).__name__}.", param=where)
-    plain: dict[str, Any] = dict(message)
+    return message
+
+
+def _plain_message(place: int, message: object, form: _Form) -> dict[str, Any]:
+    where = f"messages[{place}]"
+    plain: dict[str, Any] = dict(_check_message(message, where))
     if not isinstance(plain.get("role"), str):
         raise RequestError(
             f"{where}.role must be a string such as 'user', got {plain.get('role')!r}.",
             param=f"{where}.role",
         )
     content = plain.get("content")
-    if isinstance(content, str) and (compiled.tests_strings or not compiled.takes_parts):
+    if isinstance(content, str) and form.takes_strings:
         plain["content"] = content
     else:
         texts = list(_texts(content, f"{where}.content"))
         plain["content"] = (
             [{"type": "text", "text": text} for text in texts]
-            if compiled.takes_parts and content is not None
+            if form.takes_parts and content is not None
             else "\n".join(texts)
         )
     if plain.get("tool_calls"):

@@ -26,6 +26,7 @@ from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView
 from jaxserve.engine.batcher import Item, RowTable, build
+from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.inbox import Inbox, Sink
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.logprobs import HostLogprobs
@@ -81,8 +82,10 @@ class Engine(Inbox):
         overlap: Whether to prepare a step while the device runs the one before.
         seed: Seeds the streams of requests without a seed.
         max_logprobs: Most candidates a request may ask for.
+        constraints: Grammars of outputs; refuses them by default.
 
     Attributes:
+        constraints: Grammars of outputs.
         pool: Page book-keeping.
         host_times: Seconds of host work in recent steps, waiting for the device not counted.
         is_frozen: Whether no step is planned: what runs and what waits stays as it is. Set between
@@ -106,15 +109,18 @@ class Engine(Inbox):
         overlap: bool = True,
         seed: int = 0,
         max_logprobs: int = 20,
+        constraints: Constraints | None = None,
     ) -> None:
         """Start idle."""
         spec = runner.spec
+        self.constraints = constraints or Constraints(refusal="structured outputs are switched off")
         intake = Intake(
             spec,
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids,
             max_logprobs=max_logprobs,
             seed=seed,
+            constraints=self.constraints,
         )
         super().__init__(intake, metrics, max_num_queued_reqs=max_num_queued_reqs)
         self.runner = runner
@@ -125,6 +131,7 @@ class Engine(Inbox):
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._clock = clock
+        self._eos = frozenset(eos_token_ids)
         self._max_num_batched_tokens = max_num_batched_tokens
         self._caching = enable_prefix_caching
         self._overlap = overlap
@@ -200,7 +207,7 @@ class Engine(Inbox):
         plan = self._plan()
         before, self._in_flight = self._in_flight, None
         try:
-            launched = self._launch(plan)
+            launched = self._launch(plan, before)
         finally:
             self._commit(before)
         self._in_flight = launched
@@ -222,6 +229,8 @@ class Engine(Inbox):
                 self.pool.forget()
             else:
                 self._answer_call(verb, cast(Callable[[], None], load))
+        for sequence, problem in self.constraints.settle():
+            self._send(sequence, reason=FinishReason.ERROR, error=problem)
 
     def _accept(self, request: Request, sink: Sink) -> None:
         if request.request_id in self._requests:
@@ -239,6 +248,7 @@ class Engine(Inbox):
             sequence.root_hash = salt_hash(request.cache_salt, generation=self._generation)
             self._sequences[sequence.seq_id] = sequence
             self._waiting[sequence.seq_id] = sequence
+            self.constraints.add(sequence)
             if request.output_token_ids:
                 self._replay(sequence)
 
@@ -287,6 +297,8 @@ class Engine(Inbox):
 
     def _is_visible(self, sequence: SequenceState) -> bool:
         """Hide siblings until the first completion has computed the prompt that they share."""
+        if sequence.seq_id in self.constraints.compiling:
+            return False
         if sequence.num_in_flight:
             return False  # preempted with a token on its way: known after the next commit
         if sequence.index == 0 or not self._caching:
@@ -315,7 +327,7 @@ class Engine(Inbox):
 
     # Carrying a plan out -----------------------------------------------------------------------
 
-    def _launch(self, plan: StepPlan) -> _Pending | None:
+    def _launch(self, plan: StepPlan, before: _Pending | None = None) -> _Pending | None:
         for seq_id in plan.preempt:
             self._preempt(self._sequences[seq_id])
         for seq_id in plan.admit:
@@ -337,6 +349,10 @@ class Engine(Inbox):
             return None
         self._compact(items)
         packed = build(items, self._table, self.runner.spec.shapes, self.runner.choose_shape)
+        # The mask of a constrained row hangs on the token that the step before has yet to draw.
+        # Only reading that token and writing masks happens while the device has nothing to do;
+        # planning is done by now, and committing follows when this step runs.
+        stuck = self.constraints.fill(packed, items, lambda: self._drawn(before))
         pending = _Pending(
             items=items,
             result=self.runner.run(packed),
@@ -345,7 +361,18 @@ class Engine(Inbox):
         )
         for item in items:
             self._advance(item, pending)
+        for sequence, problem in stuck:
+            self._send(sequence, reason=FinishReason.ERROR, error=problem)
         return pending
+
+    def _drawn(self, pending: _Pending | None) -> dict[int, int]:
+        """Wait for a step and tell the token of each sequence that drew one."""
+        if pending is None:
+            return {}
+        start = time.perf_counter()
+        tokens = np.asarray(pending.result.sampled.token)
+        self._waited += time.perf_counter() - start
+        return {i.sequence.seq_id: int(tokens[i.row]) for i in pending.items if i.is_sampled}
 
     # Between steps: called on the engine's thread through `call` ---------------------------------
 
@@ -564,6 +591,7 @@ class Engine(Inbox):
         self.metrics.step(
             num_running=running,
             num_waiting=len(self._waiting),
+            num_compiling=len(self.constraints.compiling),
             kv_usage=self.pool.num_held / self.pool.num_pages,
             num_tokens=sum(item.num_tokens for item in items),
         )
@@ -625,6 +653,8 @@ class Engine(Inbox):
         """Tell whether a new token ends its sequence, and what text it brings."""
         sampling, detokenizer = sequence.sampling, sequence.detokenizer
         is_stop = token in sequence.stop_ids and sequence.num_output > sampling.min_tokens
+        # Where a grammar allows the end, it means it, whatever else the request says.
+        is_stop |= sequence.grammar is not None and token in self._eos
         text = ""
         if detokenizer is not None and (not is_stop or sampling.include_stop_str_in_output):
             text = detokenizer.push((token,))

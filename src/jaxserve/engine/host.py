@@ -21,6 +21,7 @@ from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.profiling import Profiler
 from jaxserve.engine.setup import ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -218,9 +219,18 @@ class EngineHost:
             )
         return self.tokenizer.encode(text)
 
+    def begin_grammar(self, request: Request) -> PendingGrammar | None:
+        """Begin to compile the grammar of a request; None if its text is free.
+
+        Raises:
+            RequestError: If the constraint is malformed, or none can be served here.
+        """
+        return self.engine.constraints.begin(request.sampling)
+
     def close(self) -> None:
         """Abort what is under way, stop the thread and free the cache; weights stay."""
         self.thread.close()
+        self.engine.constraints.close()
         self.engine.runner.stop_warm_up()
         if self._compiler is not None:
             self._compiler.join()  # XLA must not be compiling while the process winds down

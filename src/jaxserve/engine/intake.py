@@ -7,10 +7,12 @@ import numpy as np
 from jaxserve.cache.pages import salt_hash
 from jaxserve.core.errors import RequestError
 from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.runner import RunnerSpec
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
 from jaxserve.engine.tokenizer import Detokenizer, Tokenizer
+from jaxserve.grammar.compiler import PendingGrammar
 
 _MAX_SALT = 128
 
@@ -24,6 +26,7 @@ class Intake:
         eos_token_ids: Tokens that end a completion.
         max_logprobs: Most candidates a request may ask for; -1 is no limit.
         seed: Seeds the streams of requests without a seed.
+        constraints: Begins to compile their grammars.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class Intake:
         eos_token_ids: Sequence[int],
         max_logprobs: int,
         seed: int,
+        constraints: Constraints,
     ) -> None:
         """Keep the limits."""
+        self._constraints = constraints
         self._vocab = spec.config.vocab_size
         self._max_len = min(spec.max_model_len, spec.num_pages * spec.page_size)
         self._tokenizer = tokenizer
@@ -62,6 +67,7 @@ class Intake:
             )
         if self._tokenizer is None and request.sampling.stop:
             raise RequestError("stop strings need a tokenizer.", param="stop")
+        self._constraints.begin(request.sampling)
 
     def _check_prompt(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
@@ -150,9 +156,13 @@ class Intake:
 
     def make_sequences(self, request: Request) -> list[SequenceState]:
         """Make one sequence per completion that a checked request asks for."""
-        return [self._make_sequence(request, index) for index in range(request.sampling.n)]
+        grammar = self._constraints.begin(request.sampling)
+        count = request.sampling.n
+        return [self._make_sequence(request, index, grammar) for index in range(count)]
 
-    def _make_sequence(self, request: Request, index: int) -> SequenceState:
+    def _make_sequence(
+        self, request: Request, index: int, grammar: PendingGrammar | None
+    ) -> SequenceState:
         sampling = request.sampling
         prompt_len = len(request.prompt_token_ids)
         limit = self._max_len
@@ -174,6 +184,7 @@ class Intake:
             prompt_len=prompt_len,
             seed_words=(seed >> 32, seed & 0xFFFFFFFF),
             root_hash=salt_hash(request.cache_salt),
+            grammar=grammar,
             token_ids=list(request.prompt_token_ids),
         )
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
-from jaxserve.core.config import EngineConfig
+from jaxserve.core.config import ContentFormat, EngineConfig
 from jaxserve.core.errors import EngineDeadError, RequestError
 from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
 from jaxserve.core.protocols import Scheduler
@@ -105,6 +105,7 @@ class LLM(Controls):
             self._host.make_request(prompt, param, priority=rank or 0)
             for prompt, param, rank in zip(listed, params, priorities, strict=True)
         ]
+        self._compile_grammars(requests)
         return self._run(requests, use_tqdm=use_tqdm)
 
     def chat(
@@ -118,6 +119,7 @@ class LLM(Controls):
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_content_format: ContentFormat = "auto",
     ) -> list[RequestOutput]:
         """Answer conversations; the template is applied as the server does.
 
@@ -128,8 +130,11 @@ class LLM(Controls):
             chat_template: Used instead of the model's.
             add_generation_prompt: Whether to open the assistant's turn.
             continue_final_message: Whether to go on with the last message instead.
-            tools: Descriptions of tools for templates that know them.
+            tools: Descriptions of tools; described in the system message where the template knows
+                none.
             chat_template_kwargs: Further variables of the template.
+            chat_template_content_format: Whether content reaches the template as a string or as a
+                list of parts (openai); auto looks at the template.
 
         Returns:
             One output per conversation.
@@ -149,6 +154,7 @@ class LLM(Controls):
                 tools=tools,
                 chat_template=chat_template,
                 kwargs=chat_template_kwargs,
+                content_format=chat_template_content_format,
             )
             for conversation in many
         ]
@@ -171,6 +177,7 @@ class LLM(Controls):
             EngineDeadError: If the engine failed.
         """
         request = self._host.make_request(prompt, sampling_params)
+        self._compile_grammars([request])
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._host.thread.submit(request, events.put)
         num_open = request.sampling.n
@@ -183,6 +190,13 @@ class LLM(Controls):
         finally:
             if num_open:
                 self._host.thread.cancel(request.request_id)
+
+    def _compile_grammars(self, requests: Sequence[Request]) -> None:
+        """Wait until every grammar is ready, so that a wrong one is an error of the call."""
+        pending = [self._host.begin_grammar(request) for request in requests]
+        for grammar in pending:
+            if grammar is not None:
+                grammar.wait()
 
     def _run(self, requests: Sequence[Request], *, use_tqdm: bool) -> list[RequestOutput]:
         """Submit, wait, collect. Outputs grow on the engine's thread; only ends wake this one."""

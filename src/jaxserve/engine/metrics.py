@@ -31,6 +31,7 @@ ITL_BUCKETS = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
     40.0, 80.0,
 )  # fmt: skip
+GRAMMAR_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 UPDATE_BUCKETS = (0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 N_BUCKETS = (1, 2, 5, 10, 20)
@@ -124,7 +125,9 @@ class EngineMetrics:
 
     Attributes:
         num_running: Sequences that hold a row of the batch.
-        num_waiting: Sequences that wait for one.
+        num_waiting: Sequences that wait for one, or for their grammar.
+        num_compiling: Those of them that wait for their grammar.
+        num_grammar_failures: Grammars that did not compile.
         kv_usage: Share of the pages in use, 0 to 1.
         num_steps: Steps taken.
         num_compilations: Step shapes compiled, warm-up included.
@@ -156,6 +159,8 @@ class EngineMetrics:
         self._cache_config = {name: str(value) for name, value in (cache_config or {}).items()}
         self.num_running = 0
         self.num_waiting = 0
+        self.num_compiling = 0
+        self.num_grammar_failures = 0
         self.kv_usage = 0.0
         self.num_steps = 0
         self.num_compilations = 0
@@ -177,6 +182,7 @@ class EngineMetrics:
     def _make_histograms(self, max_model_len: int) -> None:
         lengths = one_two_five_buckets(max(1, max_model_len))
         self.iteration_tokens = Histogram(ITERATION_BUCKETS)
+        self.grammar_time = Histogram(GRAMMAR_BUCKETS)
         self.ttft = Histogram(TTFT_BUCKETS)
         self.itl = Histogram(ITL_BUCKETS)
         self.tpot = Histogram(ITL_BUCKETS)
@@ -197,7 +203,15 @@ class EngineMetrics:
         with self._lock:
             self._cache_config = {name: str(value) for name, value in facts.items()}
 
-    def step(self, *, num_running: int, num_waiting: int, kv_usage: float, num_tokens: int) -> None:
+    def step(
+        self,
+        *,
+        num_running: int,
+        num_waiting: int,
+        kv_usage: float,
+        num_tokens: int,
+        num_compiling: int = 0,
+    ) -> None:
         """Record one turn of the engine.
 
         Args:
@@ -205,10 +219,12 @@ class EngineMetrics:
             num_waiting: Sequences that wait for one.
             kv_usage: Share of the pages in use, 0 to 1.
             num_tokens: Tokens computed in it; 0 only refreshes the gauges.
+            num_compiling: Those waiting sequences that wait for their grammar.
         """
         with self._lock:
             self.num_running = num_running
             self.num_waiting = num_waiting
+            self.num_compiling = num_compiling
             self.kv_usage = kv_usage
             if num_tokens > 0:
                 self.num_steps += 1
@@ -315,6 +331,17 @@ class EngineMetrics:
         with self._lock:
             self.weight_version = version
 
+    def grammar_compiled(self, seconds: float, is_good: bool) -> None:  # noqa: FBT001  a result
+        """Record that a grammar was compiled; from any thread.
+
+        Args:
+            seconds: How long it took.
+            is_good: Whether it can be used.
+        """
+        with self._lock:
+            self.grammar_time.observe(seconds)
+            self.num_grammar_failures += not is_good
+
     def rejected(self, reason: str) -> None:
         """Record a request that was refused, such as `max_num_queued_reqs`; from any thread."""
         with self._lock:
@@ -349,7 +376,11 @@ class EngineMetrics:
         yield one("num_requests_waiting", "gauge", "Sequences that wait.", self.num_waiting)
         yield many(
             "num_requests_waiting_by_reason", "gauge", "Sequences that wait, by reason.",
-            "reason", {"capacity": self.num_waiting, "deferred": 0},
+            "reason",
+            {
+                "capacity": self.num_waiting - self.num_compiling,
+                "deferred": self.num_compiling,
+            },
         )  # fmt: skip
         yield one("kv_cache_usage_perc", "gauge", "Share of pages in use, 0 to 1.", self.kv_usage)
         if self._cache_config:
@@ -392,6 +423,14 @@ class EngineMetrics:
             [({"reason": reason}, n) for reason, n in self.rejections.items()],
             has_engine_label=False,
         )  # fmt: skip
+        yield one(
+            "num_grammar_queue_reqs", "gauge", "Sequences that wait for their grammar.",
+            self.num_compiling,
+        )  # fmt: skip
+        yield one(
+            "grammar_failures_total", "counter", "Grammars that did not compile.",
+            self.num_grammar_failures,
+        )  # fmt: skip
         yield one("compilations_total", "counter", "Step shapes compiled.", self.num_compilations)
         yield one(
             "compile_seconds_total", "counter", "Seconds spent compiling.", self.compile_seconds
@@ -408,6 +447,11 @@ class EngineMetrics:
     def _histograms(self) -> Iterator[_Family]:
         table = (
             ("iteration_tokens_total", "Tokens per step.", self.iteration_tokens),
+            (
+                "grammar_compilation_time_seconds",
+                "Time to compile a grammar.",
+                self.grammar_time,
+            ),
             ("time_to_first_token_seconds", "Arrival to first token.", self.ttft),
             ("inter_token_latency_seconds", "Gap between two tokens.", self.itl),
             (

@@ -30,6 +30,7 @@ from jaxserve.engine.shapes import (
     PackedStep,
     ShapeTable,
     StepShape,
+    mask_words,
     packed_size,
     unpack,
 )
@@ -134,6 +135,7 @@ class Runner:
         self._on_compile = on_compile
         self._cache_dir = cache_dir
         self._programs: dict[object, Callable[..., Any]] = {}
+        self._no_masks: dict[int, jax.Array] = {}
         self._forbid_late = forbid_late
         self._compile_lock = threading.Lock()
         self._takes_larger = False
@@ -283,8 +285,9 @@ class Runner:
         cache = self._page_specs if self.spec.use_pages else self._slot_specs
         fn = functools.partial(_step, self._graph, self._tree, self.spec, shape)
         packed = self._spec((packed_size(shape),))
+        mask = self._spec((shape.rows, mask_words(self.spec.config.vocab_size)), jnp.uint32)
         return self._program(
-            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed
+            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask
         )
 
     def _row_program(self) -> Callable[..., Any]:
@@ -353,12 +356,23 @@ class Runner:
         """Launch one step; returns at once, results follow when they are read."""
         program = self._step_program(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
-        sampled, hidden, cache, self._rows = program(self._params, cache, self._rows, packed.buffer)
+        mask = self._no_mask(packed.shape.rows) if packed.mask is None else packed.mask
+        sampled, hidden, cache, self._rows = program(
+            self._params, cache, self._rows, packed.buffer, mask
+        )
         if self.spec.use_pages:
             self.pages = cache
         else:
             self.slots = cache
         return StepResult(sampled=sampled, hidden=hidden)
+
+    def _no_mask(self, rows: int) -> jax.Array:
+        """Return what a step without constraints gets for a mask; lies on the device already."""
+        mask = self._no_masks.get(rows)
+        if mask is None:
+            words = mask_words(self.spec.config.vocab_size)
+            mask = self._no_masks[rows] = self._put(np.zeros((rows, words), np.uint32))
+        return mask
 
     def set_row(
         self, row: int, counts: np.ndarray, prompt_seen: np.ndarray, bias: np.ndarray
@@ -514,6 +528,7 @@ def _step(
     cache: KvBuffers,
     rows: RowState,
     packed: jax.Array,
+    mask: jax.Array,
 ) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
     """Embed, run all layers, sample. Donates `cache` and `rows`."""
     model = nnx.merge(graph, jax.tree.unflatten(tree, params))
@@ -541,7 +556,8 @@ def _step(
     index = part["sample_index"]
     logits = model.logits(hidden[jnp.maximum(index, 0)], plan)
     inputs = SamplingInputs(
-        **{name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, *FLAGS, "seed", "banned")}
+        mask=mask,
+        **{name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, *FLAGS, "seed", "banned")},
     )
     with jax.named_scope("sample"):
         sampled = sample(

@@ -59,10 +59,12 @@ class SamplingInputs:
         seed: Key of the row's random stream.
         output_position: Index of the token to be drawn among the row's outputs.
         banned: Token ids that may not be drawn in this step; -1 is none.
+        mask: Tokens that may be drawn, one bit each, lowest bit first.
         any_random: Whether some row is not greedy.
         any_filter: Whether some row uses top-k, top-p or min-p.
         any_penalty: Whether some row uses a penalty.
         any_bias: Whether some row has a bias or banned tokens.
+        any_mask: Whether some row is constrained.
         any_logprobs: Whether some row reports log-probabilities.
         any_top_logprobs: Whether some row reports those of other candidates.
     """
@@ -77,10 +79,12 @@ class SamplingInputs:
     seed: UInt32[Array, "rows 2"]
     output_position: Int[Array, " rows"]
     banned: Int[Array, "rows banned"]
+    mask: UInt32[Array, "rows words"]
     any_random: Bool[Array, ""]
     any_filter: Bool[Array, ""]
     any_penalty: Bool[Array, ""]
     any_bias: Bool[Array, ""]
+    any_mask: Bool[Array, ""]
     any_logprobs: Bool[Array, ""]
     any_top_logprobs: Bool[Array, ""]
 
@@ -122,7 +126,7 @@ def sample(
         num_candidates: Most candidates reported per row.
         mode: Whether raw or processed values are reported, and as logits or log-probabilities.
 
-    Source: the order of vLLM: bias and bans, penalties, temperature, min-p, top-k, top-p.
+    Source: the order of vLLM: bias and bans, penalties, grammar, temperature, min-p, top-k, top-p.
     """
     rows = logits.shape[0]
     processed = lax.cond(
@@ -137,6 +141,7 @@ def sample(
         lambda x: x,
         processed,
     )
+    processed = lax.cond(inputs.any_mask, lambda x: forbid(x, inputs.mask), lambda x: x, processed)
     greedy = _argmax(processed)
 
     def draw(x: Array) -> tuple[Array, Array]:
@@ -195,6 +200,15 @@ def report(
     return Sampled(
         token=token, logprob=logprob, rank=rank, top_token=top_token, top_logprob=top_logprob
     )
+
+
+def forbid(
+    logits: Float[Array, "rows vocab"], mask: UInt32[Array, "rows words"]
+) -> Float[Array, "rows vocab"]:
+    """Forbid the tokens whose bit is not set; bit i of word w is token 32 w + i."""
+    rows, vocab = logits.shape
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return jnp.where(bits.reshape(rows, -1)[:, :vocab] != 0, logits, _FORBIDDEN)
 
 
 def penalize(

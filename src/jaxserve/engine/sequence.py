@@ -8,6 +8,8 @@ from jaxserve.core.event import FinishReason, TokenLogprobs
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.core.view import SequenceView
 from jaxserve.engine.tokenizer import Detokenizer
+from jaxserve.grammar.compiler import PendingGrammar
+from jaxserve.grammar.matcher import Matcher
 
 
 class Phase(enum.Enum):
@@ -33,6 +35,9 @@ class SequenceState:
         prompt_len: Tokens of the prompt.
         seed_words: The seed as two 32-bit words.
         root_hash: Where its chain of prefix hashes begins.
+        grammar: The grammar of its output, perhaps still being compiled; None if it is free.
+        matcher: Where in that grammar it stands, once compiled. Kept through preemption; follows
+            the output tokens, so it would find its place again from them alone.
         token_ids: Prompt and committed output tokens.
         num_computed: Tokens whose keys and values are in the cache or on their way.
         num_in_flight: Sampled tokens that the host has not read yet.
@@ -58,6 +63,8 @@ class SequenceState:
     prompt_len: int
     seed_words: tuple[int, int]
     root_hash: PageHash
+    grammar: PendingGrammar | None = None
+    matcher: Matcher | None = None
     token_ids: list[int] = field(default_factory=list)
     phase: Phase = Phase.WAITING
     num_computed: int = 0

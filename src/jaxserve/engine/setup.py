@@ -20,6 +20,7 @@ from jaxserve.core.config import AttentionBackend, EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
+from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.runner import Runner, RunnerSpec
@@ -441,19 +442,23 @@ def assemble(
             max_mixed_prefill=mixed,
             ageing_s=options.priority_ageing_s,
         )
+    eos_ids = _eos_ids(model, tokenizer)
     engine = Engine(
         runner,
         scheduler,
         tokenizer=tokenizer,
         clock=clock,
         metrics=metrics,
-        eos_token_ids=_eos_ids(model, tokenizer),
+        eos_token_ids=eos_ids,
         max_num_batched_tokens=budget,
         max_num_queued_reqs=options.max_num_queued_reqs,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         overlap=options.async_scheduling,
         seed=config.model.seed,
         max_logprobs=max_logprobs,
+        constraints=make_constraints(
+            config.structured, tokenizer, vocab_size=vocab, eos_ids=eos_ids, metrics=metrics
+        ),
     )
     return Assembled(
         engine=engine,

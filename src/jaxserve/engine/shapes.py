@@ -31,6 +31,7 @@ FLAGS = (
     "any_filter",
     "any_penalty",
     "any_bias",
+    "any_mask",
     "any_logprobs",
     "any_top_logprobs",
 )
@@ -97,13 +98,28 @@ def _offsets(shape: StepShape) -> tuple[dict[str, tuple[int, int, tuple[int, ...
     return offsets, total
 
 
+def mask_words(vocab_size: int) -> int:
+    """Return the 32-bit words that hold one bit per token.
+
+    >>> mask_words(33)
+    2
+    """
+    return -(-vocab_size // 32)
+
+
 class PackedStep:
-    """Views into one host buffer, by field name; floats are views of the same bits."""
+    """Views into one host buffer, by field name; floats are views of the same bits.
+
+    Attributes:
+        mask: Tokens that each row may draw, one bit per token, (rows, words) uint32; None where no
+            row is constrained. Large, and in most steps absent, so not a part of the buffer.
+    """
 
     def __init__(self, shape: StepShape) -> None:
         """Allocate a buffer of zeros."""
         offsets, total = _offsets(shape)
         self.shape = shape
+        self.mask: np.ndarray | None = None
         self.buffer = np.zeros(total, np.int32)
         as_float = self.buffer.view(np.float32)
         self.fields = {

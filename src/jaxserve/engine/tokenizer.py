@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from jaxserve.core.config import ContentFormat
 from jaxserve.core.errors import (
     CheckpointError,
     ConfigError,
@@ -223,6 +224,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        content_format: ContentFormat = "auto",
     ) -> str:
         """Write a conversation as one prompt; see `ChatTemplate.render`.
 
@@ -230,9 +232,11 @@ class Tokenizer:
             messages: Messages with `role` and `content`.
             add_generation_prompt: End with what introduces the assistant's next message.
             continue_final_message: End within the last message instead.
-            tools: Function schemas that the model may call.
+            tools: Function schemas that the model may call; described in the system message where
+                the template knows none.
             chat_template: Name of a template of this model, or the text of another one.
             kwargs: Further variables for the template.
+            content_format: As a string, as parts, or as the template takes it.
 
         Returns:
             The prompt, special tokens included.
@@ -247,6 +251,8 @@ class Tokenizer:
             tools=tools,
             chat_template=chat_template,
             kwargs=kwargs,
+            content_format=content_format,
+            describe_tools=True,
         )
 
     def encode_chat(
@@ -258,6 +264,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        content_format: ContentFormat = "auto",
     ) -> list[int]:
         """Render a conversation and turn it into ids; nothing but the template adds BOS.
 
@@ -268,6 +275,7 @@ class Tokenizer:
             tools: As for `render_chat`.
             chat_template: As for `render_chat`.
             kwargs: As for `render_chat`.
+            content_format: As for `render_chat`.
 
         Returns:
             The ids of the prompt.
@@ -282,6 +290,7 @@ class Tokenizer:
             tools=tools,
             chat_template=chat_template,
             kwargs=kwargs,
+            content_format=content_format,
         )
         return self.encode(text, add_special_tokens=False)
 

@@ -38,6 +38,7 @@ GROUPS = {
     "cache": "key-value cache",
     "scheduler": "scheduling",
     "runner": "execution",
+    "structured": "structured outputs",
 }
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -229,7 +230,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse words with underscores for dashes; suggest a known flag for an unknown one."""
-    found, rest = parser.parse_known_args([_with_dashes(token) for token in argv])
+    words, dotted = _without_dotted(parser, [_with_dashes(token) for token in argv])
+    found, rest = parser.parse_known_args(words)
     unknown = next((token for token in rest if token.startswith("-")), None)
     if unknown is not None:
         name = unknown.split("=")[0]
@@ -237,14 +239,64 @@ def _parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[st
         parser.error(f"unknown flag {name!r}.{did_you_mean(name, known)}")
     if rest:
         parser.error(f"unexpected argument {rest[0]!r}; one model can be named")
-    return vars(found)
+    values = vars(found)
+    for name, keys in dotted.items():
+        values[name] = _merged(parser, name, values.get(name), keys)
+    return values
+
+
+def _without_dotted(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Take `--flag.key value` and `--flag.key=value` out of the words, for flags that hold JSON."""
+    flags = {name: flag.name for flag in iter_flags() if flag.kind == "json" for name in flag.names}
+    words: list[str] = []
+    dotted: dict[str, dict[str, Any]] = {}
+    rest = iter(argv)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        flag, dot, key = option.partition(".")
+        if not dot or flag not in flags:
+            words.append(word)
+            continue
+        if not equals:
+            value = next(rest, None)
+        if value is None:
+            parser.error(f"{option} needs a value")
+        place = dotted.setdefault(flags[flag], {})
+        *parents, last = key.replace("-", "_").split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = _json_or_text(value)
+    return words, dotted
+
+
+def _json_or_text(value: str) -> object:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _merged(
+    parser: argparse.ArgumentParser, name: str, text: object, keys: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Put single keys into the JSON object that the flag itself was given, if it was."""
+    try:
+        whole = _read_json(Flag(name=name, group="", kind="json"), "{}" if text is None else text)
+    except ConfigError as error:
+        parser.error(str(error))
+    return {**whole, **keys}
 
 
 def _with_dashes(token: str) -> str:
     if not token.startswith("--"):
         return token
     name, equals, value = token.partition("=")
-    return name.replace("_", "-") + equals + value
+    name, dot, key = name.partition(".")
+    return name.replace("_", "-") + dot + key + equals + value
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

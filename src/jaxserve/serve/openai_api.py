@@ -17,11 +17,8 @@ MAX_WARNED = 1000
 """Names to remember; a client that invents more is not worth a line each."""
 
 SILENT = frozenset(
-    {
-        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-        "parallel_tool_calls",
-    }
-)  # fmt: skip
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+)
 """Fields of the standard that change no answer of ours."""
 
 _warned: set[str] = set()
@@ -35,21 +32,19 @@ def _asks_for_tools(value: object) -> bool:
     return value not in (None, "none")
 
 
-def _asks_for_format(value: object) -> bool:
-    return value is not None and (not isinstance(value, dict) or value.get("type") != "text")
-
-
 def _asks_for_sound(value: object) -> bool:
     return value not in (None, ["text"])
 
 
 REFUSED = {
-    "tools": (_is_set, "tools are not supported"),
-    "tool_choice": (_asks_for_tools, "tools are not supported"),
-    "functions": (_is_set, "tools are not supported"),
-    "function_call": (_asks_for_tools, "tools are not supported"),
-    "response_format": (_asks_for_format, "only the format 'text' is supported"),
-    "structured_outputs": (_is_set, "structured outputs are not supported"),
+    "tools": (_is_set, "tools belong to /v1/chat/completions"),
+    "tool_choice": (_asks_for_tools, "tools belong to /v1/chat/completions"),
+    "functions": (_is_set, "use tools, which replaced it"),
+    "function_call": (_asks_for_tools, "use tool_choice, which replaced it"),
+    "guided_json": (_is_set, "use structured_outputs"),
+    "guided_regex": (_is_set, "use structured_outputs"),
+    "guided_choice": (_is_set, "use structured_outputs"),
+    "guided_grammar": (_is_set, "use structured_outputs"),
     "suffix": (bool, "the model does not fill in the middle"),
     "use_beam_search": (bool, "beam search is not supported"),
     "bad_words": (bool, "use logit_bias to forbid tokens"),
@@ -132,6 +127,8 @@ class GenerationBody(Body):
     priority: int = Field(default=0, ge=-(2**63), lt=2**63)
     cache_salt: str | None = None
     request_id: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -164,6 +161,10 @@ class ChatTemplateBody(Body):
     add_special_tokens: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    tools: list[dict[str, Any]] | None = None
 
 
 class ChatBody(ChatTemplateBody, GenerationBody):
@@ -173,6 +174,9 @@ class ChatBody(ChatTemplateBody, GenerationBody):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=-1)
     echo: bool = False
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
 
 class TokenizeBody(ChatTemplateBody):

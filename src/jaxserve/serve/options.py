@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxserve.core.config import EngineConfig, iter_options, option
+from jaxserve.core.config import ContentFormat, EngineConfig, iter_options, option
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.parsers.registry import reasoning_parser, tool_parser
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 LOG_LEVELS: tuple[str, ...] = typing.get_args(LogLevel)
@@ -142,6 +143,25 @@ class ApiOptions:
     default_chat_template_kwargs: Mapping[str, Any] | None = option(
         None, "JSON object of arguments for the chat template; those of a request win."
     )
+    chat_template_content_format: ContentFormat = option(
+        "auto",
+        "How message content reaches the chat template: string, openai (a list of parts), or auto, "
+        "which looks at the template.",
+    )
+    enable_auto_tool_choice: bool = option(
+        False, "Accepted for compatibility: the tool call parser alone lets the model call tools."
+    )
+    tool_call_parser: str | None = option(
+        None,
+        "Form of the model's tool calls: hermes (qwen), llama3_json (llama3), mistral, pythonic, "
+        "qwen3_coder (qwen3_xml), deepseek_v3, deepseek_v31, openai (gpt-oss). Requests with tools "
+        "need it.",
+    )
+    reasoning_parser: str | None = option(
+        None,
+        "Form of the model's reasoning, which is then reported apart from the answer: deepseek_r1, "
+        "qwen3, qwen3_thinking, glm45, mistral, openai_gptoss (gpt-oss) and others.",
+    )
     return_tokens_as_token_ids: bool = option(
         False, "Write tokens in log-probabilities as token_id:N."
     )
@@ -155,6 +175,19 @@ class ApiOptions:
     )
     disable_fastapi_docs: bool = option(False, "Do not serve /docs, /redoc and /openapi.json.")
     disable_page: bool = option(False, "Do not serve the chat page at / and what belongs to it.")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        tool_parser(self.tool_call_parser)
+        reasoning_parser(self.reasoning_parser)
+        known = typing.get_args(ContentFormat)
+        if self.chat_template_content_format not in known:
+            raise ConfigError(
+                f"chat_template_content_format must be one of {', '.join(known)}, got "
+                f"{self.chat_template_content_format!r}."
+            )
+        if self.enable_auto_tool_choice and tool_parser(self.tool_call_parser) is None:
+            raise ConfigError("enable_auto_tool_choice needs tool_call_parser; give both.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,8 @@ from jaxserve.core.event import (
     WeightSpan,
     extend_spans,
 )
+from jaxserve.parsers.base import Delta
+from jaxserve.parsers.reader import OutputReader
 from jaxserve.serve.errors import GenerationFailedError
 from jaxserve.serve.translate import Job
 
@@ -32,19 +34,25 @@ class Usage:
         prompt: Tokens of all prompts.
         cached: Those found in the prefix cache.
         completion: Tokens of all completions.
+        reasoning: Those of them that are reasoning; None without a reasoning parser.
     """
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    reasoning: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that clients know."""
+        details: dict[str, Any] = {}
+        if self.reasoning is not None:
+            details["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
         return {
             "prompt_tokens": self.prompt,
             "total_tokens": self.prompt + self.completion,
             "completion_tokens": self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            **details,
         }
 
 
@@ -59,6 +67,9 @@ class Choice:
         logprobs: Per token, if asked for.
         finish_reason: Why it ended.
         stop_reason: The stop string or id that ended it.
+        reader: Finds reasoning and tool calls; None where the text is the answer.
+        reasoning: Pieces of its reasoning.
+        calls: Its tool calls, as the schema wants them.
     """
 
     index: int
@@ -67,15 +78,47 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    reader: OutputReader | None = None
+    reasoning: list[str] = field(default_factory=list[str])
+    calls: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
-    def add(self, event: TokenEvent) -> None:
+    def read(self, event: TokenEvent) -> Delta:
+        """Sort the text of one event into reasoning, answer and calls."""
+        if self.reader is None:
+            return Delta(content=event.text)
+        delta = self.reader.push(event.text, len(event.token_ids))
+        if event.finish_reason is not None:
+            last = self.reader.finish()
+            delta.reasoning += last.reasoning
+            delta.content += last.content
+            delta.calls += last.calls
+        return delta
+
+    def ending(self, event: TokenEvent, *, is_named: bool) -> str | None:
+        """Return the finish reason to report: calls count unless the end came from outside."""
+        if event.finish_reason is None:
+            return None
+        has_calls = self.reader is not None and self.reader.num_calls > 0
+        if event.finish_reason is FinishReason.STOP and has_calls and not is_named:
+            return "tool_calls"
+        return event.finish_reason.value
+
+    def add(self, event: TokenEvent, *, is_named: bool = False) -> None:
         """Take in the news of one event."""
-        self.text.append(event.text)
+        delta = self.read(event)
+        self.text.append(delta.content)
+        self.reasoning.append(delta.reasoning)
+        for call in delta.calls:
+            if call.name is not None:
+                function = {"name": call.name, "arguments": call.arguments}
+                self.calls.append({"id": call.id, "type": "function", "function": function})
+            else:
+                self.calls[call.index]["function"]["arguments"] += call.arguments
         self.token_ids.extend(event.token_ids)
         if event.logprobs is not None:
             self.logprobs.extend(event.logprobs)
         if event.finish_reason is not None:
-            self.finish_reason = event.finish_reason.value
+            self.finish_reason = self.ending(event, is_named=is_named)
             self.stop_reason = event.stop_reason
 
 
@@ -213,11 +256,27 @@ class Answer:
 
     def __post_init__(self) -> None:
         """Prepare one empty choice per completion."""
-        self.choices = [Choice(index) for index in range(self.job.num_choices)]
+        plan = self.job.reader
+        self.choices = [
+            Choice(index, reader=None if plan is None else OutputReader(plan))
+            for index in range(self.job.num_choices)
+        ]
         self.usage = Usage(prompt=sum(len(r.prompt_token_ids) for r in self.job.requests))
         self.prompt_logprobs = {}
         self.weight_versions = {}
         self._cached = {}
+
+    def add(self, position: int, event: TokenEvent) -> None:
+        """Take in one event: its tokens for the usage, its text for its choice.
+
+        Args:
+            position: Which of the job's requests it belongs to.
+            event: The news.
+        """
+        plan = self.job.reader
+        choice = self.choices[position * self.job.n + event.index]
+        choice.add(event, is_named=plan is not None and plan.is_named)
+        self.count(position, event)
 
     def count(self, position: int, event: TokenEvent) -> None:
         """Add an event's tokens to the usage.
@@ -236,6 +295,9 @@ class Answer:
             self._cached[position] = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[position] = event.prompt_logprobs
+        if self.job.reader is not None and self.job.reader.reasoning is not None:
+            readers = [c.reader for c in self.choices if c.reader is not None]
+            self.usage.reasoning = sum(reader.num_reasoning_tokens for reader in readers)
 
     def version_fields(self, index: int) -> dict[str, Any]:
         """Return the spans of one completion, if they were asked for."""
@@ -266,7 +328,7 @@ def chat_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
         content = job.prefixes[0] + "".join(choice.text)
         entry: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": job.role, "content": content, "refusal": None},
+            "message": _message(job, choice, content),
             "logprobs": None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -283,6 +345,21 @@ def chat_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
         "system_fingerprint": FINGERPRINT,
     }
     return {**reply, **prompt_fields(answer, writer, 0)}
+
+
+def _message(job: Job, choice: Choice, content: str) -> dict[str, Any]:
+    """Return the message of a finished chat choice."""
+    message: dict[str, Any] = {"role": job.role, "content": content, "refusal": None}
+    if job.reader is None:
+        return message
+    reasoning = "".join(choice.reasoning)
+    if not content and (choice.calls or reasoning):
+        message["content"] = None
+    if choice.calls:
+        message["tool_calls"] = choice.calls
+    if job.reader.reasoning is not None:
+        message["reasoning"] = reasoning or None
+    return message
 
 
 def completion_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:

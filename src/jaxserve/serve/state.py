@@ -116,7 +116,7 @@ class ServerState:
             The events of each request; whoever gets them closes them.
 
         Raises:
-            RequestError: If one of them is refused; none runs then.
+            RequestError: If one of them is refused or its grammar does not compile; none runs then.
             CapacityError: If the queue is full; none runs then.
             EngineDeadError: If the engine has stopped.
         """
@@ -127,6 +127,8 @@ class ServerState:
                 source = EventSource(engine, request, self._open.discard)
                 self._open.add(source)
                 sources.append(source)
+            for request in job.requests:
+                await engine.grammar_ready(request)
         except BaseException:
             await close_all(sources)
             raise

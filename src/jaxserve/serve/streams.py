@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from jaxserve.core.event import TokenEvent, TokenLogprobs
+from jaxserve.parsers.base import Delta
+from jaxserve.parsers.reader import ReaderPlan
 from jaxserve.serve.errors import log_failure, problem_of
 from jaxserve.serve.replies import (
     FINGERPRINT,
@@ -31,13 +33,11 @@ async def gather(answer: Answer, sources: Sequence[EventSource]) -> None:
     Raises:
         GenerationFailedError: If the engine gave up on a completion.
     """
-    n = answer.job.n
     try:
         async with contextlib.aclosing(merge(sources)) as events:
             async for position, event in events:
                 check_event(event)
-                answer.count(position, event)
-                answer.choices[position * n + event.index].add(event)
+                answer.add(position, event)
     finally:
         await close_all(sources)
 
@@ -154,6 +154,8 @@ class _ChatChunks(_Chunks):
         }
 
     def chunk(self, position: int, event: TokenEvent) -> bytes | None:
+        if self.job.reader is not None:
+            return self._read_chunk(position, event, self.job.reader)
         self.answer.count(position, event)
         if self.is_plain and event.finish_reason is None:
             return self.write_plain(event.index, event.text) if event.text else None
@@ -170,6 +172,47 @@ class _ChatChunks(_Chunks):
         elif not event.text and not event.token_ids:
             return None
         return self.write(choice)
+
+    def _read_chunk(self, position: int, event: TokenEvent, plan: ReaderPlan) -> bytes | None:
+        """Write the chunks of an event whose text may be reasoning, answer or a call."""
+        state = self.answer.choices[event.index]
+        deltas = _deltas(state.read(event))
+        self.answer.count(position, event)
+        details: dict[str, Any] = {}
+        if self.job.num_top is not None and event.logprobs:
+            content = self.writer.chat(event.logprobs, self.job.num_top)
+            details["logprobs"] = {"content": content}
+        if self.job.return_token_ids:
+            details["token_ids"] = event.token_ids
+        if not deltas and (event.finish_reason is not None or details):
+            deltas = [{}]
+        choices = [{**self.choice(event.index, ""), "delta": delta} for delta in deltas]
+        if not choices:
+            return None
+        choices[0] |= details
+        if event.finish_reason is not None:
+            choices[-1]["finish_reason"] = state.ending(event, is_named=plan.is_named)
+            choices[-1]["stop_reason"] = event.stop_reason
+            choices[-1] |= self.answer.version_fields(event.index)
+        return b"".join(map(self.write, choices))
+
+
+def _deltas(news: Delta) -> list[dict[str, Any]]:
+    """Write what a piece of text has told as deltas of the chat schema, in order."""
+    deltas: list[dict[str, Any]] = []
+    if news.reasoning:
+        deltas.append({"reasoning": news.reasoning})
+    if news.content:
+        deltas.append({"content": news.content})
+    for call in news.calls:
+        entry: dict[str, Any] = {"index": call.index}
+        if call.name is not None:
+            entry |= {"id": call.id, "type": "function"}
+            entry["function"] = {"name": call.name, "arguments": call.arguments}
+        else:
+            entry["function"] = {"arguments": call.arguments}
+        deltas.append({"tool_calls": [entry]})
+    return deltas
 
 
 class _TextChunks(_Chunks):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.errors import RequestError
 from jaxserve.core.request import Request, RequestId, SamplingParams, new_request_id
+from jaxserve.core.structured import StructuredOutputsParams
+from jaxserve.parsers.reader import ReaderPlan
 from jaxserve.serve.openai_api import (
     ChatBody,
     ChatMessage,
@@ -18,6 +20,13 @@ from jaxserve.serve.openai_api import (
     TokenizeBody,
 )
 from jaxserve.serve.options import ApiOptions
+from jaxserve.serve.structure import (
+    check_template,
+    choice_of,
+    constraint_of,
+    reading,
+    template_kwargs,
+)
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
@@ -53,6 +62,7 @@ class Job:
         return_token_ids: Whether to report ids of prompt and completion.
         return_weight_versions: Whether to report which weights produced which tokens.
         tokens_as_ids: Whether tokens are written as token_id:N.
+        reader: How reasoning and tool calls are found in a chat's completions; None: not at all.
     """
 
     response_id: str
@@ -70,6 +80,7 @@ class Job:
     return_token_ids: bool = False
     return_weight_versions: bool = False
     tokens_as_ids: bool = False
+    reader: ReaderPlan | None = None
 
     @property
     def n(self) -> int:
@@ -149,6 +160,7 @@ async def completion_job(
         max_tokens=DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=prompt_logprobs,
+        structure=constraint_of(body),
     )
     requests: list[Request] = []
     prefixes: list[str] = []
@@ -196,14 +208,20 @@ async def chat_job(
     max_tokens = body.max_tokens
     if body.max_completion_tokens is not None:
         max_tokens = body.max_completion_tokens
+    choice = choice_of(body, options)
+    check_template(engine, body, choice, options)
+    prompt = await encode_chat(engine, body, options, tools=choice.mode != "none")
+    tokens = _truncated(engine, prompt, body)
+    reader, structure, keep_special = reading(engine, body, choice, tokens, options)
     sampling = _sampling(
         body,
         engine.default_sampling,
         max_tokens=max_tokens,
         logprobs=num_top,
         prompt_logprobs=body.prompt_logprobs,
+        structure=structure,
+        keep_special=keep_special,
     )
-    tokens = _truncated(engine, await encode_chat(engine, body, options), body)
     request = _request(engine, body, tokens, None, sampling, response_id)
     last = body.messages[-1]
     role = last.role if body.continue_final_message else options.response_role
@@ -215,6 +233,7 @@ async def chat_job(
         prefixes=(prefix,),
         role=role,
         num_top=num_top,
+        reader=reader,
         **_shared(body, options),
     )
 
@@ -274,6 +293,8 @@ def _sampling(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    structure: StructuredOutputsParams | None = None,
+    keep_special: bool = False,
 ) -> SamplingParams:
     cap = defaults.get("max_tokens")
     if cap is not None:
@@ -294,7 +315,8 @@ def _sampling(
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        skip_special_tokens=body.skip_special_tokens,
+        skip_special_tokens=body.skip_special_tokens and not keep_special,
+        structured_outputs=structure,
         spaces_between_special_tokens=body.spaces_between_special_tokens,
     )
 
@@ -376,8 +398,16 @@ def _truncated(engine: "AsyncLLM", tokens: list[int], body: GenerationBody) -> l
     return tokens[:keep] if body.truncation_side == "right" else tokens[-keep:]
 
 
-async def encode_chat(engine: "AsyncLLM", body: ChatTemplateBody, options: ApiOptions) -> list[int]:
+async def encode_chat(
+    engine: "AsyncLLM", body: ChatTemplateBody, options: ApiOptions, *, tools: bool = True
+) -> list[int]:
     """Turn messages into the ids of the prompt that the chat template makes of them.
+
+    Args:
+        engine: Whose tokenizer and template count.
+        body: The messages.
+        options: Settings of the server.
+        tools: Whether the model is told about the tools.
 
     Raises:
         RequestError: If the template is not trusted or refuses the messages.
@@ -395,14 +425,15 @@ async def encode_chat(engine: "AsyncLLM", body: ChatTemplateBody, options: ApiOp
         )
     messages = [message.model_dump(exclude_unset=True) for message in body.messages]
     generate = not body.continue_final_message and body.add_generation_prompt is not False
-    kwargs = {**(options.default_chat_template_kwargs or {}), **(body.chat_template_kwargs or {})}
 
     def render() -> list[int]:
         shared: dict[str, Any] = {
             "add_generation_prompt": generate,
             "continue_final_message": body.continue_final_message,
             "chat_template": body.chat_template,
-            "kwargs": kwargs,
+            "kwargs": template_kwargs(body, options),
+            "tools": body.tools if tools else None,
+            "content_format": options.chat_template_content_format,
         }
         if not body.add_special_tokens:
             return tokenizer_of(engine).encode_chat(messages, **shared)

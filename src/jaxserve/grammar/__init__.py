@@ -1,0 +1,1 @@
+"""Grammars: from a constraint on text to masks over the vocabulary."""

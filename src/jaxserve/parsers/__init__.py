@@ -1,0 +1,1 @@
+"""Parsers of what models write around their answers: reasoning and tool calls."""
