@@ -200,6 +200,23 @@ def test_live_numbers_say_that_the_server_stops(engine: AsyncLLM):
     assert len(json.dumps(live_numbers(state))) < 500, "polled every second, so it stays small"
 
 
+def test_live_numbers_say_that_the_engine_rests(engine: AsyncLLM):
+    state = ServerState(ServerConfig(), model="m", engine=engine)
+
+    async def rest() -> list[str]:
+        found = []
+        await engine.pause_generation()
+        found.append(live_numbers(state)["status"])
+        await engine.resume_generation()
+        await engine.sleep(1)
+        found.append(live_numbers(state)["status"])
+        await engine.wake_up()
+        found.append(live_numbers(state)["status"])
+        return found
+
+    assert asyncio.run(rest()) == ["paused", "sleeping", "ready"]
+
+
 @pytest.mark.parametrize(
     ("path", "status", "is_kept"),
     [

@@ -171,16 +171,18 @@ def _signpost(state: ServerState, root: str) -> dict[str, Any]:
 
 
 def _status(state: ServerState) -> str:
-    """Return `ready`, `loading`, `stopping` or `dead`."""
+    """Return `ready`, `loading`, `paused`, `sleeping`, `stopping` or `dead`."""
     if state.is_draining:
         return "stopping"
     try:
-        state.ready_engine()
+        engine = state.ready_engine()
     except CapacityError:
         return "loading"
     except EngineDeadError:
         return "dead"
-    return "ready"
+    if engine.is_sleeping():
+        return "sleeping"
+    return "paused" if engine.is_paused() else "ready"
 
 
 def live_numbers(state: ServerState) -> dict[str, Any]:

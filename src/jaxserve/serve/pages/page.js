@@ -9,6 +9,8 @@ import { browserStore, byId, make, number } from "./tools.js";
 const STATUS = {
   ready: "ready",
   loading: "loading the model",
+  paused: "paused",
+  sleeping: "asleep",
   stopping: "stopping",
   dead: "the engine has stopped",
   gone: "not reachable",
