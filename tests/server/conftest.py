@@ -69,6 +69,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 @pytest.fixture(scope="session")
 def ask(engine: AsyncLLM) -> Ask:
     """Send one request to the application; settings are the server's."""
+    return asking(engine)
+
+
+def asking(engine: AsyncLLM) -> Ask:
+    """Return a way to send one request to the application around an engine."""
 
     def send(
         path: str,

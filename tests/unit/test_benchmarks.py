@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import child, client, record, serving, structured
+from benchmarks import child, client, embeddings, record, serving, structured
 from benchmarks.child import Child, Load, PeerError
 from benchmarks.peers import protocol
 
@@ -50,6 +50,25 @@ def test_result_keys_are_those_of_the_field() -> None:
     assert keys["max_concurrent_requests"] == 2
     for label in ("Successful requests:", "Mean TTFT (ms):", "P99 ITL (ms):"):
         assert label in client.report(keys)
+
+
+def test_texts_to_embed_are_repeatable_and_of_mixed_lengths() -> None:
+    texts = embeddings.mixed_texts(200, seed=1)
+    assert texts == embeddings.mixed_texts(200, seed=1)
+    lengths = sorted(len(text.split()) for text in texts)
+    assert 3 <= lengths[0] < 15 < lengths[100] < 35 < lengths[-1] <= 200
+
+
+def test_sides_that_did_not_do_the_same_work_are_found() -> None:
+    ours = {"compilations": 0, "first": [0.0, 1.0], "tokens": 5}
+    embeddings.check({"jaxserve": [ours], "transformers": [{"first": [0.0, 1.0], "tokens": 5}]})
+    for wrong in (
+        {"jaxserve": [ours | {"compilations": 1}]},
+        {"jaxserve": [ours], "transformers": [{"first": [0.0, 0.9], "tokens": 5}]},
+        {"jaxserve": [ours], "transformers": [{"first": [0.0, 1.0], "tokens": 6}]},
+    ):
+        with pytest.raises(AssertionError):
+            embeddings.check(wrong)
 
 
 def test_failed_requests_are_counted_and_named() -> None:

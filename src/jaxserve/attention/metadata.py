@@ -54,6 +54,20 @@ class CausalPlan:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedPlan:
+    """Attention in both directions over `[batch, time]`, padded on the right; differentiable.
+
+    Attributes:
+        lengths: Tokens of each row; at least 1.
+        backend: Which implementation runs.
+    """
+
+    lengths: Int[Array, " batch"]
+    backend: Backend = dataclasses.field(default="xla", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
     """Attention of one step against the key-value cache.
 

@@ -47,6 +47,21 @@ def causal(
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
 
 
+def padded(
+    q: Float[Array, "batch time heads head_dim"],
+    k: Float[Array, "batch time heads head_dim"],
+    v: Float[Array, "batch time heads head_dim"],
+    seen: Bool[Array, "batch time"],
+    *,
+    rule: ScoreRule,
+) -> Float[Array, "batch time heads head_dim"]:
+    """Attention of every token to every key that may be seen; differentiable."""
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None, :], rule.scores(scores), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
 def begin(shape: tuple[int, ...]) -> State:
     """Return the state of queries `[..., head_dim]` that have seen no key."""
     return (

@@ -53,7 +53,7 @@ def pull(argv: Sequence[str]) -> int:
     """
     parser = _Parser(prog="jaxserve pull", description="Download a model.")
     parser.add_argument(
-        "name", metavar="NAME", help="smollm2-135m-instruct, or org/name on the hub"
+        "name", metavar="NAME", help="a name that `jaxserve models` lists, or org/name on the hub"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(

@@ -20,6 +20,7 @@ KvLayout = Literal["auto", "slots", "pages"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 ContentFormat = Literal["auto", "string", "openai"]
 GrammarBackend = Literal["auto", "llguidance", "guidance", "none"]
+RunnerType = Literal["auto", "generate", "pooling"]
 
 
 def option(
@@ -290,6 +291,28 @@ def _foreign_backend(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingOptions:
+    """Embeddings and scores."""
+
+    runner: RunnerType = option(
+        "auto",
+        "What the model is used for: generate, pooling (embeddings and scores), or auto: all that "
+        "it can do. Encoders such as BERT can only pool.",
+    )
+    pooler_config: Mapping[str, Any] | None = option(
+        None,
+        "JSON object that overrides how states are pooled: pooling_type (mean, last, cls or max) "
+        "and normalize (true or false). Default: as the model's files say; else the last state of "
+        "a decoder or the mean of an encoder, normalised.",
+        "override-pooler-config",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _one_of(self, runner=RunnerType)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to know besides the weights."""
 
@@ -298,6 +321,7 @@ class EngineConfig:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     structured: StructuredOptions = field(default_factory=StructuredOptions)
+    pooling: PoolingOptions = field(default_factory=PoolingOptions)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":

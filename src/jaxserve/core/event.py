@@ -4,6 +4,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 
 class FinishReason(enum.StrEnum):
     """Why a completion ended."""
@@ -110,6 +112,7 @@ class TokenEvent:
         weight_version: Version of the weights that produced the tokens; empty without tokens.
         metrics: Times, on the last event.
         error: What went wrong, when `finish_reason` is ERROR.
+        pooled: The pooled state of the prompt, float32, on the last event, if asked for.
     """
 
     request_id: str
@@ -125,6 +128,7 @@ class TokenEvent:
     weight_version: str = ""
     metrics: RequestMetrics | None = None
     error: str | None = None
+    pooled: np.ndarray | None = None
 
 
 @dataclass(slots=True, kw_only=True)

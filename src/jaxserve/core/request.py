@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NewType
 
 from jaxserve.core.errors import RequestError
+from jaxserve.core.pooling import PoolingType
 from jaxserve.core.structured import StructuredOutputsParams
 
 RequestId = NewType("RequestId", str)
@@ -248,6 +249,8 @@ class Request:
         output_token_ids: Output that an interrupted run of the same request has generated already.
             The completion goes on behind it as if it had never been interrupted; events hold only
             what is new.
+        pooling: What to make of the prompt's states ("mean" or "last") instead of a completion;
+            None completes the prompt.
     """
 
     request_id: RequestId
@@ -258,3 +261,4 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     output_token_ids: tuple[int, ...] = ()
+    pooling: PoolingType | None = None

@@ -11,13 +11,24 @@ import jax
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import EngineDeadError, RequestError
 from jaxserve.core.event import CompletionOutput, FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.controls import AsyncControls
+from jaxserve.engine.encoder_host import EncoderSource, decoder_host, open_host
 from jaxserve.engine.host import EngineHost, Progress, Prompt
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.pooling import (
+    KEEP_WHOLE,
+    TextPooling,
+    Truncation,
+    as_prompts,
+    as_texts,
+    require_task,
+)
 from jaxserve.engine.setup import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.bert_config import BertConfig
 from jaxserve.models.config import ModelConfig
 
 
@@ -65,7 +76,7 @@ class AsyncLLM(AsyncControls):
 
     def __init__(
         self,
-        model: ModelSource,
+        model: ModelSource | EncoderSource,
         *,
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
@@ -76,7 +87,7 @@ class AsyncLLM(AsyncControls):
         **settings: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
         """Load, warm up, start the engine's thread."""
-        self._host = EngineHost(
+        self._loaded = open_host(
             model,
             tokenizer=tokenizer,
             config=config,
@@ -90,49 +101,139 @@ class AsyncLLM(AsyncControls):
         self.is_ready = True
 
     @property
+    def _host(self) -> EngineHost:
+        """The engine of a decoder."""
+        return decoder_host(self._loaded)
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """What the model is used for: `generate`, `pooling`, or both."""
+        return self._loaded.tasks
+
+    def require(self, task: str) -> None:
+        """Check that the model is used for a task, `generate` or `pooling`.
+
+        Raises:
+            RequestError: If it is not.
+        """
+        require_task(self.tasks, task)
+
+    @property
+    def pooling(self) -> TextPooling:
+        """What embeds and scores.
+
+        Raises:
+            RequestError: If the model is used for generation only.
+        """
+        require_task(self.tasks, "pooling")
+        return self._loaded.pooling
+
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncation: Truncation = KEEP_WHOLE,
+        add_special_tokens: bool = True,
+        priority: int = 0,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embed texts; see `LLM.embed`. Cancelling drops what has not been started.
+
+        Args:
+            prompts: One prompt or many.
+            dimensions: Length to cut vectors to.
+            normalize: Whether to bring them to length 1; None does as the model's files say.
+            truncation: What happens to texts that are too long.
+            add_special_tokens: Add what the model expects around a text.
+            priority: Lower is served first, under the `priority` policy.
+
+        Raises:
+            RequestError: If a prompt cannot be served.
+            CapacityError: If too many requests are under way.
+            EngineDeadError: If the engine has stopped or failed at this request.
+        """
+        pooling = self.pooling
+        pooling.check_embeds()
+        pooling.check_dimensions(dimensions)
+        texts = await asyncio.to_thread(
+            pooling.read, as_prompts(prompts), truncation, add_special_tokens=add_special_tokens
+        )
+        vectors = await asyncio.wrap_future(pooling.pooler.submit(texts, priority=priority))
+        return pooling.embeddings(texts, vectors, dimensions=dimensions, normalize=normalize)
+
+    async def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        truncation: Truncation = KEEP_WHOLE,
+        priority: int = 0,
+    ) -> list[ScoringRequestOutput]:
+        """Score pairs of texts; see `LLM.score`. Cancelling drops what has not been started.
+
+        Args:
+            data_1: One text, or as many as `data_2`.
+            data_2: The texts to compare with.
+            truncation: What happens to texts that are too long.
+            priority: Lower is served first, under the `priority` policy.
+
+        Raises:
+            RequestError: If a text cannot be served.
+            CapacityError: If too many requests are under way.
+            EngineDeadError: If the engine has stopped or failed at this request.
+        """
+        pooling = self.pooling
+        pooling.check_scores()
+        first, second = as_texts(data_1), as_texts(data_2)
+        texts = await asyncio.to_thread(pooling.read_scored, first, second, truncation)
+        vectors = await asyncio.wrap_future(pooling.pooler.submit(texts, priority=priority))
+        return pooling.scores(first, second, texts, vectors)
+
+    @property
     def model_name(self) -> str:
         """What the model is called."""
-        return self._host.name
+        return self._loaded.name
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, if there is one."""
-        return self._host.tokenizer
+        return self._loaded.tokenizer
 
     @property
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> ModelConfig | BertConfig:
         """The model's shape."""
-        return self._host.model_config
+        return self._loaded.model_config
 
     @property
     def config(self) -> EngineConfig:
         """Settings with every "auto" resolved."""
-        return self._host.config
+        return self._loaded.config
 
     @property
     def max_model_len(self) -> int:
         """Most tokens of prompt and output together."""
-        return self._host.max_model_len
+        return self._loaded.max_model_len
 
     @property
     def vocab_size(self) -> int:
         """Rows of the model's embedding."""
-        return self._host.model_config.vocab_size
+        return self._loaded.model_config.vocab_size
 
     @property
     def metrics(self) -> EngineMetrics:
         """Counters of the engine."""
-        return self._host.metrics
+        return self._loaded.metrics
 
     @property
     def default_sampling(self) -> dict[str, Any]:
         """Sampling defaults of the model, as keyword arguments of `SamplingParams`."""
-        return dict(self._host.default_sampling)
+        return dict(self._loaded.default_sampling)
 
     @property
     def num_unfinished(self) -> int:
         """Completions under way."""
-        return self._host.engine.num_unfinished
+        return self._loaded.num_unfinished
 
     @property
     def num_free_pages(self) -> int:
@@ -155,6 +256,7 @@ class AsyncLLM(AsyncControls):
         output_token_ids: Sequence[int] = (),
     ) -> Request:
         """Turn a prompt into a request; see `EngineHost.make_request`."""
+        self.require("generate")
         return self._host.make_request(
             prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt,
             output_token_ids=output_token_ids,
@@ -269,7 +371,7 @@ class AsyncLLM(AsyncControls):
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` if the engine has stopped."""
-        self._host.check_health()
+        self._loaded.check_health()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is under way.
@@ -280,12 +382,12 @@ class AsyncLLM(AsyncControls):
         Returns:
             Whether everything has ended.
         """
-        return await asyncio.to_thread(self._host.thread.drain, timeout_s)
+        return await asyncio.to_thread(self._loaded.drain, timeout_s)
 
     def close(self) -> None:
         """Abort what is under way and free the cache."""
         self.is_ready = False
-        self._host.close()
+        self._loaded.close()
 
 
 def empty_output(request: Request) -> RequestOutput:

@@ -14,7 +14,10 @@ from jaxserve.models.hub import resolve_model
 class _Levers:
     """What both faces do before they wait."""
 
-    _host: EngineHost
+    @property
+    def _host(self) -> EngineHost:
+        """The engine of a decoder."""
+        raise NotImplementedError
 
     def get_weight_version(self) -> str:
         """Return the version of the weights being served; "0" until they are changed."""

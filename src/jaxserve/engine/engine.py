@@ -31,6 +31,7 @@ from jaxserve.engine.inbox import Inbox, Sink
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.logprobs import HostLogprobs
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.pooled import Pooled, chunk_bounds, collect
 from jaxserve.engine.runner import Runner, StepResult
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.sequence import Phase, SequenceState
@@ -64,6 +65,7 @@ class _Pending:
     wants_logprobs: bool
     wants_candidates: bool
     prompt_scores: list[tuple[Item, Sampled]] = field(default_factory=list)
+    pooled: Pooled | None = None
 
 
 class Engine(Inbox):
@@ -312,6 +314,8 @@ class Engine(Inbox):
         """Find cached pages for a waiting sequence; at least one token is left to compute."""
         if not self._caching or sequence.wants_prompt_logprobs:
             return []
+        if sequence.request.pooling == "mean":
+            return []  # the cache holds keys and values, not the states to be summed
         self._hash(sequence)
         usable = (len(sequence.token_ids) - 1) // self.pool.page_size
         return self.pool.match(sequence.hashes[:usable])
@@ -359,6 +363,9 @@ class Engine(Inbox):
             wants_logprobs=bool(packed.fields["any_logprobs"]),
             wants_candidates=bool(packed.fields["any_top_logprobs"]),
         )
+        bounds = chunk_bounds(items, self.runner.spec.max_num_seqs)
+        if bounds is not None:
+            pending.pooled = self.runner.pool(pending.result.hidden, *bounds)
         for item in items:
             self._advance(item, pending)
         for sequence, problem in stuck:
@@ -473,6 +480,7 @@ class Engine(Inbox):
         sequence.is_stale = False
         sequence.num_computed = len(pages) * self.pool.page_size
         sequence.prompt_logprobs = []
+        sequence.pooled = None
         del self._waiting[sequence.seq_id]
         if pages and not self.runner.spec.use_pages:
             self.runner.load_pages([(row, block, page) for block, page in enumerate(pages)])
@@ -610,12 +618,17 @@ class Engine(Inbox):
             logprobs = HostLogprobs(sampled, with_candidates=pending.wants_candidates)
         for item, scores in pending.prompt_scores:
             self._commit_prompt_scores(item, scores)
+        if pending.pooled is not None:
+            self._commit_pooled(pending.items, pending.pooled)
         now = self._clock.now()
         for item in pending.items:
             sequence = item.sequence
             if not item.is_sampled or sequence.phase is Phase.FINISHED:
                 continue
             sequence.num_in_flight -= 1
+            if sequence.request.pooling is not None:
+                self._send(sequence, reason=FinishReason.STOP, pooled=sequence.pooled)
+                continue
             token = int(tokens[item.row])
             entry = None
             if logprobs is not None and sequence.sampling.logprobs is not None:
@@ -690,6 +703,13 @@ class Engine(Inbox):
                 index = item.prefill_start + offset
                 sequence.prompt_logprobs.append(host.entry(index, token, wanted, self._decoded))
 
+    def _commit_pooled(self, items: Sequence[Item], pooled: Pooled) -> None:
+        for item in items:
+            sequence = item.sequence
+            is_chunk = sequence.request.pooling is not None and item.prefill_start >= 0
+            if is_chunk and sequence.phase is not Phase.FINISHED:
+                collect(sequence, item, pooled)
+
     def _decoded(self, token: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token)
 
@@ -703,6 +723,7 @@ class Engine(Inbox):
         reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        pooled: np.ndarray | None = None,
     ) -> None:
         state = self._requests[sequence.request.request_id]
         prompt_logprobs = None
@@ -724,6 +745,7 @@ class Engine(Inbox):
             weight_version=self.weight_version if token_ids else "",
             metrics=times,
             error=error,
+            pooled=pooled,
         )
         self._events.append((state.sink, event))
 

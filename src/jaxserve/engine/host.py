@@ -1,5 +1,6 @@
 """What the synchronous and the asynchronous face share: a loaded engine on its thread."""
 
+import functools
 import logging
 import operator
 import sys
@@ -15,14 +16,17 @@ from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, RequestId, SamplingParams, new_request_id
+from jaxserve.engine.decoder_pooling import DecoderPooler
 from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.loop import EngineThread
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.pooling import TextPooling
 from jaxserve.engine.profiling import Profiler
 from jaxserve.engine.setup import ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.pooling import read_pooling
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +89,7 @@ class EngineHost:
         # Not kept whole: it holds the first weights, which an update lets go.
         self.engine = made.engine
         self.name = made.model.name
+        self._path = made.model.path
         self.tokenizer = made.tokenizer
         self.model_config: ModelConfig = made.model.config
         self.graph = made.model.graph
@@ -95,6 +100,8 @@ class EngineHost:
         self.thread = EngineThread(self.engine)
         self.lifecycle = Lifecycle(self.engine, self.thread.call)
         self.profiler = Profiler()
+        if self.config.pooling.pooler_config or self.config.pooling.runner == "pooling":
+            _ = self.pooling  # so that a wrong setting is found now
 
     def _warm_up(self, on_progress: Progress | None) -> None:
         runner, mode = self.engine.runner, self.config.runner.warmup
@@ -118,6 +125,40 @@ class EngineHost:
     def is_warm(self) -> bool:
         """Whether every program has been compiled."""
         return self.engine.runner.is_sealed
+
+    @property
+    def num_unfinished(self) -> int:
+        """Completions under way."""
+        return self.engine.num_unfinished
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """What the model is used for: `generate`, `pooling`, or both."""
+        runner = self.config.pooling.runner
+        return frozenset({"generate", "pooling"} if runner == "auto" else {runner})
+
+    @functools.cached_property
+    def pooling(self) -> TextPooling:
+        """Embeds and scores with the states of the served model.
+
+        Raises:
+            ConfigError: If the setting `pooler_config` asks for what a decoder cannot do.
+        """
+        how = read_pooling(self._path, default="last")
+        how = how.with_overrides(self.config.pooling.pooler_config)
+        pooler = DecoderPooler(
+            self.thread,
+            self.clock,
+            how,
+            model_config=self.model_config,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.engine.runner.spec.max_num_seqs,
+        )
+        return TextPooling(pooler, self.tokenizer)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is under way; see `EngineThread.drain`."""
+        return self.thread.drain(timeout_s)
 
     @property
     def metrics(self) -> EngineMetrics:

@@ -8,6 +8,7 @@ from jaxserve.cache.pages import salt_hash
 from jaxserve.core.errors import RequestError
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.constraints import Constraints
+from jaxserve.engine.pooled import check_pooling
 from jaxserve.engine.runner import RunnerSpec
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
@@ -55,7 +56,7 @@ class Intake:
         Raises:
             RequestError: With the name of the field to blame.
         """
-        self._check_prompt(request.prompt_token_ids)
+        self._check_prompt(request)
         self._check_output(request)
         self._check_tokens(request.sampling)
         self._check_logprobs(request.sampling)
@@ -69,10 +70,13 @@ class Intake:
             raise RequestError("stop strings need a tokenizer.", param="stop")
         self._constraints.begin(request.sampling)
 
-    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+    def _check_prompt(self, request: Request) -> None:
+        token_ids = request.prompt_token_ids
         if not token_ids:
             raise RequestError("the prompt is empty; give at least one token.", param="prompt")
-        if len(token_ids) >= self._max_len:
+        if request.pooling is not None:
+            check_pooling(request, self._max_len)
+        elif len(token_ids) >= self._max_len:
             raise RequestError(
                 f"this engine's maximum context length is {self._max_len} tokens, but the prompt "
                 f"has {len(token_ids)}, which leaves no room for an output token. Shorten the "
@@ -168,6 +172,8 @@ class Intake:
         limit = self._max_len
         if sampling.max_tokens is not None:
             limit = min(limit, prompt_len + sampling.max_tokens)
+        if request.pooling is not None:
+            limit = prompt_len + 1  # ends with its prompt
         if sampling.seed is None:
             seed = int(self._rng.integers(0, 2**63))
         else:

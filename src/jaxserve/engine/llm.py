@@ -14,19 +14,33 @@ from tqdm.auto import tqdm
 from jaxserve.core.config import ContentFormat, EngineConfig
 from jaxserve.core.errors import EngineDeadError, RequestError
 from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.async_engine import empty_output
 from jaxserve.engine.controls import Controls
+from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
 from jaxserve.engine.host import EngineHost, Prompt
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.pooling import (
+    PooledText,
+    TextPooling,
+    Truncation,
+    as_prompts,
+    as_texts,
+    require_task,
+)
 from jaxserve.engine.scoring import ForwardOutput, Hook, forward, token_logprobs
 from jaxserve.engine.setup import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.bert_config import BertConfig
 from jaxserve.models.config import ModelConfig
 
 Message = Mapping[str, Any]
 """One chat message: `role`, `content`."""
+
+_TEXTS_AT_ONCE = 1024
+"""Texts handed over together; the progress bar moves when all of them are done."""
 
 
 class LLM(Controls):
@@ -51,7 +65,7 @@ class LLM(Controls):
 
     def __init__(
         self,
-        model: ModelSource = "smollm2-135m-instruct",
+        model: ModelSource | EncoderSource = "smollm2-135m-instruct",
         *,
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
@@ -63,7 +77,7 @@ class LLM(Controls):
         """Load the model; steps are compiled at first use unless `warmup="full"` is given."""
         if config is None:
             settings = {"warmup": "lazy", **settings}
-        self._host = EngineHost(
+        self._loaded = open_host(
             model,
             tokenizer=tokenizer,
             config=config,
@@ -72,6 +86,11 @@ class LLM(Controls):
             progress=use_tqdm,
             **settings,
         )
+
+    @property
+    def _host(self) -> EngineHost:
+        """The engine of a decoder."""
+        return decoder_host(self._loaded)
 
     # Generating --------------------------------------------------------------------------------
 
@@ -98,7 +117,8 @@ class LLM(Controls):
             RequestError: If a prompt or parameter cannot be served; nothing is run then.
             EngineDeadError: If the engine failed.
         """
-        listed = _as_prompts(prompts)
+        require_task(self._loaded.tasks, "generate")
+        listed = as_prompts(prompts)
         params = _spread(sampling_params, len(listed), "sampling_params")
         priorities = _spread(priority, len(listed), "priority")
         requests = [
@@ -142,6 +162,7 @@ class LLM(Controls):
         Raises:
             RequestError: If there is no template, or it refuses the messages.
         """
+        require_task(self._loaded.tasks, "generate")
         tokenizer = self.get_tokenizer()
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         many = cast(Sequence[Sequence[Message]], [messages] if is_one else messages)
@@ -176,6 +197,7 @@ class LLM(Controls):
             RequestError: If it can never be served.
             EngineDeadError: If the engine failed.
         """
+        require_task(self._loaded.tasks, "generate")
         request = self._host.make_request(prompt, sampling_params)
         self._compile_grammars([request])
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
@@ -230,6 +252,95 @@ class LLM(Controls):
             raise
         return [outputs[request.request_id] for request in requests]
 
+    # Embedding and scoring -----------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Turn texts into vectors: pooled states of an encoder, or of the decoder being served.
+
+        Args:
+            prompts: One prompt or many; a prompt is a string, a list of token ids, or a mapping.
+            use_tqdm: Whether to show a progress bar.
+            truncate_prompt_tokens: Longer texts are cut to so many tokens; -1 to as many as the
+                model takes; None refuses texts that are too long.
+            dimensions: Length to cut vectors to, for models made for that.
+            normalize: Whether to bring vectors to length 1; None does as the model's files say.
+
+        Returns:
+            One output per prompt, in the order of the prompts; `.outputs.embedding` is the vector.
+
+        Raises:
+            RequestError: If a prompt cannot be served; nothing is run then.
+            EngineDeadError: If the engine failed.
+        """
+        pooling = self._pooling()
+        pooling.check_embeds()
+        pooling.check_dimensions(dimensions)
+        texts = pooling.read(as_prompts(prompts), Truncation(limit=truncate_prompt_tokens))
+        vectors = self._pool(pooling, texts, "Embedding", use_tqdm=use_tqdm)
+        return pooling.embeddings(texts, vectors, dimensions=dimensions, normalize=normalize)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """Say how well texts go together: by a cross-encoder's head, else the cosine of vectors.
+
+        Args:
+            data_1: One text, or as many as `data_2`.
+            data_2: The texts that it is, or they are, compared with.
+            use_tqdm: Whether to show a progress bar.
+            truncate_prompt_tokens: As for `embed`; a cross-encoder cuts the longer text of a pair.
+
+        Returns:
+            One output per text of `data_2`; `.outputs.score` is the score.
+
+        Raises:
+            RequestError: If a text cannot be served; nothing is run then.
+            EngineDeadError: If the engine failed.
+        """
+        pooling = self._pooling()
+        pooling.check_scores()
+        first, second = as_texts(data_1), as_texts(data_2)
+        texts = pooling.read_scored(first, second, Truncation(limit=truncate_prompt_tokens))
+        vectors = self._pool(pooling, texts, "Scoring", use_tqdm=use_tqdm)
+        return pooling.scores(first, second, texts, vectors)
+
+    def _pooling(self) -> TextPooling:
+        require_task(self._loaded.tasks, "pooling")
+        return self._loaded.pooling
+
+    def _pool(
+        self, pooling: TextPooling, texts: Sequence[PooledText], verb: str, *, use_tqdm: bool
+    ) -> list[np.ndarray]:
+        futures = [
+            pooling.pooler.submit(texts[start : start + _TEXTS_AT_ONCE])
+            for start in range(0, len(texts), _TEXTS_AT_ONCE)
+        ]
+        vectors: list[np.ndarray] = []
+        try:
+            with tqdm(total=len(texts), desc=verb, unit="text", disable=not use_tqdm) as bar:
+                for future in futures:
+                    vectors += future.result()
+                    bar.update(len(vectors) - bar.n)
+        except BaseException:
+            # Also KeyboardInterrupt: the engine goes on, free of what nobody waits for.
+            for future in futures:
+                future.cancel()
+            raise
+        return vectors
+
     # Looking inside ----------------------------------------------------------------------------
 
     @property
@@ -239,7 +350,9 @@ class LLM(Controls):
         Raises:
             RequestError: While they are asleep.
         """
-        return self._host.engine.runner.params
+        if isinstance(self._loaded, EncoderHost):
+            return self._loaded.runner.params
+        return self._loaded.engine.runner.params
 
     def logprobs(
         self,
@@ -294,19 +407,19 @@ class LLM(Controls):
     # Odds and ends -----------------------------------------------------------------------------
 
     @property
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> ModelConfig | BertConfig:
         """The model's shape."""
-        return self._host.model_config
+        return self._loaded.model_config
 
     @property
     def config(self) -> EngineConfig:
         """Settings with every "auto" resolved."""
-        return self._host.config
+        return self._loaded.config
 
     @property
     def metrics(self) -> EngineMetrics:
         """Counters of the engine."""
-        return self._host.metrics
+        return self._loaded.metrics
 
     @property
     def host(self) -> EngineHost:
@@ -319,9 +432,9 @@ class LLM(Controls):
         Raises:
             RequestError: If the model has none.
         """
-        if self._host.tokenizer is None:
+        if self._loaded.tokenizer is None:
             raise RequestError("this model has no tokenizer; pass tokenizer= to LLM.")
-        return self._host.tokenizer
+        return self._loaded.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters of a call that gives none."""
@@ -329,7 +442,7 @@ class LLM(Controls):
 
     def close(self) -> None:
         """Stop the engine and free the cache; live parameters stay untouched."""
-        self._host.close()
+        self._loaded.close()
 
     def __enter__(self) -> Self:
         """Return the engine itself."""
@@ -343,16 +456,6 @@ class LLM(Controls):
     ) -> None:
         """Close."""
         self.close()
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    listed = list(prompts)
-    is_one = bool(listed) and not isinstance(listed[0], str | Mapping | Sequence | np.ndarray)
-    if is_one:
-        return [prompts]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
 
 
 def _spread[T](value: T | Sequence[T] | None, count: int, name: str) -> list[T | None]:

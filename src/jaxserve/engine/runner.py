@@ -1,11 +1,10 @@
 """Runs steps on the device: owns the compiled programs, the cache buffers and the row state."""
 
-import contextlib
 import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.attention.metadata import AttentionPlan, Backend
@@ -22,6 +20,8 @@ from jaxserve.cache import buffers
 from jaxserve.cache.buffers import KvBuffers
 from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import JaxserveError, RequestError
+from jaxserve.engine.compiling import persistent_cache
+from jaxserve.engine.pooled import Pooled, pool_chunks
 from jaxserve.engine.sampler import RowState, Sampled, SamplingInputs, report, sample
 from jaxserve.engine.shapes import (
     FLAGS,
@@ -216,6 +216,7 @@ class Runner:
         if self.slots and self.pages:
             todo[:0] = [self._save_program, self._load_program]
         todo += [self._row_program, self._move_row_program, self._prompt_logprob_program]
+        todo += [self._pool_program]
         return todo
 
     def choose_shape(self, *, rows: int, prefill: int) -> StepShape:
@@ -238,28 +239,6 @@ class Runner:
         ]
         return min(ready, key=lambda shape: shape.num_tokens, default=exact)
 
-    @contextlib.contextmanager
-    def _persistent_cache(self) -> Generator[None]:
-        """Use our compile cache for these compilations only, unless the user set one up."""
-        if self._cache_dir is None or jax.config.jax_compilation_cache_dir:
-            yield
-            return
-        names = (
-            "jax_compilation_cache_dir",
-            "jax_persistent_cache_min_compile_time_secs",
-            "jax_persistent_cache_min_entry_size_bytes",
-        )
-        before = {name: getattr(jax.config, name) for name in names}
-        for name, value in zip(names, (self._cache_dir, 0.0, -1), strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-
     def _program(
         self, key: object, fn: Callable[..., Any], donate: Sequence[int], *args: object
     ) -> Callable[..., Any]:
@@ -274,7 +253,7 @@ class Runner:
                 start = time.perf_counter()
                 with jax.default_matmul_precision(self.spec.matmul_precision):
                     lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
-                with self._persistent_cache():
+                with persistent_cache(self._cache_dir):
                     program = lowered.compile()
                 self._programs[key] = program
                 self._on_compile(time.perf_counter() - start)
@@ -347,6 +326,12 @@ class Runner:
             self._spec(()),
         )
 
+    def _pool_program(self) -> Callable[..., Any]:
+        size = self.spec.shapes.prefill_buckets[-1]
+        hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
+        chunks = [self._spec((self.spec.max_num_seqs,))] * 2
+        return self._program("pool", pool_chunks, (), hidden, *chunks)
+
     def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
@@ -413,6 +398,19 @@ class Runner:
         return self._prompt_logprob_program()(
             self._params, hidden, self._put(targets.astype(np.int32)), self._put(count)
         )
+
+    def pool(self, hidden: jax.Array, start: np.ndarray, count: np.ndarray) -> Pooled:
+        """Sum the hidden states of chunks of a step's prefill tokens.
+
+        Args:
+            hidden: Hidden states of the prefill tokens.
+            start: Where each row's chunk begins among them.
+            count: Its tokens; 0 for a row without one.
+
+        Returns:
+            Sums and last states per row, float32.
+        """
+        return self._pool_program()(hidden, self._put(start), self._put(count))
 
     def _batches(
         self, moves: Sequence[tuple[int, int, int]]

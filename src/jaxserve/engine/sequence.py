@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxserve.cache.pages import PageHash
 from jaxserve.core.event import FinishReason, TokenLogprobs
 from jaxserve.core.request import Request, SamplingParams
@@ -51,6 +53,7 @@ class SequenceState:
         num_preemptions: How often it lost its pages.
         prompt_logprobs: Log-probabilities of prompt tokens, as far as computed.
         are_prompt_logprobs_sent: Whether they have been handed out.
+        pooled: What has been gathered for a prompt that is pooled.
     """
 
     seq_id: int
@@ -79,6 +82,7 @@ class SequenceState:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     are_prompt_logprobs_sent: bool = False
+    pooled: np.ndarray | None = None
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None

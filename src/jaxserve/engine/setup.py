@@ -434,7 +434,7 @@ def assemble(
         }
     )
     if tokenizer is None:
-        tokenizer = _find_tokenizer(config.model, model)
+        tokenizer = _find_tokenizer(config.model, model.path)
     if scheduler is None:
         scheduler = FcfsScheduler(
             by_priority=options.scheduling_policy == "priority",
@@ -479,13 +479,13 @@ def _default_compile_cache() -> str | None:
     return str(directory) if os.access(directory, os.W_OK) else None
 
 
-def _find_tokenizer(options: ModelOptions, model: LoadedModel) -> Tokenizer | None:
+def _find_tokenizer(options: ModelOptions, path: Path | None) -> Tokenizer | None:
     if options.tokenizer is not None:
         place = resolve_model(options.tokenizer, revision=options.revision)
         return Tokenizer.from_path(place, chat_template=options.chat_template)
-    if model.path is None or options.load_format == "dummy":
+    if path is None or options.load_format == "dummy":
         return None
-    return Tokenizer.from_path(model.path, chat_template=options.chat_template)
+    return Tokenizer.from_path(path, chat_template=options.chat_template)
 
 
 def _eos_ids(model: LoadedModel, tokenizer: Tokenizer | None) -> tuple[int, ...]:

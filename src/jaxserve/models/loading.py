@@ -18,7 +18,7 @@ from jaxserve.models.buffer import prepare_buffer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
-from jaxserve.models.fused import slices_of
+from jaxserve.models.fused import Slice, slices_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -46,41 +46,24 @@ class TensorSource(Protocol):
         ...
 
 
-class SafetensorsCheckpoint:
-    """A Hugging Face directory: `config.json` and one or more safetensors files.
+class SafetensorsFiles:
+    """The safetensors files of a directory.
 
     Args:
         path: The directory.
+        config: The decoder that they belong to; its fused tensors are taken apart. None leaves
+            every tensor as it is stored.
 
     Attributes:
         path: The directory.
-        config: The model's configuration; its end-of-sequence tokens include those of
-            `generation_config.json`.
-        is_quantized: False; quantised safetensors are refused.
-        generation_config: Contents of `generation_config.json`, empty if there is none.
 
     Raises:
-        ModelNotFoundError: If there is no `config.json`.
         CheckpointError: If a file is damaged or missing, or a tensor is named in two files.
-        UnsupportedError: If the model is of another family, or a variation that would not be
-            computed right.
     """
 
-    is_quantized = False
-
-    def __init__(self, path: Path) -> None:
-        """Read the configuration and the header of every file, but no weights."""
+    def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
+        """Read the header of every file, but no weights."""
         self.path = path
-        config = ModelConfig.from_hf(read_json(path / "config.json"))
-        try:
-            self.generation_config: dict[str, object] = dict(
-                read_json(path / "generation_config.json")
-            )
-        except ModelNotFoundError:
-            self.generation_config = {}
-        fields = Fields(self.generation_config, where=str(path / "generation_config.json"))
-        eos = dict.fromkeys((*config.eos_token_ids, *fields.token_ids("eos_token_id")))
-        self.config = dataclasses.replace(config, eos_token_ids=tuple(eos))
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._stored: dict[str, tuple[int, ...]] = {}
@@ -93,7 +76,11 @@ class SafetensorsCheckpoint:
                 f"{path / _INDEX}: names {_some(lost)}, which no file holds; download the model "
                 "again."
             )
-        self._slices = slices_of(self.config, self._stored, str(path))
+        self._slices = (
+            {name: Slice(source=name, shape=shape) for name, shape in self._stored.items()}
+            if config is None
+            else slices_of(config, self._stored, str(path))
+        )
 
     def _open_shard(self, name: str) -> None:
         path = self.path / name
@@ -155,6 +142,43 @@ class SafetensorsCheckpoint:
     def close(self) -> None:
         """Give the files back."""
         self._files.clear()
+
+
+class SafetensorsCheckpoint(SafetensorsFiles):
+    """A Hugging Face directory: `config.json` and one or more safetensors files.
+
+    Args:
+        path: The directory.
+
+    Attributes:
+        path: The directory.
+        config: The model's configuration; its end-of-sequence tokens include those of
+            `generation_config.json`.
+        is_quantized: False; quantised safetensors are refused.
+        generation_config: Contents of `generation_config.json`, empty if there is none.
+
+    Raises:
+        ModelNotFoundError: If there is no `config.json`.
+        CheckpointError: If a file is damaged or missing, or a tensor is named in two files.
+        UnsupportedError: If the model is of another family, or a variation that would not be
+            computed right.
+    """
+
+    is_quantized = False
+
+    def __init__(self, path: Path) -> None:
+        """Read the configuration and the header of every file, but no weights."""
+        config = ModelConfig.from_hf(read_json(path / "config.json"))
+        try:
+            self.generation_config: dict[str, object] = dict(
+                read_json(path / "generation_config.json")
+            )
+        except ModelNotFoundError:
+            self.generation_config = {}
+        fields = Fields(self.generation_config, where=str(path / "generation_config.json"))
+        eos = dict.fromkeys((*config.eos_token_ids, *fields.token_ids("eos_token_id")))
+        self.config = dataclasses.replace(config, eos_token_ids=tuple(eos))
+        super().__init__(path, self.config)
 
 
 def _read_index(path: Path) -> Mapping[str, str]:

@@ -136,7 +136,7 @@ def draw_params(
 def _draw_program(
     shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding
 ) -> Callable[[jax.Array, float, float], jax.Array]:
-    def draw(key: jax.Array, mean: float, deviation: float) -> jax.Array:
+    def draw(key: jax.Array, mean: float | jax.Array, deviation: float | jax.Array) -> jax.Array:
         return (mean + deviation * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return jax.jit(draw, out_shardings=sharding)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from jaxserve import __version__
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.metrics import CONTENT_TYPE
-from jaxserve.serve import admin, errors
+from jaxserve.serve import admin, errors, pooling_routes
 from jaxserve.serve.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestIds, RootPath
 from jaxserve.serve.openai_api import (
     ChatBody,
@@ -82,7 +82,7 @@ async def _counted(state: ServerState, events: AsyncGenerator[bytes]) -> AsyncGe
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     state = _state(request)
-    engine = state.ready_engine()
+    engine = state.ready_engine("generate")
     job = await chat_job(
         engine,
         body,
@@ -97,7 +97,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue one or more prompts."""
     state = _state(request)
-    engine = state.ready_engine()
+    engine = state.ready_engine("generate")
     job = await completion_job(
         engine,
         body,
@@ -224,6 +224,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(admin.router, include_in_schema=config.access.enable_admin_api)
     if not config.api.disable_page:
         app.include_router(page_router(state))
+    app.include_router(pooling_routes.router)
     errors.install(app)
     # the last one added sees a request first
     app.add_middleware(BodyLimit, max_bytes=config.listen.max_request_body_bytes)

@@ -39,6 +39,7 @@ GROUPS = {
     "scheduler": "scheduling",
     "runner": "execution",
     "structured": "structured outputs",
+    "pooling": "embeddings and scores",
 }
 
 _TRUE = frozenset({"1", "true", "yes", "on"})

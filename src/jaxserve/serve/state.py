@@ -63,12 +63,16 @@ class ServerState:
         """Seconds since 1970 when the server started."""
         return self._started
 
-    def ready_engine(self) -> "AsyncLLM":
+    def ready_engine(self, task: str | None = None) -> "AsyncLLM":
         """Return the engine, if it can take requests.
+
+        Args:
+            task: What the model must be used for: `generate` or `pooling`; None is anything.
 
         Raises:
             CapacityError: While the model is being loaded or the server is stopping.
             EngineDeadError: If the engine has stopped.
+            RequestError: If the model is not used for the task.
         """
         if self.is_draining:
             raise CapacityError(
@@ -81,6 +85,8 @@ class ServerState:
                 "The model is being loaded; try again soon.", retry_after_s=STARTING_RETRY_S
             )
         self.engine.check_health()
+        if task is not None:
+            self.engine.require(task)
         return self.engine
 
     def is_healthy(self) -> bool:

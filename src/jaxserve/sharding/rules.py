@@ -23,6 +23,9 @@ _TENSOR_PARALLEL = MappingProxyType(
         "kv_heads": TENSOR_AXIS,
         "head_dim": None,
         "mlp": TENSOR_AXIS,
+        "position": None,
+        "segment": None,
+        "label": None,
     }
 )
 
