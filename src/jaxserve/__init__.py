@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from jaxserve.core.request import Request, SamplingParams
     from jaxserve.engine.async_engine import AsyncLLM
+    from jaxserve.engine.export import export, load_params
     from jaxserve.engine.llm import LLM
 
 __version__ = "0.1.0"
@@ -54,11 +55,15 @@ __all__ = [
     "TokenEvent",
     "UnsupportedError",
     "__version__",
+    "export",
+    "load_params",
 ]
 
 _HOMES = {
     "LLM": "jaxserve.engine.llm",
     "AsyncLLM": "jaxserve.engine.async_engine",
+    "export": "jaxserve.engine.export",
+    "load_params": "jaxserve.engine.export",
     "EngineConfig": "jaxserve.core.config",
     "CompletionOutput": "jaxserve.core.event",
     "FinishReason": "jaxserve.core.event",
