@@ -25,9 +25,10 @@ if TYPE_CHECKING:
         FinishReason,
         Logprob,
         RequestOutput,
+        SloOutcome,
         TokenEvent,
     )
-    from jaxserve.core.request import Request, SamplingParams
+    from jaxserve.core.request import Request, SamplingParams, Slo
     from jaxserve.engine.async_engine import AsyncLLM
     from jaxserve.engine.export import export, load_params
     from jaxserve.engine.llm import LLM
@@ -52,6 +53,8 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "Slo",
+    "SloOutcome",
     "TokenEvent",
     "UnsupportedError",
     "__version__",
@@ -72,6 +75,8 @@ _HOMES = {
     "TokenEvent": "jaxserve.core.event",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
+    "Slo": "jaxserve.core.request",
+    "SloOutcome": "jaxserve.core.event",
 }
 
 

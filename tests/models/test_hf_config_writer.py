@@ -83,6 +83,71 @@ def test_every_model_survives(kind, factor, tied, family, bias, eos) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+SEES_8, NEAR, FIXED = LayerKind(window=8), LayerKind(window=8, rope="local"), LayerKind(rope="none")
+GEMMA = {
+    "hidden_act": "gelu_tanh",
+    "norm_plus_one": True,
+    "embedding_scale": 24**0.5,
+    "attention_scale": 8**-0.5,
+    "final_soft_cap": 30.0,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "layer_kinds": (SEES_8,) * 2},
+        {"model_type": "mistral", "layer_kinds": (SEES_8, LayerKind())},
+        {"model_type": "qwen2", "qkv_bias": True, "layer_kinds": (LayerKind(), SEES_8)},
+        {"model_type": "qwen3", "qk_norm": True, "layer_kinds": (SEES_8, SEES_8)},
+        {"model_type": "qwen3", "qk_norm": True, "layer_kinds": (SEES_8, LayerKind())},
+        {"model_type": "smollm3", "layer_kinds": (FIXED, LayerKind())},
+        {"model_type": "smollm3", "layer_kinds": (LayerKind(window=8, rope="none"), LayerKind())},
+        {"model_type": "phi3", "layer_kinds": (SEES_8, SEES_8), "rotary_dim": 4},
+        {"model_type": "gemma2", "attention_soft_cap": 50.0, "layer_kinds": (SEES_8, LayerKind())}
+        | GEMMA,
+        {"model_type": "gemma2", "final_soft_cap": None} | GEMMA,
+        {
+            "model_type": "gemma3",
+            "qk_norm": True,
+            "local_rope_theta": 10000.0,
+            "layer_kinds": (NEAR, LayerKind()),
+            "rope_scaling": RopeScaling(kind="linear", factor=8.0),
+        }
+        | GEMMA,
+        {
+            "model_type": "gemma3",
+            "qk_norm": True,
+            "local_rope_theta": 10000.0,
+            "layer_kinds": (LayerKind(rope="local"), LayerKind()),
+        }
+        | GEMMA,
+        {
+            "model_type": "phi3",
+            "rope_scaling": RopeScaling(
+                kind="longrope",
+                factor=32.0,
+                original_max_position=4096,
+                factors=(1.0, 2.0, 3.0, 4.0),
+                short_factors=(1.0, 1.0, 1.0, 2.0),
+            ),
+        },
+    ],
+)
+def test_windows_and_caps_survive(changes) -> None:
+    config = dataclasses.replace(PLAIN, **changes)
+    assert back(config) == dataclasses.replace(config, torch_dtype="float32")
+
+
+def test_windows_of_several_lengths_are_refused() -> None:
+    config = dataclasses.replace(
+        PLAIN, model_type="mistral", layer_kinds=(SEES_8, LayerKind(window=9))
+    )
+    with pytest.raises(UnsupportedError, match=r"several lengths \(\[8, 9\]\)"):
+        write_hf_config(config, dtype="float32")
+
+
 @pytest.mark.parametrize(("factor", "context"), [(8.0, 8192), (32.0, 8192), (4.0, 16384)])
 def test_divisors_of_a_gguf_file_get_their_name_back(factor: float, context: int) -> None:
     named = dataclasses.replace(

@@ -10,6 +10,7 @@ from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.runner import RunnerSpec
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
+from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer, Tokenizer
 
 _MAX_SALT = 128
@@ -175,6 +176,7 @@ class Intake:
             seed_words=(seed >> 32, seed & 0xFFFFFFFF),
             root_hash=salt_hash(request.cache_salt),
             token_ids=list(request.prompt_token_ids),
+            slo=None if request.slo is None else SloTracker(request.slo, request.arrival),
         )
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:

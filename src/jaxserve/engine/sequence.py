@@ -7,6 +7,7 @@ from jaxserve.cache.pages import PageHash
 from jaxserve.core.event import FinishReason, TokenLogprobs
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.core.view import SequenceView
+from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer
 
 
@@ -46,6 +47,7 @@ class SequenceState:
         num_preemptions: How often it lost its pages.
         prompt_logprobs: Log-probabilities of prompt tokens, as far as computed.
         are_prompt_logprobs_sent: Whether they have been handed out.
+        slo: Judges its service-level objectives; None if it has none.
     """
 
     seq_id: int
@@ -76,6 +78,7 @@ class SequenceState:
     first_token_time: float | None = None
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
+    slo: SloTracker | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -115,4 +118,6 @@ class SequenceState:
             is_running=self.phase is Phase.RUNNING,
             num_cached=num_cached,
             is_decoding=self.has_device_token,
+            slo=self.request.slo,
+            first_token_time=self.first_token_time,
         )
