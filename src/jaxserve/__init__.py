@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         FinishReason,
         Logprob,
         RequestOutput,
+        SloOutcome,
         TokenEvent,
     )
-    from jaxserve.core.request import Request, SamplingParams
+    from jaxserve.core.request import Request, SamplingParams, Slo
     from jaxserve.core.structured import StructuredOutputsParams
     from jaxserve.engine.async_engine import AsyncLLM
+    from jaxserve.engine.export import export, load_params
     from jaxserve.engine.llm import LLM
 
 __version__ = "0.1.0"
@@ -52,15 +54,21 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "Slo",
+    "SloOutcome",
     "StructuredOutputsParams",
     "TokenEvent",
     "UnsupportedError",
     "__version__",
+    "export",
+    "load_params",
 ]
 
 _HOMES = {
     "LLM": "jaxserve.engine.llm",
     "AsyncLLM": "jaxserve.engine.async_engine",
+    "export": "jaxserve.engine.export",
+    "load_params": "jaxserve.engine.export",
     "EngineConfig": "jaxserve.core.config",
     "CompletionOutput": "jaxserve.core.event",
     "FinishReason": "jaxserve.core.event",
@@ -69,6 +77,8 @@ _HOMES = {
     "TokenEvent": "jaxserve.core.event",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
+    "Slo": "jaxserve.core.request",
+    "SloOutcome": "jaxserve.core.event",
     "StructuredOutputsParams": "jaxserve.core.structured",
 }
 

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 from jaxserve.core.errors import CapacityError, ConfigError, EngineDeadError, RequestError
-from jaxserve.core.event import FinishReason
-from jaxserve.core.request import SamplingParams
+from jaxserve.core.event import FinishReason, SloOutcome
+from jaxserve.core.request import SamplingParams, Slo
 from jaxserve.engine.async_engine import AsyncLLM
 from jaxserve.engine.llm import LLM
 from jaxserve.engine.runner import LateCompileError
@@ -120,6 +120,88 @@ def test_cancelling_before_the_first_step_ends_it(bench):
     bench.engine.step()
     assert {e.index for e in bench.events[name]} == {0, 1, 2}
     bench.assert_idle()
+
+
+# Service-level objectives ------------------------------------------------------------------------
+
+
+EASY = {"ttft_ms": 1e6, "tpot_ms": 1e5, "e2e_ms": 1e7, "tier": "easy"}
+
+
+def test_objectives_are_judged_per_completion_and_counted_per_request(llm):
+    sampling = SamplingParams(max_tokens=5, temperature=1, n=3, seed=1, ignore_eos=True)
+    hard = Slo(ttft_ms=1e-6, tpot_ms=1e-6, tier="hard")
+    easy, missed, free = llm.generate([PROMPT] * 3, sampling, slo=[EASY, hard, None])
+    assert easy.slo == easy.metrics.slo
+    assert easy.slo == SloOutcome(ttft=True, tpot=True, tpot_gap=True, tpot_mean=True, e2e=True)
+    assert easy.slo.attained
+    assert missed.slo.readings() == dict.fromkeys(("ttft", "tpot", "tpot_gap", "tpot_mean"), False)
+    assert free.slo is None
+    assert free.metrics.slo is None
+    metrics = llm.metrics
+    assert (metrics.slo_attained["easy", "request"], metrics.slo_missed["easy", "request"]) == (
+        1,
+        0,
+    )
+    assert (metrics.slo_attained["hard", "ttft"], metrics.slo_missed["hard", "ttft"]) == (0, 1)
+
+
+def test_one_objective_may_be_shared_and_streamed(llm):
+    sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    outputs = llm.generate([PROMPT, PROMPT], sampling, slo={"e2e_ms": 1e7, "tier": "shared"})
+    assert [output.slo for output in outputs] == [SloOutcome(e2e=True)] * 2
+    *_, last = llm.stream(PROMPT, sampling, slo=Slo(ttft_ms=1e6, tier="shared"))
+    assert last.metrics.slo == SloOutcome(ttft=True)
+    assert llm.metrics.slo_attained["shared", "request"] == 3
+
+
+def test_bad_objectives_are_refused_before_anything_runs(llm):
+    before = llm.metrics.num_steps
+    with pytest.raises(RequestError, match=r"slo.e2e_ms must be at least slo.ttft_ms=9, got 8"):
+        llm.generate([PROMPT, PROMPT], slo=[None, {"ttft_ms": 9, "e2e_ms": 8}])
+    with pytest.raises(RequestError, match="2 prompts need 2 slo, got 1"):
+        llm.generate([PROMPT, PROMPT], slo=[EASY])
+    with pytest.raises(RequestError, match=r"slo must be an Slo or a mapping .* got int"):
+        llm.generate(PROMPT, slo=5)
+    assert llm.metrics.num_steps == before
+
+
+def test_aborted_and_refused_requests_have_missed_what_was_open(module):
+    bench = Bench(module, max_num_queued_reqs=1)
+    name = bench.submit(PROMPT, LONG, slo=Slo(ttft_ms=1e15, e2e_ms=1e15, tier="a"))
+    with pytest.raises(CapacityError):
+        bench.submit(PROMPT, LONG, slo=Slo(ttft_ms=1e15, tier="b"))
+    for _ in range(5):
+        bench.engine.step()
+    assert bench.events[name][0].token_ids
+    bench.engine.cancel(name)
+    bench.run()
+    assert bench.outputs[name].slo == SloOutcome(ttft=True, e2e=False)
+    assert bench.metrics.slo_missed["a", "request"] == 1
+    assert bench.metrics.slo_attained["a", "ttft"] == 1
+    assert bench.metrics.slo_missed["b", "request"] == 1
+    bench.assert_idle()
+
+
+def test_policies_see_objectives_and_no_policy_of_today_minds_them(module):
+    seen = []
+
+    class Watching(FcfsScheduler):
+        def plan(self, view):
+            seen.extend((*view.running, *view.waiting))
+            return super().plan(view)
+
+    slo = Slo(tpot_ms=5, tier="watched", on_decline="reject")
+    sampling = SamplingParams(max_tokens=6, temperature=0)
+    bench = Bench(module, scheduler=Watching())
+    name = bench.submit(PROMPT, sampling, slo=slo)
+    bench.submit([*range(30)], sampling)
+    bench.run()
+    assert {view.slo for view in seen if view.seq_id == 1} == {slo}
+    assert {view.slo for view in seen if view.seq_id == 2} == {None}
+    assert any(view.first_token_time is not None for view in seen)
+    expected = Bench(module).complete(PROMPT, max_tokens=6, temperature=0)
+    assert bench.outputs[name].outputs[0].token_ids == expected.outputs[0].token_ids
 
 
 # Refusing --------------------------------------------------------------------------------------

@@ -517,7 +517,9 @@ def test_what_cannot_be_opened_is_explained(put, tmp_path):
     path = put(weights_of())
     with pytest.raises(ModelNotFoundError, match="nowhere: no such file or directory"):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="load_format must be auto, safetensors or gguf, got 'x'"):
+    with pytest.raises(
+        ConfigError, match="load_format must be auto, safetensors, gguf or orbax, got 'x'"
+    ):
         open_checkpoint(path, "x")
     with pytest.raises(CheckpointError, match="found a file, expected a directory"):
         open_checkpoint(path / "model.safetensors")

@@ -371,7 +371,8 @@ TEMPLATES = {
     "string_methods": (
         "{%- set mode = 'think' if enable_thinking is undefined or enable_thinking else 'plain' -%}"
         "{%- for m in messages -%}{%- set text = m.content -%}"
-        "{%- if loop.last -%}{%- elif text.startswith('Hi') -%}{%- set text = text.replace('Hi', 'Ho').rstrip() -%}"
+        "{%- if loop.last -%}{%- elif text.startswith('Hi') -%}"
+        "{%- set text = text.replace('Hi', 'Ho').rstrip() -%}"
         "{%- elif 'brief' in text and not text.endswith('.') -%}{%- set text = text[:-2] -%}"
         "{%- elif text | length > 3 -%}{%- set text = text.split(' ')[0].lstrip('W') ~ '!' -%}"
         "{%- endif -%}{{- '<' ~ m.role ~ '/' ~ mode ~ '>' ~ text ~ '\n' -}}{%- endfor -%}"

@@ -156,6 +156,50 @@ def test_prefix_cache_is_reported(ask):
     assert salted["prompt_tokens_details"]["cached_tokens"] == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_objectives_are_counted_by_tier(ask, stream: bool):
+    tier = f"test-{stream}"
+    slo = {"ttft_ms": 1e6, "tpot_ms": 1e6, "e2e_ms": 2e6, "tier": tier, "on_decline": "asap"}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    for path, body in ((COMPLETIONS, {"prompt": ["a", "b"]}), (CHAT, chat)):
+        assert ask(path, {**body, "slo": slo, "stream": stream}).status_code == 200
+    page = ask("/metrics").text
+    for prefix in ("jaxserve", "vllm"):
+        for objective in ("ttft", "tpot", "tpot_gap", "tpot_mean", "e2e", "request"):
+            labels = f'engine="0",model_name="tiny",tier="{tier}",objective="{objective}"'
+            assert f"{prefix}:slo_attained_total{{{labels}}} 3.0" in page
+            assert f"{prefix}:slo_missed_total{{{labels}}} 0.0" in page
+
+
+@pytest.mark.parametrize(
+    ("slo", "param"),
+    [
+        ({}, "slo"),
+        ({"tier": "x"}, "slo"),
+        ({"ttft_ms": 0}, "slo.ttft_ms"),
+        ({"ttft_ms": -5}, "slo.ttft_ms"),
+        ({"ttft_ms": "soon"}, "slo.ttft_ms"),
+        ({"ttft_ms": 5, "e2e_ms": 4}, "slo.e2e_ms"),
+        ({"ttft_ms": 5, "tier": "no spaces"}, "slo.tier"),
+        ({"ttft_ms": 5, "tier": "\ud800"}, "slo.tier"),
+        ({"ttft_ms": 5, "on_decline": "cry"}, "slo.on_decline"),
+        ({"ttft_ms": 5, "tpot": 5}, "slo"),
+        ({"ttft_ms": 5, "\ud800" * 50: 5}, "slo"),
+        (5, "slo"),
+    ],
+)
+def test_bad_objectives_are_refused(ask, slo, param: str):
+    for path, body in (
+        (COMPLETIONS, {"prompt": "a"}),
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        assert refusal(ask(path, {**body, "slo": slo}))["param"] == param
+
+
+def test_no_objectives_are_no_objectives(ask):
+    assert ok(ask(COMPLETIONS, {"prompt": "a", "slo": None}))
+
+
 @pytest.mark.parametrize("salt", ["", "a/b", "x" * 129, "a\0", "\ud800"])
 def test_bad_cache_salts(ask, salt: str):
     assert refusal(ask(COMPLETIONS, {"prompt": "a", "cache_salt": salt}))["param"] == "cache_salt"

@@ -1,4 +1,4 @@
-"""`jaxserve serve | pull | models | version`."""
+"""`jaxserve serve | pull | convert | models | version`."""
 
 import argparse
 import importlib.metadata
@@ -20,6 +20,7 @@ usage: jaxserve COMMAND ...
 commands:
   serve [MODEL] [flags]   serve a model over the OpenAI API (serve --help lists the flags)
   pull NAME               download a model
+  convert SOURCE TARGET   write a model as safetensors or Orbax (convert --help lists the flags)
   models                  list the models on this machine
   version                 print versions
 """
@@ -66,6 +67,70 @@ def pull(argv: Sequence[str]) -> int:
     return 0
 
 
+def convert(argv: Sequence[str]) -> int:
+    """Write a model into a directory of a common format and print where it is.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        JaxserveError: If the source cannot be read or the target cannot be written.
+    """
+    parser = _Parser(
+        prog="jaxserve convert",
+        description="Write a model into a new directory: safetensors as transformers writes them, "
+        "or an Orbax checkpoint, with configuration and tokenizer beside it.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="name, Hugging Face directory, GGUF file or Orbax directory",
+    )
+    parser.add_argument("target", metavar="TARGET", help="the directory; it must not exist")
+    parser.add_argument("--to", default="hf", choices=("hf", "orbax"), help="default: hf")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="precision of the weights; auto keeps the source's, float32 for quantised weights",
+    )
+    parser.add_argument(
+        "--shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="most bytes per safetensors file, such as 500MB (default: 5GB)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PLACE",
+        help="name or path of a tokenizer to put beside it, or none (default: the source's)",
+    )
+    parser.add_argument(
+        "--load-format",
+        default="auto",
+        choices=("auto", "safetensors", "gguf", "orbax"),
+        help="format of the source (default: found out)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the source on the hub")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    given = parser.parse_args(list(argv))
+    from jaxserve.engine.export import export  # noqa: PLC0415  loads JAX
+
+    written = export(
+        given.source,
+        given.target,
+        to=given.to,
+        dtype=given.dtype,
+        shard_size=given.shard_size,
+        tokenizer=given.tokenizer,
+        load_format=given.load_format,
+        revision=given.revision,
+        progress=not given.quiet,
+    )
+    _out(str(written))
+    return 0
+
+
 def models(argv: Sequence[str]) -> int:
     """List the models on this machine.
 
@@ -103,6 +168,7 @@ def version(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serve,
     "pull": pull,
+    "convert": convert,
     "models": models,
     "version": version,
 }

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jaxserve.core.errors import ConfigError, did_you_mean
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 WarmupMode = Literal["none", "lazy", "background", "full"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 AttentionBackend = Literal["auto", "xla", "llvm", "reference"]
@@ -72,7 +73,7 @@ class ModelOptions:
     )
     tokenizer: str | None = option(None, "Tokenizer directory or file, if not the model's own.")
     revision: str | None = option(None, "Branch, tag or commit on the model hub.")
-    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
+    load_format: LoadFormat = option(
         "auto", "Format of the checkpoint; dummy draws random weights (for measurements)."
     )
     seed: int = option(0, "Seed for requests without one and for dummy weights.", "random-seed")
@@ -84,7 +85,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _one_of(self, dtype=Dtype, load_format=Literal["auto", "safetensors", "gguf", "dummy"])
+        _one_of(self, dtype=Dtype, load_format=LoadFormat)
         _at_least(self, 2, "max_model_len")
 
 

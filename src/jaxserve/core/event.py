@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -35,6 +36,55 @@ TokenLogprobs = Mapping[int, Logprob]
 """Token id -> log-probability; the sampled (or prompt) token first, then the most likely ones."""
 
 
+SloReading = Literal["ttft", "tpot", "tpot_gap", "tpot_mean", "e2e"]
+"""An objective as it was judged; the target per token is read in three ways."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloOutcome:
+    """Which objectives were kept; None where there was no such objective.
+
+    An objective that was still open when a request was refused, aborted or failed counts as missed.
+
+    Attributes:
+        ttft: The first token came in time.
+        tpot: Every token came before its deadline, tokens that came early making up for later ones.
+        tpot_gap: No gap between two tokens was longer than the target.
+        tpot_mean: The mean gap between the first and the last token was not longer.
+        e2e: The end came in time.
+
+    Source: the three readings of time per output token in SLOs-Serve (arXiv 2504.08784), PolyServe
+        (arXiv 2507.17769) and the field's benchmarks.
+    """
+
+    ttft: bool | None = None
+    tpot: bool | None = None
+    tpot_gap: bool | None = None
+    tpot_mean: bool | None = None
+    e2e: bool | None = None
+
+    @property
+    def attained(self) -> bool:
+        """Whether every objective was kept; the one per token as deadlines."""
+        return False not in (self.ttft, self.tpot, self.e2e)
+
+    def readings(self) -> dict[SloReading, bool]:
+        """Return the objectives that were judged."""
+        judged: dict[SloReading, bool | None] = {
+            "ttft": self.ttft,
+            "tpot": self.tpot,
+            "tpot_gap": self.tpot_gap,
+            "tpot_mean": self.tpot_mean,
+            "e2e": self.e2e,
+        }
+        return {name: kept for name, kept in judged.items() if kept is not None}
+
+    def both(self, other: "SloOutcome") -> "SloOutcome":
+        """Return what was kept by two completions of one request alike."""
+        mine, theirs = self.readings(), other.readings()
+        return SloOutcome(**{name: mine[name] and theirs[name] for name in mine})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
     """Times of one completion, in seconds of the engine's clock.
@@ -46,6 +96,7 @@ class RequestMetrics:
         last_token_time: When its latest output token was known.
         finished_time: When it ended.
         num_preemptions: How often it lost its pages and was recomputed.
+        slo: Which objectives it kept, once it has ended; None if it had none.
     """
 
     arrival_time: float
@@ -54,6 +105,7 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    slo: SloOutcome | None = None
 
 
 @dataclass(slots=True)
@@ -173,6 +225,8 @@ class RequestOutput:
         finished: Whether all of them have ended.
         num_cached_tokens: Prompt tokens found in the prefix cache.
         metrics: Times of the first completion.
+        slo: Which objectives the completions that have ended kept, all of them alike; None if
+            there were none.
     """
 
     request_id: str
@@ -183,6 +237,7 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+    slo: SloOutcome | None = None
 
     def apply(self, event: TokenEvent) -> None:
         """Add the news of one event to this record."""
@@ -203,3 +258,6 @@ class RequestOutput:
             self.finished = all(o.finished() for o in self.outputs)
             if event.index == 0:
                 self.metrics = event.metrics
+            if event.metrics is not None and event.metrics.slo is not None:
+                outcome = event.metrics.slo
+                self.slo = outcome if self.slo is None else self.slo.both(outcome)

@@ -1,13 +1,15 @@
-"""What a caller asks for: `SamplingParams` and `Request`."""
+"""What a caller asks for: `SamplingParams`, `Slo` and `Request`."""
 
 import dataclasses
 import math
+import re
+import typing
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import Any, Literal, NewType
 
-from jaxserve.core.errors import RequestError
+from jaxserve.core.errors import RequestError, did_you_mean
 from jaxserve.core.pooling import PoolingType
 from jaxserve.core.structured import StructuredOutputsParams
 
@@ -234,6 +236,97 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
+OnDecline = Literal["best_effort", "reject", "asap"]
+"""What becomes of a request whose objectives cannot be promised."""
+OBJECTIVES = ("ttft_ms", "tpot_ms", "e2e_ms")
+DEFAULT_TIER = "default"
+_SHOWN = 40
+"""Most characters of a refused name to repeat."""
+_TIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,31}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Service-level objectives of one request: how soon its tokens are wanted.
+
+    Times are counted from the request's arrival at the engine. `tpot_ms` is read as token
+    deadlines: token k (0 is the first) is due `k * tpot_ms` after the first one's deadline, or,
+    without `ttft_ms`, after the first one itself; tokens that come early make up for later ones.
+
+    Attributes:
+        ttft_ms: Milliseconds to the first token.
+        tpot_ms: Milliseconds per further token.
+        e2e_ms: Milliseconds to the end of the whole request.
+        tier: Class of requests under which it is counted; up to 32 letters, digits and `_.:-`.
+        on_decline: What becomes of it when a scheduler finds that it cannot keep the objectives:
+            `best_effort` (served with what is left over), `reject` (refused), `asap` (served as
+            soon as possible all the same).
+
+    Raises:
+        RequestError: If there is no objective, or one is impossible or contradicts another; names
+            the field.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+    tier: str = DEFAULT_TIER
+    on_decline: OnDecline = "best_effort"
+
+    def __post_init__(self) -> None:
+        """Check every value, and that they can be kept together."""
+        for name in OBJECTIVES:
+            value = getattr(self, name)
+            if value is not None:
+                ok = _is_finite(value) and value > 0
+                _check(ok, f"slo.{name}", "a finite number of milliseconds above zero", value)
+        if all(getattr(self, name) is None for name in OBJECTIVES):
+            raise RequestError(
+                f"slo must hold at least one of {', '.join(OBJECTIVES)}, got none.", param="slo"
+            )
+        if self.e2e_ms is not None and self.ttft_ms is not None and self.e2e_ms < self.ttft_ms:
+            raise RequestError(
+                f"slo.e2e_ms must be at least slo.ttft_ms={self.ttft_ms}, got {self.e2e_ms}; the "
+                "end cannot come before the first token.",
+                param="slo.e2e_ms",
+            )
+        is_name = isinstance(self.tier, str) and _TIER.fullmatch(self.tier)
+        rule = "1 to 32 letters, digits and _.:-, beginning with a letter or digit"
+        shown = self.tier[:_SHOWN] if isinstance(self.tier, str) else self.tier
+        _check(is_name, "slo.tier", rule, shown)
+        known = typing.get_args(OnDecline)
+        if self.on_decline not in known:
+            found = str(self.on_decline)[:_SHOWN]
+            hint = did_you_mean(found, known)
+            raise RequestError(
+                f"slo.on_decline must be one of {', '.join(known)}, got {found!r}.{hint}",
+                param="slo.on_decline",
+            )
+
+    @classmethod
+    def from_mapping(cls, fields: Mapping[str, Any]) -> "Slo":
+        """Build objectives from named values, such as those of a request's body.
+
+        Args:
+            fields: Values by name; None is the same as absent.
+
+        Raises:
+            RequestError: For an unknown name (the nearest known one is suggested) or a bad value.
+
+        >>> Slo.from_mapping({"ttft_ms": 500, "tpot_ms": 50}).tier
+        'default'
+        """
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                hint = did_you_mean(str(name)[:_SHOWN], known)
+                raise RequestError(
+                    f"slo must hold only {', '.join(known)}, got {str(name)[:_SHOWN]!r}.{hint}",
+                    param="slo",
+                )
+        return cls(**{name: value for name, value in fields.items() if value is not None})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt on its way to becoming one or more completions.
@@ -251,6 +344,7 @@ class Request:
             what is new.
         pooling: What to make of the prompt's states ("mean" or "last") instead of a completion;
             None completes the prompt.
+        slo: How soon its tokens are wanted; None leaves that open.
     """
 
     request_id: RequestId
@@ -262,3 +356,4 @@ class Request:
     cache_salt: str = ""
     output_token_ids: tuple[int, ...] = ()
     pooling: PoolingType | None = None
+    slo: Slo | None = None

@@ -59,3 +59,39 @@ def parse_count(text: str | int) -> int:
     if not scaled.is_integer():
         raise ConfigError(f"expected a whole number such as 4096, 4k or 4K, got {text!r}")
     return int(scaled)
+
+
+_BYTE_UNITS = {
+    unit.lower(): size
+    for number, letter in enumerate(("", "K", "M", "G", "T"))
+    for unit, size in (
+        (letter, 1000**number),
+        (f"{letter}B", 1000**number),
+        (f"{letter}iB", 1024**number),
+    )
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a size in bytes; kB, MB, GB are decimal, KiB, MiB, GiB binary.
+
+    Raises:
+        ConfigError: If the text is not a size.
+
+    Source: the spelling that transformers accepts for `max_shard_size`.
+
+    >>> parse_bytes("5GB"), parse_bytes("1.5 MiB"), parse_bytes(7)
+    (5000000000, 1572864, 7)
+    """
+    if isinstance(text, int):
+        return text
+    stripped = text.strip()
+    number = stripped.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = stripped[len(number) :].lower()
+    try:
+        size = float(number) * _BYTE_UNITS[unit]
+    except (ValueError, KeyError):
+        size = float("nan")
+    if not 1 <= size < float("inf"):
+        raise ConfigError(f"expected a size such as 5GB, 500MB or 2GiB, got {text!r}.")
+    return int(size)

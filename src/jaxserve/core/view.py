@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from jaxserve.core.request import Slo
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceView:
@@ -20,6 +22,8 @@ class SequenceView:
         num_cached: Prompt tokens that the prefix cache can supply, while it waits.
         num_draft: Draft tokens that could be verified in the next step.
         is_decoding: Whether its latest token was drawn and waits on the device.
+        slo: How soon its tokens are wanted; None leaves that open.
+        first_token_time: Clock time in seconds at which its first output token was known.
     """
 
     seq_id: int
@@ -34,6 +38,8 @@ class SequenceView:
     num_cached: int = 0
     num_draft: int = 0
     is_decoding: bool = False
+    slo: Slo | None = None
+    first_token_time: float | None = None
 
     @property
     def num_uncomputed(self) -> int:

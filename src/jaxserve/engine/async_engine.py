@@ -16,7 +16,7 @@ from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.controls import AsyncControls
 from jaxserve.engine.encoder_host import EncoderSource, decoder_host, open_host
-from jaxserve.engine.host import EngineHost, Progress, Prompt
+from jaxserve.engine.host import EngineHost, Progress, Prompt, SloFields
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import (
     KEEP_WHOLE,
@@ -254,12 +254,14 @@ class AsyncLLM(AsyncControls):
         priority: int = 0,
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
+        slo: SloFields | None = None,
     ) -> Request:
         """Turn a prompt into a request; see `EngineHost.make_request`."""
         self.require("generate")
         return self._host.make_request(
             prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt,
             output_token_ids=output_token_ids,
+            slo=slo,
         )  # fmt: skip
 
     async def events(self, request: Request) -> AsyncGenerator[TokenEvent]:
@@ -335,6 +337,7 @@ class AsyncLLM(AsyncControls):
         priority: int = 0,
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
+        slo: SloFields | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Yield the growing output of one prompt; the last item is finished.
 
@@ -346,6 +349,7 @@ class AsyncLLM(AsyncControls):
             cache_salt: Prefixes are shared only within one salt.
             output_token_ids: Output of an interrupted run of this request, behind which the
                 completion goes on; the outputs hold only what is new.
+            slo: How soon its tokens are wanted: an `Slo`, or a mapping with its fields.
 
         Raises:
             RequestError: If it can never be served.
@@ -354,7 +358,7 @@ class AsyncLLM(AsyncControls):
         """
         request = self.make_request(
             prompt, sampling_params, request_id=request_id, priority=priority,
-            cache_salt=cache_salt, output_token_ids=output_token_ids,
+            cache_salt=cache_salt, output_token_ids=output_token_ids, slo=slo,
         )  # fmt: skip
         output = empty_output(request)
         async with contextlib.aclosing(self.events(request)) as events:

@@ -20,7 +20,13 @@ import numpy as np
 
 from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
 from jaxserve.core.errors import CapacityError, UnsupportedError
-from jaxserve.core.event import FinishReason, RequestMetrics, TokenEvent, TokenLogprobs
+from jaxserve.core.event import (
+    FinishReason,
+    RequestMetrics,
+    SloOutcome,
+    TokenEvent,
+    TokenLogprobs,
+)
 from jaxserve.core.plan import StepPlan
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.request import Request, RequestId
@@ -54,6 +60,7 @@ class _RequestState:
     sink: Sink
     sequences: list[SequenceState]
     num_unfinished: int
+    slo: SloOutcome | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -646,6 +653,8 @@ class Engine(Inbox):
         else:
             self.metrics.tokens(1, now - (sequence.last_token_time or now))
         sequence.last_token_time = now
+        if sequence.slo is not None:
+            sequence.slo.token(now)
         reason, stop_reason, text = self._judge(sequence, token)
         self._send(
             sequence,
@@ -762,13 +771,15 @@ class Engine(Inbox):
         self._close(1)
         if state.num_unfinished == 0:
             del self._requests[sequence.request.request_id]
+        now = self._clock.now()
         times = RequestMetrics(
             arrival_time=sequence.request.arrival,
             first_scheduled_time=sequence.first_scheduled_time,
             first_token_time=sequence.first_token_time,
             last_token_time=sequence.last_token_time,
-            finished_time=self._clock.now(),
+            finished_time=now,
             num_preemptions=sequence.num_preemptions,
+            slo=self._judge_slo(sequence, state, now),
         )
         self.metrics.finished(
             reason=reason,
@@ -779,6 +790,20 @@ class Engine(Inbox):
             index=sequence.index,
         )
         return times
+
+    def _judge_slo(
+        self, sequence: SequenceState, state: _RequestState, now: float
+    ) -> SloOutcome | None:
+        """Judge one completion, and count its request when all of them have ended."""
+        slo = state.request.slo
+        if slo is None or sequence.slo is None:
+            return None
+        is_whole = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        outcome = sequence.slo.outcome(finished=now, is_whole=is_whole)
+        state.slo = outcome if state.slo is None else state.slo.both(outcome)
+        if state.num_unfinished == 0:
+            self.metrics.judged(slo.tier, state.slo)
+        return outcome
 
     def _abort(self, request_id: RequestId) -> None:
         state = self._requests.get(request_id)

@@ -15,7 +15,7 @@ from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError
 from jaxserve.core.protocols import Scheduler
-from jaxserve.core.request import Request, RequestId, SamplingParams, new_request_id
+from jaxserve.core.request import Request, RequestId, SamplingParams, Slo, new_request_id
 from jaxserve.engine.decoder_pooling import DecoderPooler
 from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.loop import EngineThread
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Mapping[str, object]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and maybe `cache_salt` and
 `output_token_ids`."""
+
+SloFields = Slo | Mapping[str, object]
+"""Service-level objectives, or a mapping with their names and values."""
 
 Progress = Callable[[int, int], None]
 """Called with (programs compiled, programs in all) during warm-up."""
@@ -192,6 +195,7 @@ class EngineHost:
         priority: int = 0,
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
+        slo: SloFields | None = None,
     ) -> Request:
         """Turn a prompt into a request.
 
@@ -203,9 +207,11 @@ class EngineHost:
             cache_salt: Prefixes are shared only within one salt.
             output_token_ids: Output of an interrupted run of this request, behind which the
                 completion goes on.
+            slo: How soon its tokens are wanted: an `Slo`, or a mapping with its fields.
 
         Raises:
-            RequestError: If the prompt is of no known form, or is text and there is no tokenizer.
+            RequestError: If the prompt is of no known form, or is text and there is no tokenizer,
+                or an objective is impossible.
         """
         text: str | None = None
         if isinstance(prompt, Mapping):
@@ -235,6 +241,7 @@ class EngineHost:
             priority=priority,
             cache_salt=cache_salt,
             output_token_ids=tuple(output),
+            slo=_as_slo(slo),
         )
 
     def _check_ids(self, tokens: object, param: str = "prompt") -> list[int]:
@@ -276,6 +283,17 @@ class EngineHost:
         if self._compiler is not None:
             self._compiler.join()  # XLA must not be compiling while the process winds down
         self.engine.runner.close()
+
+
+def _as_slo(slo: SloFields | None) -> Slo | None:
+    if slo is None or isinstance(slo, Slo):
+        return slo
+    if not isinstance(slo, Mapping):
+        raise RequestError(
+            f"slo must be an Slo or a mapping with its fields, got {type(slo).__name__}.",
+            param="slo",
+        )
+    return Slo.from_mapping(slo)
 
 
 def _progress_bar() -> Progress:

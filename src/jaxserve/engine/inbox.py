@@ -10,6 +10,7 @@ from jaxserve.core.event import TokenEvent
 from jaxserve.core.request import Request
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.slo import missed
 
 Sink = Callable[[TokenEvent], None]
 """Where the events of one request go; called on the engine's thread, must not block."""
@@ -68,10 +69,10 @@ class Inbox:
             if self.dead is not None:
                 raise EngineDeadError(f"the engine has stopped: {self.dead}")
             if self.refusal is not None:
-                self.metrics.rejected("paused")
+                self._count_refusal(request, "paused")
                 raise CapacityError(self.refusal, retry_after_s=PAUSED_RETRY_S)
             if self._max_queued is not None and self._num_open + count > self._max_queued:
-                self.metrics.rejected("max_num_queued_reqs")
+                self._count_refusal(request, "max_num_queued_reqs")
                 raise CapacityError(
                     f"{self._num_open} completions are under way and at most {self._max_queued} "
                     f"are accepted; {count} more were asked for. Try again later.",
@@ -79,6 +80,11 @@ class Inbox:
                 )
             self._num_open += count
             self._inbox.append(("submit", (request, sink)))
+
+    def _count_refusal(self, request: Request, reason: str) -> None:
+        self.metrics.rejected(reason)
+        if request.slo is not None:
+            self.metrics.judged(request.slo.tier, missed(request.slo))
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no completion is under way; not on the engine's own thread.

@@ -12,6 +12,7 @@ from jaxserve.engine.pooled import check_pooling
 from jaxserve.engine.runner import RunnerSpec
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
+from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer, Tokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 
@@ -192,6 +193,7 @@ class Intake:
             root_hash=salt_hash(request.cache_salt),
             grammar=grammar,
             token_ids=list(request.prompt_token_ids),
+            slo=None if request.slo is None else SloTracker(request.slo, request.arrival),
         )
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:

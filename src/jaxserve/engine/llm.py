@@ -20,7 +20,7 @@ from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.async_engine import empty_output
 from jaxserve.engine.controls import Controls
 from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
-from jaxserve.engine.host import EngineHost, Prompt
+from jaxserve.engine.host import EngineHost, Prompt, SloFields
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import (
     PooledText,
@@ -101,6 +101,7 @@ class LLM(Controls):
         *,
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
+        slo: SloFields | Sequence[SloFields | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts.
 
@@ -109,6 +110,8 @@ class LLM(Controls):
             sampling_params: One for all, or one per prompt; the model's defaults if absent.
             use_tqdm: Whether to show a progress bar with tokens per second.
             priority: One for all, or one per prompt.
+            slo: Service-level objectives, an `Slo` or a mapping with its fields: one for all, or
+                one per prompt. They are judged and counted, see `RequestOutput.slo`.
 
         Returns:
             One output per prompt, in the order of the prompts.
@@ -121,9 +124,12 @@ class LLM(Controls):
         listed = as_prompts(prompts)
         params = _spread(sampling_params, len(listed), "sampling_params")
         priorities = _spread(priority, len(listed), "priority")
+        objectives = _spread(slo, len(listed), "slo")
         requests = [
-            self._host.make_request(prompt, param, priority=rank or 0)
-            for prompt, param, rank in zip(listed, params, priorities, strict=True)
+            self._host.make_request(prompt, param, priority=rank or 0, slo=wanted)
+            for prompt, param, rank, wanted in zip(
+                listed, params, priorities, objectives, strict=True
+            )
         ]
         self._compile_grammars(requests)
         return self._run(requests, use_tqdm=use_tqdm)
@@ -140,6 +146,7 @@ class LLM(Controls):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_content_format: ContentFormat = "auto",
+        slo: SloFields | Sequence[SloFields | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations; the template is applied as the server does.
 
@@ -155,6 +162,7 @@ class LLM(Controls):
             chat_template_kwargs: Further variables of the template.
             chat_template_content_format: Whether content reaches the template as a string or as a
                 list of parts (openai); auto looks at the template.
+            slo: Service-level objectives: one for all, or one per conversation.
 
         Returns:
             One output per conversation.
@@ -179,16 +187,21 @@ class LLM(Controls):
             )
             for conversation in many
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, slo=slo)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        slo: SloFields | None = None,
     ) -> Iterator[TokenEvent]:
         """Complete one prompt, yielding tokens and text as they come.
 
         Args:
             prompt: A string, token ids, or a mapping.
             sampling_params: Parameters; the model's defaults if absent.
+            slo: Service-level objectives; judged in the metrics of the last event.
 
         Yields:
             Events; their texts, joined, are the completion. Leaving the loop early aborts it.
@@ -198,7 +211,7 @@ class LLM(Controls):
             EngineDeadError: If the engine failed.
         """
         require_task(self._loaded.tasks, "generate")
-        request = self._host.make_request(prompt, sampling_params)
+        request = self._host.make_request(prompt, sampling_params, slo=slo)
         self._compile_grammars([request])
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._host.thread.submit(request, events.put)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jaxserve.core.event import FinishReason, RequestMetrics
+from jaxserve.core.event import FinishReason, RequestMetrics, SloOutcome
 from jaxserve.core.request import SamplingParams
 
 SleepState = Literal["awake", "weights_offloaded", "discard_all"]
@@ -36,6 +36,9 @@ ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 UPDATE_BUCKETS = (0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 N_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
+MAX_TIERS = 64
+"""Tiers counted by name; requests choose the names, and every name is kept for ever."""
+OTHER_TIERS = "other"
 
 
 def one_two_five_buckets(max_value: int) -> tuple[int, ...]:
@@ -142,6 +145,9 @@ class EngineMetrics:
         num_weight_updates: How often they have been changed.
         weight_update_time: Seconds per change, from the call to the swap.
         sleep_state: `awake`, `weights_offloaded` or `discard_all`.
+        slo_attained: Requests that kept an objective, per (tier, objective). The objective
+            `request` stands for all of a request's together.
+        slo_missed: Requests that did not keep it, refused and aborted ones included.
 
     Source: metric names, labels and buckets of vLLM, under our own prefix.
     """
@@ -177,6 +183,9 @@ class EngineMetrics:
         self.num_weight_updates = 0
         self.weight_update_time = Histogram(UPDATE_BUCKETS)
         self.sleep_state: SleepState = "awake"
+        self.slo_attained: Counter[tuple[str, str]] = Counter()
+        self.slo_missed: Counter[tuple[str, str]] = Counter()
+        self._tiers: set[str] = set()
         self._make_histograms(max_model_len)
 
     def _make_histograms(self, max_model_len: int) -> None:
@@ -347,6 +356,22 @@ class EngineMetrics:
         with self._lock:
             self.rejections[reason] += 1
 
+    def judged(self, tier: str, outcome: SloOutcome) -> None:
+        """Record which service-level objectives a request kept; from any thread.
+
+        Args:
+            tier: Its class; beyond the first 64 names, all others share the name `other`.
+            outcome: What was kept.
+        """
+        with self._lock:
+            if tier not in self._tiers and len(self._tiers) >= MAX_TIERS:
+                tier = OTHER_TIERS
+            self._tiers.add(tier)
+            for objective, kept in {**outcome.readings(), "request": outcome.attained}.items():
+                # Both exist from the first request on, so that rates are never of nothing.
+                self.slo_attained[tier, objective] += kept
+                self.slo_missed[tier, objective] += not kept
+
     def render(self, model_name: str, *, aliases: Iterable[str] = ()) -> str:
         """Return the page that Prometheus scrapes.
 
@@ -431,6 +456,14 @@ class EngineMetrics:
             "grammar_failures_total", "counter", "Grammars that did not compile.",
             self.num_grammar_failures,
         )  # fmt: skip
+        for name, text, counts in (
+            ("slo_attained_total", "Requests that kept an objective.", self.slo_attained),
+            ("slo_missed_total", "Requests that did not keep an objective.", self.slo_missed),
+        ):
+            yield _Family(
+                name, "counter", text,
+                [({"tier": tier, "objective": kind}, n) for (tier, kind), n in counts.items()],
+            )  # fmt: skip
         yield one("compilations_total", "counter", "Step shapes compiled.", self.num_compilations)
         yield one(
             "compile_seconds_total", "counter", "Seconds spent compiling.", self.compile_seconds

@@ -9,6 +9,7 @@ from jaxserve.cache.pages import PageHash
 from jaxserve.core.event import FinishReason, TokenLogprobs
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.core.view import SequenceView
+from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.grammar.matcher import Matcher
@@ -54,6 +55,7 @@ class SequenceState:
         prompt_logprobs: Log-probabilities of prompt tokens, as far as computed.
         are_prompt_logprobs_sent: Whether they have been handed out.
         pooled: What has been gathered for a prompt that is pooled.
+        slo: Judges its service-level objectives; None if it has none.
     """
 
     seq_id: int
@@ -87,6 +89,7 @@ class SequenceState:
     first_token_time: float | None = None
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
+    slo: SloTracker | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -126,4 +129,6 @@ class SequenceState:
             is_running=self.phase is Phase.RUNNING,
             num_cached=num_cached,
             is_decoding=self.has_device_token,
+            slo=self.request.slo,
+            first_token_time=self.first_token_time,
         )

@@ -173,7 +173,7 @@ def _load(
         arrays = load_params(checkpoint, described, progress=progress)
         return LoadedModel(
             name=name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
-            path=path, generation_config=dict(checkpoint.generation_config),
+            path=checkpoint.path, generation_config=dict(checkpoint.generation_config),
         )  # fmt: skip
     finally:
         checkpoint.close()

@@ -57,6 +57,7 @@ class Tokenizer:
     Attributes:
         eos_token_ids: Tokens that end a generation.
         bos_token_id: Token that begins a text, if the model has one.
+        special_tokens: Named special tokens as templates see them.
         special_ids: Tokens that are left out of text by default.
         add_bos: Whether `encode` puts BOS in front of a text.
         vocab_size: One more than the largest id. A model's embedding may have more rows.
@@ -92,7 +93,8 @@ class Tokenizer:
         )
         around: list[int] = backend.encode("").ids
         self.add_bos = bos_token_id is not None and around[:1] == [bos_token_id]
-        self.chat_template = ChatTemplate(chat_templates or {}, variables=special_tokens)
+        self.special_tokens: dict[str, object] = dict(special_tokens or {})
+        self.chat_template = ChatTemplate(chat_templates or {}, variables=self.special_tokens)
 
     @classmethod
     def from_path(cls, path: Path, *, chat_template: str | None = None) -> "Tokenizer":
@@ -167,6 +169,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered without bringing a template."""
         return bool(self.chat_template.templates)
+
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json that makes the same ids and texts."""
+        return self._backend.to_str(pretty=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Turn text into ids. Special tokens written out in the text become those tokens.

@@ -9,8 +9,9 @@ from jaxserve.core.errors import CheckpointError, ConfigError, ModelNotFoundErro
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.gguf import GgufCheckpoint
 from jaxserve.models.loading import SafetensorsCheckpoint
+from jaxserve.models.orbax import OrbaxCheckpoint, find_orbax
 
-_FORMATS = ("auto", "safetensors", "gguf")
+_FORMATS = ("auto", "safetensors", "gguf", "orbax")
 
 
 @runtime_checkable
@@ -46,8 +47,9 @@ def open_checkpoint(path: Path | str, load_format: str = "auto") -> Checkpoint:
     """Open a checkpoint and check everything but the weights themselves.
 
     Args:
-        path: A GGUF file, a Hugging Face directory, or a directory with one GGUF file.
-        load_format: "safetensors", "gguf", or "auto" to look.
+        path: A GGUF file, a Hugging Face directory, an Orbax checkpoint with its `config.json`, or
+            a directory with one GGUF file.
+        load_format: "safetensors", "gguf", "orbax", or "auto" to look.
 
     Returns:
         The checkpoint; close it after use.
@@ -59,10 +61,13 @@ def open_checkpoint(path: Path | str, load_format: str = "auto") -> Checkpoint:
         ConfigError: If `load_format` is unknown.
     """
     if load_format not in _FORMATS:
-        raise ConfigError(f"load_format must be auto, safetensors or gguf, got {load_format!r}.")
+        known = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        raise ConfigError(f"load_format must be {known}, got {load_format!r}.")
     place = Path(path)
     if not place.exists():
         raise ModelNotFoundError(f"{place}: no such file or directory; check the path.")
+    if load_format == "orbax" or (load_format == "auto" and _is_orbax(place)):
+        return _checked(OrbaxCheckpoint(place))
     if load_format != "safetensors":
         file = _gguf_file(place, load_format)
         if file is not None:
@@ -73,6 +78,11 @@ def open_checkpoint(path: Path | str, load_format: str = "auto") -> Checkpoint:
             "the directory."
         )
     return _checked(SafetensorsCheckpoint(place))
+
+
+def _is_orbax(place: Path) -> bool:
+    """Tell whether the weights of a directory are an Orbax checkpoint and not files beside it."""
+    return find_orbax(place) is not None and not any(place.glob("*.safetensors"))
 
 
 def _gguf_file(place: Path, load_format: str) -> Path | None:

@@ -6,13 +6,16 @@ its own heads. A model that also sees has its language model under a prefix.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models.config import ModelConfig
 
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(self_attn\.qkv_proj|mlp\.gate_up_proj)\.(\w+)")
+_PART = re.compile(r"(model\.layers\.\d+\.)(self_attn\.\w+|mlp\.\w+)\.(\w+)")
 _TEXT = (("language_model.model.", "model."), ("model.language_model.", "model."))
 _TEXT_OUTPUT = "language_model.lm_head.weight"
 _SIGHT = ("vision_tower.", "multi_modal_projector.")
@@ -84,6 +87,36 @@ def slices_of(
                 )
             found[name] = part
     return found
+
+
+def fuse(
+    config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Put tensors together as the family stores them.
+
+    Args:
+        config: The model.
+        tensors: Names and values of its tensors, apart.
+
+    Yields:
+        Names and values as a checkpoint holds them; a fused tensor when its last part has come.
+    """
+    home = {
+        part: (whole, [name for name, _ in parts])
+        for whole, parts in fused_parts(config).items()
+        for part, _ in parts
+    }
+    held: dict[str, np.ndarray] = {}
+    for name, value in tensors:
+        match = _PART.fullmatch(name)
+        if match is None or match[2] not in home:
+            yield name, value
+            continue
+        layer, (whole, parts) = match[1], home[match[2]]
+        held[name] = value
+        names = [f"{layer}{part}.{match[3]}" for part in parts]
+        if all(part in held for part in names):
+            yield f"{layer}{whole}.{match[3]}", np.concatenate([held.pop(part) for part in names])
 
 
 def _split(

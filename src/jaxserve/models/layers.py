@@ -421,8 +421,9 @@ def rope_tables(positions: Int[Array, "*tokens"], config: ModelConfig) -> dict[s
     past a few hundred tokens.
     """
     tables: dict[str, Rope] = {}
-    for rope in sorted({kind.rope for kind in config.kinds}):
-        if rope != "none":
+    used = {kind.rope for kind in config.kinds}
+    for rope in ("global", "local"):
+        if rope in used:
             frequency, magnitude = config.rope_frequencies(rope)
             angle = positions.astype(jnp.float32)[..., None] * frequency
             tables[rope] = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude

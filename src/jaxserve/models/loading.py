@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,8 +20,10 @@ from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
 from jaxserve.models.fused import Slice, slices_of
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""Says which file holds which tensor, where there are several."""
+SINGLE_FILE = "model.safetensors"
+"""The only file, where there is one."""
 _READABLE = ("F64", "F32", "F16", "BF16")
 _BUFFERS = ("rotary_emb.inv_freq",)
 """Endings of tensors that old checkpoints hold but that are computed, not learnt."""
@@ -43,6 +45,15 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor."""
+        ...
+
+
+@runtime_checkable
+class DeviceSource(Protocol):
+    """A checkpoint that brings its own way of putting weights onto devices."""
+
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Read every parameter, by path, with the dtype and sharding described."""
         ...
 
 
@@ -73,8 +84,8 @@ class SafetensorsFiles:
         lost = [tensor for tensor in index if tensor not in self._file_of]
         if lost:
             raise CheckpointError(
-                f"{path / _INDEX}: names {_some(lost)}, which no file holds; download the model "
-                "again."
+                f"{path / INDEX_FILE}: names {_some(lost)}, which no file holds; download the "
+                "model again."
             )
         self._slices = (
             {name: Slice(source=name, shape=shape) for name, shape in self._stored.items()}
@@ -144,6 +155,32 @@ class SafetensorsFiles:
         self._files.clear()
 
 
+def read_generation_config(
+    folder: Path, config: ModelConfig
+) -> tuple[ModelConfig, dict[str, object]]:
+    """Read the sampling defaults beside a model.
+
+    Args:
+        folder: Where `generation_config.json` may lie.
+        config: The model's configuration.
+
+    Returns:
+        The configuration with the end-of-sequence tokens of both files, and the contents of
+        `generation_config.json`, empty if there is none.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    path = folder / "generation_config.json"
+    try:
+        found = dict(read_json(path))
+    except ModelNotFoundError:
+        return config, {}
+    more = Fields(found, where=str(path)).token_ids("eos_token_id")
+    eos = tuple(dict.fromkeys((*config.eos_token_ids, *more)))
+    return dataclasses.replace(config, eos_token_ids=eos), found
+
+
 class SafetensorsCheckpoint(SafetensorsFiles):
     """A Hugging Face directory: `config.json` and one or more safetensors files.
 
@@ -169,22 +206,14 @@ class SafetensorsCheckpoint(SafetensorsFiles):
     def __init__(self, path: Path) -> None:
         """Read the configuration and the header of every file, but no weights."""
         config = ModelConfig.from_hf(read_json(path / "config.json"))
-        try:
-            self.generation_config: dict[str, object] = dict(
-                read_json(path / "generation_config.json")
-            )
-        except ModelNotFoundError:
-            self.generation_config = {}
-        fields = Fields(self.generation_config, where=str(path / "generation_config.json"))
-        eos = dict.fromkeys((*config.eos_token_ids, *fields.token_ids("eos_token_id")))
-        self.config = dataclasses.replace(config, eos_token_ids=tuple(eos))
+        self.config, self.generation_config = read_generation_config(path, config)
         super().__init__(path, self.config)
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
     """Return tensor -> file, empty if the directory has no index."""
     try:
-        fields = Fields(read_json(path / _INDEX), where=str(path / _INDEX))
+        fields = Fields(read_json(path / INDEX_FILE), where=str(path / INDEX_FILE))
     except ModelNotFoundError:
         return {}
     index: dict[str, str] = {}
@@ -192,8 +221,8 @@ def _read_index(path: Path) -> Mapping[str, str]:
         # A name with a folder in it would lead out of the checkpoint.
         if not isinstance(file, str) or not file or Path(file).name != file:
             raise CheckpointError(
-                f"{path / _INDEX}: found {file!r} as the file of tensor {tensor!r}, expected the "
-                "name of a file beside it; download the model again."
+                f"{path / INDEX_FILE}: found {file!r} as the file of tensor {tensor!r}, expected "
+                "the name of a file beside it; download the model again."
             )
         index[tensor] = file
     return index
@@ -205,12 +234,12 @@ def _shard_names(path: Path, index: Mapping[str, str]) -> list[str]:
         lost = [name for name in names if not (path / name).is_file()]
         if lost:
             raise CheckpointError(
-                f"{path}: {_INDEX} names {_some(lost)}, found no such file; download the model "
+                f"{path}: {INDEX_FILE} names {_some(lost)}, found no such file; download the model "
                 "again."
             )
         return names
-    if (path / _SINGLE).is_file():
-        return [_SINGLE]
+    if (path / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
     names = sorted(file.name for file in path.glob("*.safetensors"))
     if not names:
         there = sorted(file.name for file in path.glob("*.bin")) or ["no weights"]
@@ -245,7 +274,8 @@ def hf_name(path: str) -> str:
     return name if stem == "lm_head" else f"model.{name}"
 
 
-def _is_kernel(path: str) -> bool:
+def is_kernel(path: str) -> bool:
+    """Tell whether a parameter is a matrix, which Hugging Face stores transposed."""
     return path.endswith(".kernel")
 
 
@@ -261,16 +291,35 @@ def check_tensors(source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStr
     """
     found = source.tensor_shapes()
     expected = {
-        hf_name(path): tuple(spec.shape[::-1] if _is_kernel(path) else spec.shape)
+        hf_name(path): tuple(spec.shape[::-1] if is_kernel(path) else spec.shape)
         for path, spec in abstract.items()
     }
+    found = {name: shape for name, shape in found.items() if not name.endswith(_BUFFERS)}
     # An output projection beside a tied embedding is a copy of it.
-    ignored = {_OUTPUT} - expected.keys()
-    extra = [
-        name
-        for name in found
-        if name not in expected and name not in ignored and not name.endswith(_BUFFERS)
-    ]
+    report_mismatch(str(source.path), "tensors", found, expected, ignored={_OUTPUT})
+
+
+def report_mismatch(
+    where: str,
+    kind: str,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    ignored: Container[str] = (),
+) -> None:
+    """Compare the shapes that a checkpoint holds with those that a model needs.
+
+    Args:
+        where: The checkpoint, for the error message.
+        kind: What its entries are called there.
+        found: Shapes by name in the checkpoint.
+        expected: Shapes by name in the model.
+        ignored: Names that may be there without a place in the model.
+
+    Raises:
+        CheckpointError: If one is missing, extra or of a wrong shape; names it.
+    """
+    extra = [name for name in found if name not in expected and name not in ignored]
     missing = [name for name in expected if name not in found]
     shapes = [
         f"{name} {found[name]} instead of {shape}"
@@ -287,10 +336,10 @@ def check_tensors(source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStr
         if names
     ]
     if problems:
+        listed = f"; {kind} ".join(problems)
         raise CheckpointError(
-            f"{source.path}: the tensors do not fit the configuration. Tensors "
-            f"{'; tensors '.join(problems)}. Check that configuration and weights belong to the "
-            "same model, or download it again."
+            f"{where}: the {kind} do not fit the configuration. {kind.capitalize()} {listed}. "
+            "Check that configuration and weights belong to the same model, or download it again."
         )
 
 
@@ -318,14 +367,21 @@ def load_params(
     Raises:
         CheckpointError: If a tensor is missing, extra, of a wrong shape, or damaged; names it.
     """
+    if dtype is not None:
+        abstract = {
+            path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=spec.sharding)
+            for path, spec in abstract.items()
+        }
+    if isinstance(checkpoint, DeviceSource):
+        return checkpoint.load(abstract)
     check_tensors(checkpoint, abstract)
     order = {name: place for place, name in enumerate(checkpoint.tensor_shapes())}
     paths = sorted(abstract, key=lambda path: order[hf_name(path)])
 
     def load(path: str) -> jax.Array:
         spec = abstract[path]
-        kind = spec.dtype if dtype is None else dtype
-        value = prepare_buffer(checkpoint.read(hf_name(path)), kind, transpose=_is_kernel(path))
+        value = checkpoint.read(hf_name(path))
+        value = prepare_buffer(value, spec.dtype, transpose=is_kernel(path))
         array = jax.device_put(value, spec.sharding)
         return array.block_until_ready()  # so that buffers of running transfers do not pile up
 

@@ -87,6 +87,21 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
+class SloBody(BaseModel):
+    """Service-level objectives; at least one of the three times, in milliseconds.
+
+    Unknown names are kept, to be refused by name: a misspelt objective must not be lost.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+    tier: str | None = None
+    on_decline: Literal["best_effort", "reject", "asap"] | None = None
+
+
 class GenerationBody(Body):
     """Fields that both generating endpoints share; None is "the server's default"."""
 
@@ -129,6 +144,7 @@ class GenerationBody(Body):
     request_id: str | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    slo: SloBody | None = None
 
 
 class CompletionBody(GenerationBody):

@@ -350,6 +350,7 @@ def _request(
         priority=body.priority,
         cache_salt=body.cache_salt or "",
         output_token_ids=body.output_token_ids or (),
+        slo=None if body.slo is None else body.slo.model_dump(exclude_unset=True),
     )
     left = engine.max_model_len - len(request.prompt_token_ids)
     wanted = request.sampling.max_tokens

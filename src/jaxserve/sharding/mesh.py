@@ -23,3 +23,12 @@ def make_mesh(tensor_parallel_size: int = 1) -> jax.sharding.Mesh:
             f"{len(devices)} {devices[0].platform} device(s)."
         )
     return jax.sharding.Mesh(np.asarray(devices[:tensor_parallel_size]), (TENSOR_AXIS,))
+
+
+def host_mesh() -> jax.sharding.Mesh:
+    """Build a mesh of the device whose memory is the host's, or of the default one without it."""
+    try:
+        devices = jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX_PLATFORMS names accelerators only
+        devices = jax.local_devices()
+    return jax.sharding.Mesh(np.asarray(devices[:1]), (TENSOR_AXIS,))
