@@ -112,6 +112,6 @@ def test_curl_is_answered_as_shown(path: Path, url: str):
 
 def test_examples_are_found():
     assert len(with_any(lambda path: blocks(path, "python"))) >= 6
-    assert len(commands(ROOT / "README.md")) == 1
+    assert len(commands(ROOT / "README.md")) == 2
     assert len(commands(ROOT / "docs/quickstart/server.md")) == 5
     assert json.loads(commands(ROOT / "README.md")[0][1].replace("\n", ""))["choices"]

@@ -281,7 +281,6 @@ def test_every_streamable_decoder_agrees_with_the_library(
 @pytest.mark.parametrize(
     "decoder",
     [
-        D.WordPiece(),
         D.CTC(),
         D.Sequence([D.Fuse(), D.Strip(" ", 0, 1)]),
         D.Sequence([D.Strip(" ", 1, 0)]),

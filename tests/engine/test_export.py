@@ -257,15 +257,16 @@ def test_transformers_computes_the_same_from_it(name, tmp_path, oracle_python: P
     config, params = load_params(GOLDEN / name, dtype="float32")
     export((config, params), tmp_path / "hf", shard_size="20kB")
     with np.load(GOLDEN / name / "golden.npz") as data:
-        sequences = [data[f"tokens_{i}"] for i in range(3)]
-        logits = [np.concatenate([data[f"prefill_{i}"], data[f"decode_{i}"]]) for i in range(3)]
+        count = sum(key.startswith("tokens_") for key in data)
+        sequences = [data[f"tokens_{i}"] for i in range(count)]
+        logits = [np.concatenate([data[f"prefill_{i}"], data[f"decode_{i}"]]) for i in range(count)]
     lengths = [len(value) for value in logits]
     sequences = [s[:n].tolist() for s, n in zip(sequences, lengths, strict=True)]
     found = ask_transformers(oracle_python, tmp_path / "hf", tmp_path, sequences=sequences)
     assert found["problems"] == []
     assert found["dtype"] == "float32"
     for ours, theirs in zip(found["logits"], logits, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.live_oracle

@@ -108,7 +108,7 @@ def test_modules_that_documents_run_exist(document):
 def test_flags_and_variables_that_documents_name_exist(document):
     known = {name for flag in iter_flags() for name in flag.names}
     known |= {f"--no-{flag.option[2:]}" for flag in iter_flags() if flag.kind == "bool"}
-    known |= {"--config", "--help"}
+    known |= {"--config", "--help", "--to", "--shard-size"}  # the last two of `jaxserve convert`
     variables = {flag.env for flag in iter_flags()}
     variables |= {"JAXSERVE_CACHE_DIR", "JAXSERVE_CONFIG", "JAXSERVE_MODEL", "JAXSERVE_"}
     text = (ROOT / document).read_text()

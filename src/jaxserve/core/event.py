@@ -3,9 +3,10 @@
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class FinishReason(enum.StrEnum):
@@ -180,7 +181,7 @@ class TokenEvent:
     weight_version: str = ""
     metrics: RequestMetrics | None = None
     error: str | None = None
-    pooled: np.ndarray | None = None
+    pooled: "np.ndarray | None" = None
 
 
 @dataclass(slots=True, kw_only=True)

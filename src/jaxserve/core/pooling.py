@@ -1,9 +1,11 @@
 """What embedding and scoring give back, and the ways to make one vector of many."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
 
 PoolingType = Literal["mean", "last", "cls", "max"]
 """mean and max go over all tokens of a text, cls takes its first token and last its last one."""
@@ -17,7 +19,7 @@ class EmbeddingOutput:
         vector: The embedding, float32.
     """
 
-    vector: np.ndarray
+    vector: "np.ndarray"
 
     @property
     def embedding(self) -> list[float]:
