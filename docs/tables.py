@@ -295,10 +295,15 @@ def families() -> str:
 def known_models() -> str:
     """List the models that have a short name."""
     rows = [
-        (code(known.name), code(Path(known.member).name), format_bytes(known.num_bytes))
+        (
+            code(known.name),
+            code(Path(known.member).name),
+            format_bytes(known.num_bytes),
+            known.license or NOTHING,
+        )
         for known in KNOWN_MODELS.values()
     ]
-    return table(("name", "file", "size"), rows)
+    return table(("name", "file", "size", "licence"), rows)
 
 
 # Errors -----------------------------------------------------------------------------------------
