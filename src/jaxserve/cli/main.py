@@ -67,15 +67,8 @@ def pull(argv: Sequence[str]) -> int:
     return 0
 
 
-def convert(argv: Sequence[str]) -> int:
-    """Write a model into a directory of a common format and print where it is.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        JaxserveError: If the source cannot be read or the target cannot be written.
-    """
+def convert_parser() -> argparse.ArgumentParser:
+    """Return the parser of `jaxserve convert`."""
     parser = _Parser(
         prog="jaxserve convert",
         description="Write a model into a new directory: safetensors as transformers writes them, "
@@ -113,7 +106,19 @@ def convert(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--revision", help="branch, tag or commit of the source on the hub")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    given = parser.parse_args(list(argv))
+    return parser
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Write a model into a directory of a common format and print where it is.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        JaxserveError: If the source cannot be read or the target cannot be written.
+    """
+    given = convert_parser().parse_args(list(argv))
     from jaxserve.engine.export import export  # noqa: PLC0415  loads JAX
 
     written = export(
