@@ -5,13 +5,25 @@ and the engine runs on XLA alone.
 """
 
 import functools
+import importlib
 import importlib.util
-import logging
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Array, Float, Int
+if TYPE_CHECKING:
+    from jaxserve.cpu_kernels.decode_attention import decode as decode
+    from jaxserve.cpu_kernels.matmul import multiply as multiply
+    from jaxserve.cpu_kernels.matmul import multiply_transposed as multiply_transposed
+    from jaxserve.cpu_kernels.prefill_attention import append as append
+    from jaxserve.cpu_kernels.prefill_attention import prefill as prefill
 
-logger = logging.getLogger(__name__)
+_KERNELS = {
+    "multiply": "matmul",
+    "multiply_transposed": "matmul",
+    "decode": "decode_attention",
+    "append": "prefill_attention",
+    "prefill": "prefill_attention",
+}
+"""Which module holds which kernel."""
 
 _FASTER_ROWS = {"float32": (2, 32), "bfloat16": (1, 12)}
 """Numbers of rows for which `multiply` beat XLA on two cores of Zen 4, by dtype of the weights."""
@@ -42,63 +54,8 @@ def pays(rows: int, dtype: str) -> bool:
     return least <= rows <= most
 
 
-def multiply(
-    x: Float[Array, "rows in_size"], weights: Sequence[Float[Array, "in_size out_size"]]
-) -> list[Float[Array, "rows out_size"]]:
-    """Multiply a few rows with one or more weights; see `matmul.multiply`."""
-    from jaxserve.cpu_kernels import matmul  # noqa: PLC0415  llvmlite is optional
-
-    return matmul.multiply(x, weights)
-
-
-def multiply_transposed(
-    x: Float[Array, "rows in_size"], weight: Float[Array, "out_size in_size"]
-) -> Float[Array, "rows out_size"]:
-    """Multiply a few rows with a transposed weight; see `matmul.multiply_transposed`."""
-    from jaxserve.cpu_kernels import matmul  # noqa: PLC0415  llvmlite is optional
-
-    return matmul.multiply_transposed(x, weight)
-
-
-def decode(
-    q: Float[Array, "rows q_heads head_dim"],
-    k: Float[Array, "rows kv_heads head_dim"],
-    v: Float[Array, "rows kv_heads head_dim"],
-    keys: Float[Array, "slots kv_heads capacity head_dim"],
-    values: Float[Array, "slots kv_heads capacity head_dim"],
-    position: Int[Array, " rows"],
-    *,
-    scale: float,
-) -> tuple[Float[Array, "rows q_heads head_dim"], Array, Array]:
-    """Append one token per row and attend from it; see `decode_attention.decode`."""
-    from jaxserve.cpu_kernels import decode_attention  # noqa: PLC0415  llvmlite is optional
-
-    return decode_attention.decode(q, k, v, keys, values, position, scale=scale)
-
-
-def append(
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
-    keys: Float[Array, "slots kv_heads capacity head_dim"],
-    values: Float[Array, "slots kv_heads capacity head_dim"],
-    blocks: Int[Array, "blocks 4"],
-) -> tuple[Array, Array]:
-    """Write prefill keys and values into their slots; see `prefill_attention.append`."""
-    from jaxserve.cpu_kernels import prefill_attention  # noqa: PLC0415  llvmlite is optional
-
-    return prefill_attention.append(k, v, keys, values, blocks)
-
-
-def prefill(
-    q: Float[Array, "tokens q_heads head_dim"],
-    keys: Float[Array, "slots kv_heads capacity head_dim"],
-    values: Float[Array, "slots kv_heads capacity head_dim"],
-    blocks: Int[Array, "blocks 4"],
-    *,
-    q_block: int,
-    scale: float,
-) -> Float[Array, "tokens q_heads head_dim"]:
-    """Attend from prefill tokens to all keys of their slots; see `prefill_attention.prefill`."""
-    from jaxserve.cpu_kernels import prefill_attention  # noqa: PLC0415  llvmlite is optional
-
-    return prefill_attention.prefill(q, keys, values, blocks, q_block=q_block, scale=scale)
+def __getattr__(name: str) -> Any:  # noqa: ANN401  the form of a module's hook
+    """Load a kernel's module when the kernel is first asked for."""
+    if name not in _KERNELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_KERNELS[name]}"), name)

@@ -6,6 +6,7 @@ kept compatible within one major version.
 
 import ctypes
 import functools
+import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ import jax
 from llvmlite import binding, ir
 
 from jaxserve.cpu_kernels.emit import I32, I64, POINTER, VOID, Emitter, Value, const
+
+logger = logging.getLogger(__name__)
 
 _FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, _FRAME_STAGE = 8, 16, 24, 32
 _FRAME_ARGS, _FRAME_RETS = 72, 112
@@ -56,14 +59,27 @@ def host() -> Cpu:
 
 @functools.cache
 def is_supported() -> bool:
-    """Tell whether this jaxlib speaks the interface that the offsets above describe."""
+    """Tell whether this jaxlib speaks the interface described above, and LLVM can compile here."""
     header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     try:
         text = header.read_text(encoding="utf-8")
     except OSError:
         return False
     major = re.search(r"#define XLA_FFI_API_MAJOR (\d+)", text)
-    return major is not None and major.group(1) == "0"
+    return major is not None and major.group(1) == "0" and _can_compile()
+
+
+def _can_compile() -> bool:
+    """Try it: some systems let no program write code that it then runs."""
+    module = ir.Module("probe")
+    function = ir.Function(module, ir.FunctionType(VOID, []), "probe")
+    Emitter(function, 1).b.ret_void()
+    try:
+        ctypes.CFUNCTYPE(None)(_compile(module).get_function_address("probe"))
+    except (OSError, RuntimeError) as error:
+        logger.warning("LLVM cannot compile here, so the CPU runs on XLA alone: %s", error)
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
