@@ -4,6 +4,8 @@ Each function returns the text of one table (or of several, each under a title);
 them for the directive of `docs.generated`.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -12,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import httpx
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel
@@ -34,6 +37,7 @@ from jaxserve.serve.state import ServerState
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTHING = "-"
+CLOSED = 403
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -148,16 +152,14 @@ Route = tuple[str, str]
 def endpoints() -> str:
     """List every path of the server, and which flag opens or closes it."""
     standard = _routes(_app({}))
+    shut = _refusing(_app({}), standard)
     everything = dict(standard)
     opened: dict[Route, list[str]] = {}
     closed: dict[Route, list[str]] = {}
-    for option, settings in _switches():
-        try:
-            routes = _routes(_app(settings))
-        except (ConfigError, TypeError):
-            continue  # a switch that needs another one
+    for option, app in _switched_apps():
+        routes = _routes(app)
         everything |= routes
-        for route in routes.keys() - standard.keys():
+        for route in (routes.keys() - standard.keys()) | (shut - _refusing(app, shut)):
             opened.setdefault(route, []).append(option)
         for route in standard.keys() - routes.keys():
             closed.setdefault(route, []).append(option)
@@ -168,6 +170,26 @@ def endpoints() -> str:
     return table(("method", "path", "what it does", "open"), rows)
 
 
+def _refusing(app: FastAPI, routes: Iterable[Route]) -> set[Route]:
+    """Ask each path, and return those that answer 403: they are there, but closed."""
+
+    async def ask() -> set[Route]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://docs") as client:
+            answers = {
+                (path, method): await client.request(method, _any_of(path), timeout=10)
+                for path, method in routes
+            }
+        return {route for route, answer in answers.items() if answer.status_code == CLOSED}
+
+    return asyncio.run(ask())
+
+
+def _any_of(path: str) -> str:
+    """Put a word in the place of each variable of a path."""
+    return re.sub(r"\{[^}]*\}", "word", path)
+
+
 def _openness(
     route: Route, opened: Mapping[Route, list[str]], closed: Mapping[Route, list[str]]
 ) -> str:
@@ -176,6 +198,13 @@ def _openness(
     if route in closed:
         return "unless " + " or ".join(map(code, closed[route]))
     return "always"
+
+
+def _switched_apps() -> Iterator[tuple[str, FastAPI]]:
+    """Yield the application with each switch of `_switches` by itself, and the switch."""
+    for option, settings in _switches():
+        with contextlib.suppress(ConfigError, TypeError):  # a switch that needs another one
+            yield option, _app(settings)
 
 
 def _switches() -> Iterator[tuple[str, dict[str, object]]]:
@@ -224,11 +253,7 @@ def _routes(app: FastAPI) -> dict[Route, str]:
 def fields() -> str:
     """List the fields of every request body, under the paths that take it."""
     paths: dict[type[BaseModel], dict[str, None]] = {}
-    for settings in ({}, *(settings for _, settings in _switches())):
-        try:
-            app = _app(settings)
-        except (ConfigError, TypeError):
-            continue
+    for app in (_app({}), *(app for _, app in _switched_apps())):
         for (path, _), endpoint in _endpoints_of(app):
             for body in _bodies(endpoint):
                 paths.setdefault(body, {})[path] = None

@@ -96,10 +96,11 @@ def test_endpoints_are_those_of_the_openapi_description_and_more():
     assert ("/openapi.json", "GET") in listed
 
 
-def test_flags_that_close_paths_are_named():
+def test_flags_that_open_and_close_paths_are_named():
     shown = {row[1].strip("`"): row[3] for row in rows(tables.endpoints())}
     assert shown["/docs"] == "unless `--disable-fastapi-docs`"
     assert shown["/v1/models"] == "always"
+    assert shown["/update_weights"] == "with `--enable-admin-api`"
 
 
 def test_request_fields_are_those_of_the_bodies():
