@@ -1,11 +1,14 @@
 """Settings of Sphinx. Everything is built from this repository; nothing is fetched."""
 
+import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jaxserve
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # the endpoint table asks many paths
 
 project = "jaxserve"
 author = "The jaxserve developers"
