@@ -219,7 +219,13 @@ def test_equal_grammars_are_compiled_once_and_few_are_kept():
     assert [good for _, good in compiler.timings] == [True]
     for number in range(MAX_KEPT):
         compiler.compile(StructuredOutputsParams(regex=f"b{number}"))
-    assert compiler.compile(StructuredOutputsParams(regex="a")) is not first
+    assert compiler.compile(StructuredOutputsParams(regex="a")) is first  # in use
+    del first
+    for number in range(MAX_KEPT):
+        compiler.compile(StructuredOutputsParams(regex=f"c{number}")).wait()
+    count = len(compiler.timings)
+    compiler.compile(StructuredOutputsParams(regex="a")).wait()
+    assert len(compiler.timings) == count + 1
     compiler.close()
 
 

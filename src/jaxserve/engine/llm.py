@@ -33,6 +33,7 @@ from jaxserve.engine.pooling import (
 from jaxserve.engine.scoring import ForwardOutput, Hook, forward, token_logprobs
 from jaxserve.engine.setup import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.bert_config import BertConfig
 from jaxserve.models.config import ModelConfig
 
@@ -131,8 +132,10 @@ class LLM(Controls):
                 listed, params, priorities, objectives, strict=True
             )
         ]
-        self._compile_grammars(requests)
-        return self._run(requests, use_tqdm=use_tqdm)
+        grammars = self._compile_grammars(requests)
+        outputs = self._run(requests, use_tqdm=use_tqdm)
+        del grammars  # held until here, so that however many there are, none is compiled twice
+        return outputs
 
     def chat(
         self,
@@ -226,12 +229,13 @@ class LLM(Controls):
             if num_open:
                 self._host.thread.cancel(request.request_id)
 
-    def _compile_grammars(self, requests: Sequence[Request]) -> None:
+    def _compile_grammars(self, requests: Sequence[Request]) -> list[PendingGrammar | None]:
         """Wait until every grammar is ready, so that a wrong one is an error of the call."""
         pending = [self._host.begin_grammar(request) for request in requests]
         for grammar in pending:
             if grammar is not None:
                 grammar.wait()
+        return pending
 
     def _run(self, requests: Sequence[Request], *, use_tqdm: bool) -> list[RequestOutput]:
         """Submit, wait, collect. Outputs grow on the engine's thread; only ends wake this one."""

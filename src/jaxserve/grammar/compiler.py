@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 256
-"""Compiled grammars kept for further requests; the least recently used goes first."""
+"""Compiled grammars kept for further requests; the least recently used goes first. Those that a
+request waits for or uses are kept besides."""
 NUM_THREADS = 2
 _POLL_S = 0.05
 _MAX_MESSAGE = 1500
@@ -133,6 +135,7 @@ class GrammarCompiler:
         self._on_compiled = on_compiled
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, PendingGrammar] = OrderedDict()
+        self._used: weakref.WeakValueDictionary[str, PendingGrammar] = weakref.WeakValueDictionary()
         self._pool: ThreadPoolExecutor | None = None
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._tokenizer_lock = threading.Lock()
@@ -148,17 +151,22 @@ class GrammarCompiler:
         """
         text = grammar_text(params, self._defaults)
         with self._lock:
-            pending = self._kept.get(text)
-            if pending is not None:
-                self._kept.move_to_end(text)
-                return pending
-            pending = self._kept[text] = PendingGrammar(self._limit_s, self._eos_ids)
+            pending = self._used.get(text)
+            is_new = pending is None
+            if pending is None:
+                pending = self._used[text] = PendingGrammar(self._limit_s, self._eos_ids)
+            self._kept[text] = pending
+            self._kept.move_to_end(text)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="jaxserve-grammar")
-            self._pool.submit(self._compile, text, pending)
+            if is_new:
+                self._start(text, pending)
         return pending
+
+    def _start(self, text: str, pending: PendingGrammar) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="jaxserve-grammar")
+        self._pool.submit(self._compile, text, pending)
 
     def _compile(self, text: str, pending: PendingGrammar) -> None:
         start = pending.started = time.monotonic()
