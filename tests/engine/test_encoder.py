@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve import LLM, CapacityError, EngineDeadError, RequestError
+from jaxserve.engine.compiling import LateCompileError
 from jaxserve.engine.encoder_host import EncoderHost
 from jaxserve.engine.encoder_runner import BatchShapes
 from jaxserve.engine.pooling import PooledText
-from jaxserve.engine.runner import LateCompileError
 from tests.bert import BERT, golden, pooled, rows
 
 CASE = golden("plain")
@@ -149,11 +149,11 @@ def test_nothing_is_compiled_after_warm_up() -> None:
         host = host_of(llm)
         assert host.is_warm
         before = llm.metrics.num_compilations
-        assert before == host.runner.num_programs == len(host.runner.spec.shapes.all_shapes())
+        assert before == len(host.runner.programs) == len(host.runner.spec.shapes.all_shapes())
         for count in (1, 2, 5, 11):
             llm.embed(rows(CASE) * count, use_tqdm=False)
         assert llm.metrics.num_compilations == before
-        host.runner._programs.clear()
+        host.runner.programs.clear()
         with pytest.raises(LateCompileError, match="would be compiled after warm-up"):
             host.runner.run([text([5])], host.runner.choose_shape(1, 16))
 
@@ -161,12 +161,13 @@ def test_nothing_is_compiled_after_warm_up() -> None:
 def test_during_warm_up_texts_run_in_shapes_that_are_ready() -> None:
     with LLM(BERT / "plain", warmup="background", **SMALL) as llm:
         host = host_of(llm)
-        host.runner.stop_warm_up()
+        host.runner.programs.stop()
         assert host._compiler is not None
         host._compiler.join()
-        host.runner._programs = dict(list(host.runner._programs.items())[:1])
+        ready = host.runner.programs._compiled
+        host.runner.programs._compiled = dict(list(ready.items())[:1])
         found = [output.outputs.vector for output in llm.embed(rows(CASE), use_tqdm=False)]
-        assert host.runner.num_programs == 1
+        assert len(host.runner.programs) == 1
     np.testing.assert_allclose(found, pooled(CASE, "mean"), rtol=0, atol=1e-5)
 
 

@@ -17,8 +17,8 @@ from jaxserve.core.errors import CapacityError, ConfigError, EngineDeadError, Re
 from jaxserve.core.event import FinishReason, SloOutcome
 from jaxserve.core.request import SamplingParams, Slo
 from jaxserve.engine.async_engine import AsyncLLM
+from jaxserve.engine.compiling import LateCompileError
 from jaxserve.engine.llm import LLM
-from jaxserve.engine.runner import LateCompileError
 from jaxserve.engine.shapes import PackedStep, StepShape
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from tests.tiny import Bench, pointers, tiny_module, write_tiny_model
@@ -731,7 +731,7 @@ def test_nothing_is_compiled_after_warm_up_and_nothing_is_emitted_twice(module, 
         num_gpu_blocks_override=14, enforce_no_recompile=True,
     )  # fmt: skip
     bench.engine.runner.warm_up()
-    assert bench.engine.runner.is_sealed
+    assert bench.engine.runner.programs.is_sealed
     bench.complete(PROMPT)
     before = bench.metrics.num_compilations
     compiled = []
@@ -787,7 +787,7 @@ def test_serving_goes_on_while_shapes_are_compiled_in_the_background(module):
         assert all(len(o.outputs[0].token_ids) == 8 for o in outputs)
         wait_until(lambda: llm.host.is_warm)
         known = len(llm.host.engine.runner._all_programs())
-        assert llm.host.engine.runner.num_programs == known
+        assert len(llm.host.engine.runner.programs) == known
 
 
 # Many devices ----------------------------------------------------------------------------------

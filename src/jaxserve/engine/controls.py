@@ -1,5 +1,6 @@
 """The levers of a running engine, as `LLM` and `AsyncLLM` share them: weights, pauses, sleep."""
 
+import abc
 import asyncio
 import time
 from collections.abc import Iterable
@@ -11,13 +12,13 @@ from jaxserve.engine.weights import Names, NewWeights, prepare_weights, read_wei
 from jaxserve.models.hub import resolve_model
 
 
-class _Levers:
+class _Levers(abc.ABC):
     """What both faces do before they wait."""
 
     @property
+    @abc.abstractmethod
     def _host(self) -> EngineHost:
         """The engine of a decoder."""
-        raise NotImplementedError
 
     def get_weight_version(self) -> str:
         """Return the version of the weights being served; "0" until they are changed."""

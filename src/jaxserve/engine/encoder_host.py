@@ -160,7 +160,7 @@ class EncoderHost:
     @property
     def is_warm(self) -> bool:
         """Whether every program has been compiled."""
-        return self.runner.is_sealed
+        return self.runner.programs.is_sealed
 
     @property
     def max_model_len(self) -> int:
@@ -188,7 +188,7 @@ class EncoderHost:
     def close(self) -> None:
         """End what is under way, stop the thread and free the programs; weights stay."""
         self.encoder.close()
-        self.runner.stop_warm_up()
+        self.runner.programs.stop()
         if self._compiler is not None:
             self._compiler.join()  # XLA must not be compiling while the process winds down
         self.runner.close()

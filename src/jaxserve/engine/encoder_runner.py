@@ -6,9 +6,6 @@ to the first text of a pair.
 """
 
 import functools
-import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,13 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxserve.attention.metadata import Backend, PaddedPlan
-from jaxserve.engine.compiling import persistent_cache
-from jaxserve.engine.runner import LateCompileError
+from jaxserve.engine.compiling import Programs
 from jaxserve.models.bert import Bert
 from jaxserve.models.bert_config import BertConfig
 from jaxserve.models.pooling import PoolingConfig
-
-logger = logging.getLogger(__name__)
 
 _SMALLEST_LENGTH = 16
 _ROW_STEP = 4
@@ -170,7 +164,7 @@ class EncoderRunner:
 
     Attributes:
         spec: What is fixed.
-        is_sealed: Whether every program has been compiled.
+        programs: What it has compiled.
     """
 
     def __init__(
@@ -186,27 +180,20 @@ class EncoderRunner:
     ) -> None:
         """Keep the parts; compiles nothing yet."""
         self.spec = spec
-        self.is_sealed = False
+        self.programs = Programs(
+            matmul_precision=spec.matmul_precision,
+            on_compile=on_compile,
+            cache_dir=cache_dir,
+            forbid_late=forbid_late,
+        )
         self._state = state
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._on_compile = on_compile
-        self._cache_dir = cache_dir
-        self._forbid_late = forbid_late
-        self._programs: dict[BatchShape, Callable[[nnx.State, jax.Array], jax.Array]] = {}
-        self._lock = threading.Lock()
-        self._takes_larger = False
-        self._is_closed = False
-        self._forward = jax.jit(functools.partial(_forward, graph, spec))
+        self._forward = functools.partial(_forward, graph, spec)
 
     @property
     def params(self) -> nnx.State:
         """The weights being served."""
         return self._state
-
-    @property
-    def num_programs(self) -> int:
-        """Programs compiled so far."""
-        return len(self._programs)
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every program, so that no later batch compiles anything.
@@ -215,20 +202,16 @@ class EncoderRunner:
             on_progress: Called with (programs done, programs in all).
         """
         shapes = self.spec.shapes.all_shapes()
-        for index, shape in enumerate(shapes):
-            if self._is_closed:
-                return
-            self._program(shape)
-            if on_progress is not None:
-                on_progress(index + 1, len(shapes))
-        self.is_sealed = True
+        self.programs.warm_up(
+            [functools.partial(self._program, shape) for shape in shapes], on_progress
+        )
 
     def warm_up_essentials(self) -> None:
         """Compile one shape that takes every text; `warm_up` may then go on in the background."""
         shapes = self.spec.shapes
         longest = shapes.lengths[-1]
         self._program(BatchShape(rows=shapes.row_buckets(longest)[0], length=longest))
-        self._takes_larger = True
+        self.programs.takes_larger = True
 
     def choose_shape(self, count: int, length: int) -> BatchShape:
         """Return the shape for some texts of a length, or another one that is compiled already.
@@ -239,9 +222,9 @@ class EncoderRunner:
         """
         shapes = self.spec.shapes
         exact = BatchShape(rows=shapes.rows_for(count, length), length=length)
-        if not self._takes_larger or exact in self._programs:
+        if not self.programs.takes_larger or exact in self.programs:
             return exact
-        ready = [shape for shape in list(self._programs) if shape.length >= length]
+        ready = [s for s in shapes.all_shapes() if s in self.programs and s.length >= length]
         # The most texts at once, then the least padding.
         return min(ready, key=lambda s: (-min(s.rows, count), s.rows * s.length), default=exact)
 
@@ -264,35 +247,15 @@ class EncoderRunner:
         return self._program(shape)(self._state, jax.device_put(packed, self._everywhere))
 
     def _program(self, shape: BatchShape) -> Callable[[nnx.State, jax.Array], jax.Array]:
-        program = self._programs.get(shape)
-        if program is not None:
-            return program
-        if self.is_sealed and self._forbid_late:
-            raise LateCompileError(f"{shape} would be compiled after warm-up.")
-        with self._lock:
-            program = self._programs.get(shape)
-            if program is None:
-                start = time.perf_counter()
-                packed = jax.ShapeDtypeStruct(
-                    (shape.rows, shape.length + _EXTRA), jnp.int32, sharding=self._everywhere
-                )
-                with jax.default_matmul_precision(self.spec.matmul_precision):
-                    lowered = self._forward.lower(self._state, packed)
-                with persistent_cache(self._cache_dir):
-                    program = lowered.compile()
-                self._programs[shape] = program
-                self._on_compile(time.perf_counter() - start)
-                logger.debug("compiled %s in %.2f s", shape, time.perf_counter() - start)
-        return program
-
-    def stop_warm_up(self) -> None:
-        """Let a warm-up on another thread end after the program it is compiling."""
-        self._is_closed = True
+        packed = jax.ShapeDtypeStruct(
+            (shape.rows, shape.length + _EXTRA), jnp.int32, sharding=self._everywhere
+        )
+        return self.programs.get(shape, self._forward, (), self._state, packed)
 
     def close(self) -> None:
         """Free the programs; the weights belong to the caller."""
-        self._is_closed = True
-        self._programs.clear()
+        self.programs.stop()
+        self.programs.clear()
         self._state = nnx.State({})
 
 

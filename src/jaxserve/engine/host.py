@@ -127,7 +127,7 @@ class EngineHost:
     @property
     def is_warm(self) -> bool:
         """Whether every program has been compiled."""
-        return self.engine.runner.is_sealed
+        return self.engine.runner.programs.is_sealed
 
     @property
     def num_unfinished(self) -> int:
@@ -279,7 +279,7 @@ class EngineHost:
         """Abort what is under way, stop the thread and free the cache; weights stay."""
         self.thread.close()
         self.engine.constraints.close()
-        self.engine.runner.stop_warm_up()
+        self.engine.runner.programs.stop()
         if self._compiler is not None:
             self._compiler.join()  # XLA must not be compiling while the process winds down
         self.engine.runner.close()

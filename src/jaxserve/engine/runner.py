@@ -1,9 +1,6 @@
 """Runs steps on the device: owns the compiled programs, the cache buffers and the row state."""
 
 import functools
-import logging
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,8 +16,8 @@ from jaxserve.attention.metadata import AttentionPlan, Backend
 from jaxserve.cache import buffers
 from jaxserve.cache.buffers import KvBuffers
 from jaxserve.core.config import LogprobsMode
-from jaxserve.core.errors import JaxserveError, RequestError
-from jaxserve.engine.compiling import persistent_cache
+from jaxserve.core.errors import RequestError
+from jaxserve.engine.compiling import Programs
 from jaxserve.engine.pooled import Pooled, pool_chunks
 from jaxserve.engine.sampler import RowState, Sampled, SamplingInputs, report, sample
 from jaxserve.engine.shapes import (
@@ -38,8 +35,6 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.registry import flatten_params
 from jaxserve.sharding.rules import TENSOR_AXIS
-
-logger = logging.getLogger(__name__)
 
 MAX_MOVES = 64
 """Pages copied between slots and store by one launch."""
@@ -112,6 +107,10 @@ class Runner:
         forbid_late: Whether a compilation after warm-up is an error.
 
     The runner never sees a request or a deadline.
+
+    Attributes:
+        spec: What is fixed.
+        programs: What it has compiled.
     """
 
     def __init__(
@@ -132,15 +131,13 @@ class Runner:
         self._params: tuple[jax.Array, ...] = tuple(leaves)
         self._mesh = mesh
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._on_compile = on_compile
-        self._cache_dir = cache_dir
-        self._programs: dict[object, Callable[..., Any]] = {}
+        self.programs = Programs(
+            matmul_precision=spec.matmul_precision,
+            on_compile=on_compile,
+            cache_dir=cache_dir,
+            forbid_late=forbid_late,
+        )
         self._no_masks: dict[int, jax.Array] = {}
-        self._forbid_late = forbid_late
-        self._compile_lock = threading.Lock()
-        self._takes_larger = False
-        self._is_closed = False
-        self.is_sealed = False
         self._allocate()
         # Programs are lowered against descriptions: live buffers may be donated meanwhile.
         self._param_specs = jax.tree.map(_describe, self._params)
@@ -187,14 +184,7 @@ class Runner:
         Args:
             on_progress: Called with (programs done, programs in all).
         """
-        todo = self._all_programs()
-        for index, compile_one in enumerate(todo):
-            if self._is_closed:
-                return
-            compile_one()
-            if on_progress is not None:
-                on_progress(index + 1, len(todo))
-        self.is_sealed = True
+        self.programs.warm_up(self._all_programs(), on_progress)
 
     def warm_up_essentials(self) -> None:
         """Compile the two step shapes that every mix of requests fits into.
@@ -206,7 +196,7 @@ class Runner:
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=0))
         largest = shapes.prefill_buckets[-1]
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=largest))
-        self._takes_larger = True
+        self.programs.takes_larger = True
 
     def _all_programs(self) -> list[Callable[[], object]]:
         shapes = self.spec.shapes
@@ -227,51 +217,30 @@ class Runner:
             prefill: Prefill tokens.
         """
         exact = self.spec.shapes.shape(rows=rows, prefill=prefill)
-        if not self._takes_larger or ("step", exact) in self._programs:
+        if not self.programs.takes_larger or ("step", exact) in self.programs:
             return exact
         ready = [
             shape
             for shape in self.spec.shapes.all_shapes()
-            if ("step", shape) in self._programs
+            if ("step", shape) in self.programs
             and shape.rows >= rows
             and shape.prefill >= prefill
             and bool(shape.prefill) == bool(prefill)
         ]
         return min(ready, key=lambda shape: shape.num_tokens, default=exact)
 
-    def _program(
-        self, key: object, fn: Callable[..., Any], donate: Sequence[int], *args: object
-    ) -> Callable[..., Any]:
-        program = self._programs.get(key)
-        if program is not None:
-            return program
-        if self.is_sealed and self._forbid_late:
-            raise LateCompileError(f"{key} would be compiled after warm-up.")
-        with self._compile_lock:
-            program = self._programs.get(key)
-            if program is None:
-                start = time.perf_counter()
-                with jax.default_matmul_precision(self.spec.matmul_precision):
-                    lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
-                with persistent_cache(self._cache_dir):
-                    program = lowered.compile()
-                self._programs[key] = program
-                self._on_compile(time.perf_counter() - start)
-                logger.debug("compiled %s in %.2f s", key, time.perf_counter() - start)
-        return program
-
     def _step_program(self, shape: StepShape) -> Callable[..., Any]:
         cache = self._page_specs if self.spec.use_pages else self._slot_specs
         fn = functools.partial(_step, self._graph, self._tree, self.spec, shape)
         packed = self._spec((packed_size(shape),))
         mask = self._spec((shape.rows, mask_words(self.spec.config.vocab_size)), jnp.uint32)
-        return self._program(
+        return self.programs.get(
             ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask
         )
 
     def _row_program(self) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
-        return self._program(
+        return self.programs.get(
             "row",
             _set_row,
             (0,),
@@ -284,13 +253,13 @@ class Runner:
 
     def _move_row_program(self) -> Callable[..., Any]:
         index = self._spec(())
-        return self._program(
+        return self.programs.get(
             "move_row", _move_row, (0, 1), self._slot_specs, self._row_specs, index, index, index
         )
 
     def _save_program(self) -> Callable[..., Any]:
         moves = [self._spec((MAX_MOVES,))] * 3
-        return self._program(
+        return self.programs.get(
             "save",
             buffers.save_pages,
             (0,),
@@ -302,7 +271,7 @@ class Runner:
 
     def _load_program(self) -> Callable[..., Any]:
         moves = [self._spec((MAX_MOVES,))] * 3
-        return self._program(
+        return self.programs.get(
             "load",
             buffers.load_pages,
             (0,),
@@ -316,7 +285,7 @@ class Runner:
         size = self.spec.shapes.prefill_buckets[-1]
         hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
         fn = functools.partial(_prompt_logprobs, self._graph, self._tree, self.spec)
-        return self._program(
+        return self.programs.get(
             "prompt_logprobs",
             fn,
             (),
@@ -330,7 +299,7 @@ class Runner:
         size = self.spec.shapes.prefill_buckets[-1]
         hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
         chunks = [self._spec((self.spec.max_num_seqs,))] * 2
-        return self._program("pool", pool_chunks, (), hidden, *chunks)
+        return self.programs.get("pool", pool_chunks, (), hidden, *chunks)
 
     def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
@@ -477,18 +446,9 @@ class Runner:
         """Allocate cache and row state anew, empty."""
         self._allocate()
 
-    @property
-    def num_programs(self) -> int:
-        """Programs compiled so far."""
-        return len(self._programs)
-
     def cache_bytes(self) -> int:
         """Bytes of key-value cache on the device."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.slots, self.pages)))
-
-    def stop_warm_up(self) -> None:
-        """Let a warm-up on another thread end after the program it is compiling."""
-        self._is_closed = True
 
     def reset(self) -> None:
         """Replace cache and row state by fresh ones, after a failed step left them undefined."""
@@ -502,19 +462,15 @@ class Runner:
 
     def close(self) -> None:
         """Free cache, row state and programs; the weights belong to the caller."""
-        self._is_closed = True
+        self.programs.stop()
         self._free()
-        self._programs.clear()
+        self.programs.clear()
         self.slots = self.pages = ()
         self._params = ()
 
 
 def _describe(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-
-
-class LateCompileError(JaxserveError, RuntimeError):
-    """A program was compiled after warm-up although that is forbidden."""
 
 
 def _step(
