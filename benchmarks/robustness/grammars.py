@@ -1,6 +1,7 @@
-"""A plain stream beside random schemas and regular expressions, against the stream beside plain ones."""
+"""A plain stream beside random schemas and regular expressions, and beside plain requests."""
 
 import asyncio
+import itertools
 import json
 import re
 import time
@@ -12,7 +13,7 @@ import jsonschema
 import numpy as np
 
 from benchmarks.robustness.random_grammars import Constraint, draw
-from benchmarks.robustness.traffic import COMPLETIONS, Connection, Outcome, complete
+from benchmarks.robustness.traffic import COMPLETIONS, Connection, Outcome, complete, wait_until
 from benchmarks.robustness.verdict import Verdict
 from benchmarks.server import Server, metrics
 
@@ -79,11 +80,10 @@ def _body(number: int, constraint: dict[str, Any] | None) -> dict[str, Any]:
 
 
 async def _round(url: str, bodies: Sequence[dict[str, Any]]) -> tuple[list[float], list[Outcome]]:
-    """Send requests, a few at a time, while a stream runs; return its gaps and what came of them."""
+    """Send requests, a few at a time, beside a stream; return its gaps and what came of them."""
     arrivals: list[list[float]] = []
     stream = asyncio.create_task(_stream(url, arrivals))
-    while not arrivals or len(arrivals[-1]) < 3:
-        await asyncio.sleep(0.02)
+    await wait_until(lambda: arrivals and len(arrivals[-1]) > 2, timeout_s=60)
     begin = time.perf_counter()
     gate = asyncio.Semaphore(NEIGHBOURS)
 
@@ -100,7 +100,7 @@ async def _round(url: str, bodies: Sequence[dict[str, Any]]) -> tuple[list[float
     gaps = [
         later - earlier
         for times in arrivals
-        for earlier, later in zip(times, times[1:], strict=False)
+        for earlier, later in itertools.pairwise(times)
         if earlier >= begin
     ]
     return gaps, outcomes

@@ -43,9 +43,10 @@ def _state(request: Request) -> "ServerState":
 
 async def _answer(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     """Do the work, unless the client goes away first."""
-    with _state(request).working():
+    state = _state(request)
+    with state.working():
         try:
-            reply = await until_disconnect(request.receive, work)
+            reply = await until_disconnect(request.receive, state.call(work))
         except ClientGoneError:
             return Response(status_code=STATUS_CLIENT_GONE)
     return Response(encode_json(reply), media_type="application/json")

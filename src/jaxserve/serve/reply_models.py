@@ -56,6 +56,23 @@ class Usage(_Reply):
     completion_tokens_details: CompletionDetails | None = None
 
 
+class SloReport(_Reply):
+    """Which objectives were kept; those that were not asked for are left out."""
+
+    attained: bool = Field(description="Whether all of them were.")
+    ttft: bool = True
+    tpot: bool = True
+    tpot_gap: bool = True
+    tpot_mean: bool = True
+    e2e: bool = True
+
+
+class Metrics(_Reply):
+    """How the request went; present if it had objectives (`slo`)."""
+
+    slo: SloReport
+
+
 class Span(_Reply):
     """Output tokens that one version of the weights produced."""
 
@@ -142,6 +159,7 @@ class ChatReply(_Reply):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    metrics: Metrics | None = None
     prompt_token_ids: list[int] = []
     prompt_logprobs: PromptLogprobs = []
 
@@ -179,6 +197,7 @@ class CompletionReply(_Reply):
     choices: list[TextChoice]
     usage: Usage
     system_fingerprint: str
+    metrics: Metrics | None = None
 
 
 # Tokens and models -----------------------------------------------------------------------------
@@ -322,7 +341,7 @@ ERRORS: Responses = {
     "4XX": {"model": ErrorReply, "description": "The request cannot be carried out."},
     503: {
         "model": ErrorReply,
-        "description": "Not now: the model is being loaded, the server is full, paused or stopping.",
+        "description": "Not now: the server is loading its model, full, paused or stopping.",
         "headers": _RETRY_AFTER,
     },
 }
