@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default=MODEL, help="name or path")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-examples", type=int, default=40, help="fuzz: per operation and kind")
+    parser.add_argument("--max-examples", type=int, default=30, help="fuzz: per operation and kind")
     parser.add_argument("--num-clients", type=int, default=200, help="killed: how many")
     parser.add_argument("--num-grammars", type=int, default=1000, help="grammars: how many")
     parser.add_argument("--out", type=Path, help="folder of the result lines")

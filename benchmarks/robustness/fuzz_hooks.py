@@ -14,7 +14,21 @@ from typing import Any
 import schemathesis
 
 MAX_FIELDS = 3
-KEPT = ("prompt", "messages", "input", "query", "documents", "text_1", "text_2", "tokens")
+KEPT = (
+    "prompt", "messages", "input", "query", "queries", "documents", "items", "text_1", "text_2",
+    "data_1", "data_2", "tokens",
+)  # fmt: skip
+IDS = ("prompt", "input", "tokens")
+NUM_IDS = 1000
+ONE_OF = {
+    "/v1/score": (
+        ("text_1", "queries", "query", "data_1"),
+        ("text_2", "documents", "items", "data_2"),
+    ),
+    "/v1/embeddings": (("input", "messages"),),
+    "/tokenize": (("prompt", "messages"),),
+}
+"""Of several fields with one meaning, one may be given."""
 _lock = threading.Lock()
 
 
@@ -26,10 +40,10 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:  # noqa: ANN401, 
     if case.path_parameters and len(case.path_parameters.get("name", "")) % 2:
         case.path_parameters["name"] = os.environ["FUZZ_MODEL"]
     if isinstance(case.body, dict):
-        case.body = _thinned(case.body)
+        case.body = _thinned(case.body, case.operation.path)
 
 
-def _thinned(body: dict[str, Any]) -> dict[str, Any]:
+def _thinned(body: dict[str, Any], path: str) -> dict[str, Any]:
     number = hash(json.dumps(body, sort_keys=True, default=str))
     if number % 2:
         return body
@@ -37,7 +51,18 @@ def _thinned(body: dict[str, Any]) -> dict[str, Any]:
     kept = {name: body[name] for name in body if name in KEPT or name in names[:MAX_FIELDS]}
     if "model" in kept:
         kept["model"] = os.environ["FUZZ_MODEL"]
-    return kept
+    for names in ONE_OF.get(path, ()):
+        given = [name for name in names if kept.get(name)]
+        for name in given[1:]:
+            del kept[name]
+    return {name: _within(value) if name in IDS else value for name, value in kept.items()}
+
+
+def _within(value: Any) -> Any:  # noqa: ANN401  a JSON value
+    """Bring token ids into the vocabulary."""
+    if isinstance(value, list):
+        return [_within(item) for item in value]
+    return value % NUM_IDS if isinstance(value, int) else value
 
 
 @schemathesis.hook
