@@ -55,7 +55,21 @@ def _thinned(body: dict[str, Any], path: str) -> dict[str, Any]:
         given = [name for name in names if kept.get(name)]
         for name in given[1:]:
             del kept[name]
+    if path == "/v1/score":
+        _complete_score(kept)
     return {name: _within(value) if name in IDS else value for name, value in kept.items()}
+
+
+def _complete_score(body: dict[str, Any]) -> None:
+    """Let a body compare one text with others: no field is required by itself, but two are."""
+    firsts, seconds = ONE_OF["/v1/score"]
+    first = next((name for name in firsts if body.get(name)), firsts[0])
+    second = next((name for name in seconds if body.get(name)), seconds[0])
+    value = body.get(first) or "a text"
+    body[first] = (value[0] if isinstance(value, list) else value) or "a text"
+    others = body.get(second) or "another"
+    body[second] = [text or "another" for text in others] if isinstance(others, list) else others
+    body.pop("label_token_ids", None)
 
 
 def _within(value: Any) -> Any:  # noqa: ANN401  a JSON value
