@@ -18,8 +18,8 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-oldest check format docs notebooks bench gpu oracles constraints \
-  clean
+.PHONY: help setup serve test test-slow test-oldest check format docs notebooks bench robustness gpu \
+  oracles constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,10 @@ bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are
 	@$(BIN)/python -m benchmarks.steady
 	@$(BIN)/python -m benchmarks.structured
 	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
+
+robustness: $(VENV)/.stamp-dev ## try four Python clients, and what bad ones can do; downloads them into build/environments
+	@$(BIN)/python -m benchmarks.clients
+	@$(BIN)/python -m benchmarks.robustness
 
 # Where a GPU is, JAX for it is too: with a Python that has JAX and Flax nothing is installed and no
 # package index is needed. Only a machine without them gets .venv, to be told what would be done.

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from jaxserve.core.errors import EngineDeadError, RequestError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -165,6 +167,7 @@ class TokenEvent:
         weight_version: Version of the weights that produced the tokens; empty without tokens.
         metrics: Times, on the last event.
         error: What went wrong, when `finish_reason` is ERROR.
+        error_param: The field of the request that is to blame for it; None if the engine is.
         pooled: The pooled state of the prompt, float32, on the last event, if asked for.
     """
 
@@ -181,7 +184,18 @@ class TokenEvent:
     weight_version: str = ""
     metrics: RequestMetrics | None = None
     error: str | None = None
+    error_param: str | None = None
     pooled: "np.ndarray | None" = None
+
+
+def failure_of(event: TokenEvent) -> RequestError | EngineDeadError | None:
+    """Return the exception for an event that reports a failure; None for any other."""
+    if event.finish_reason is not FinishReason.ERROR:
+        return None
+    message = event.error or "the engine failed at this request"
+    if event.error_param is not None:
+        return RequestError(message, param=event.error_param)
+    return EngineDeadError(message)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 
 from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
-from jaxserve.core.errors import CapacityError, UnsupportedError
+from jaxserve.core.errors import CapacityError, RequestError, UnsupportedError
 from jaxserve.core.event import (
     FinishReason,
     RequestMetrics,
@@ -73,6 +73,11 @@ class _Pending:
     wants_candidates: bool
     prompt_scores: list[tuple[Item, Sampled]] = field(default_factory=list)
     pooled: Pooled | None = None
+
+
+def _param(problem: Exception) -> str | None:
+    """Return the field to blame; None if the engine is to blame, and not the request."""
+    return problem.param or "request" if isinstance(problem, RequestError) else None
 
 
 class Engine(Inbox):
@@ -239,16 +244,17 @@ class Engine(Inbox):
             else:
                 self._answer_call(verb, cast(Callable[[], None], load))
         for sequence, problem in self.constraints.settle():
-            self._send(sequence, reason=FinishReason.ERROR, error=problem)
+            self._send_failure(sequence, problem)
 
     def _accept(self, request: Request, sink: Sink) -> None:
         if request.request_id in self._requests:
-            self._refuse(request, sink, f"request id {request.request_id!r} is already in use.")
+            message = f"request id {request.request_id!r} is already in use."
+            self._refuse(request, sink, RequestError(message, param="request_id"))
             return
         try:
             sequences = self._intake.make_sequences(request)
         except Exception as error:  # noqa: BLE001  one bad request must not end the others
-            self._refuse(request, sink, str(error))
+            self._refuse(request, sink, error)
             return
         self._requests[request.request_id] = _RequestState(
             request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
@@ -270,7 +276,7 @@ class Engine(Inbox):
                 self._send(sequence, reason=reason, stop_reason=stop_reason)
                 return
 
-    def _refuse(self, request: Request, sink: Sink, message: str) -> None:
+    def _refuse(self, request: Request, sink: Sink, problem: Exception) -> None:
         """End a request that turned out to be impossible after it had been taken in."""
         self._close(request.sampling.n)
         for index in range(request.sampling.n):
@@ -279,7 +285,8 @@ class Engine(Inbox):
                 index=index,
                 finish_reason=FinishReason.ERROR,
                 num_prompt_tokens=len(request.prompt_token_ids),
-                error=message,
+                error=str(problem),
+                error_param=_param(problem),
             )
             self._events.append((sink, event))
 
@@ -376,7 +383,7 @@ class Engine(Inbox):
         for item in items:
             self._advance(item, pending)
         for sequence, problem in stuck:
-            self._send(sequence, reason=FinishReason.ERROR, error=problem)
+            self._send_failure(sequence, problem)
         return pending
 
     def _drawn(self, pending: _Pending | None) -> dict[int, int]:
@@ -732,6 +739,7 @@ class Engine(Inbox):
         reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        error_param: str | None = None,
         pooled: np.ndarray | None = None,
     ) -> None:
         state = self._requests[sequence.request.request_id]
@@ -754,9 +762,15 @@ class Engine(Inbox):
             weight_version=self.weight_version if token_ids else "",
             metrics=times,
             error=error,
+            error_param=error_param,
             pooled=pooled,
         )
         self._events.append((state.sink, event))
+
+    def _send_failure(self, sequence: SequenceState, problem: Exception) -> None:
+        param = _param(problem)
+        reason = FinishReason.ERROR
+        self._send(sequence, reason=reason, error=str(problem), error_param=param)
 
     def _finish(self, sequence: SequenceState, reason: FinishReason) -> RequestMetrics:
         if sequence.phase is Phase.RUNNING and reason is not FinishReason.ERROR:

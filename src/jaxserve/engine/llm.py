@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
 from jaxserve.core.config import ContentFormat, EngineConfig
-from jaxserve.core.errors import EngineDeadError, RequestError
-from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.errors import RequestError
+from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent, failure_of
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
@@ -486,8 +486,9 @@ def _spread[T](value: T | Sequence[T] | None, count: int, name: str) -> list[T |
 
 
 def _raise_on_error(event: TokenEvent) -> None:
-    if event.finish_reason is FinishReason.ERROR:
-        raise EngineDeadError(event.error or "the engine failed at this request")
+    failure = failure_of(event)
+    if failure is not None:
+        raise failure
 
 
 def _show_rate(bar: "tqdm[Any]", outputs: Mapping[str, RequestOutput]) -> None:
