@@ -202,9 +202,9 @@ class Runner:
         """
         shapes = self.spec.shapes
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=0))
-        for drafts in shapes.draft_buckets(self.spec.max_num_seqs)[-1:]:
-            shape = shapes.shape(rows=self.spec.max_num_seqs, prefill=0, drafts=drafts)
-            self._step_program(shape)
+        if shapes.num_draft:
+            rows = self.spec.max_num_seqs
+            self._step_program(shapes.shape(rows=rows, prefill=0, drafts=shapes.max_draft))
         largest = shapes.prefill_buckets[-1]
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=largest))
         self.programs.takes_larger = True

@@ -173,6 +173,7 @@ class ShapeTable:
         extents: Numbers of keys that attention is compiled for, ascending.
         q_block: Tokens per prefill block.
         pages_per_row: Width of the page table; 0 with dense slots.
+        draft_row_buckets: Numbers of rows of steps with drafts.
         num_draft: Most draft tokens per sequence; 0 without speculation.
         max_draft: Most draft tokens per step.
     """
@@ -183,6 +184,7 @@ class ShapeTable:
     q_block: int
     kv_tile: int
     pages_per_row: int
+    draft_row_buckets: tuple[int, ...] = ()
     num_draft: int = 0
     max_draft: int = 0
 
@@ -233,6 +235,8 @@ class ShapeTable:
             pages_per_row=-(-(max_model_len + q_block) // kv_tile) * (kv_tile // page_size)
             if use_pages
             else 0,
+            # Drafts are rows of products too, so that one sequence with some is never a single row.
+            draft_row_buckets=_powers(1, max_num_seqs) if num_draft else (),
             num_draft=num_draft,
             max_draft=min(num_draft * max_num_seqs, max_num_batched_tokens),
         )
@@ -240,13 +244,15 @@ class ShapeTable:
     def draft_buckets(self, rows: int) -> tuple[int, ...]:
         """List the numbers of draft tokens that steps of so many rows are compiled for.
 
-        Two are enough: one where all sequences draft, and one where few do.
+        Args:
+            rows: One of `draft_row_buckets`.
+
+        Returns:
+            What suffices if all sequences draft as much as they may, a half and a quarter of them.
         """
-        if not self.num_draft:
-            return ()
         whole = min(rows * self.num_draft, self.max_draft)
-        few = max(1, rows // 4) * self.num_draft
-        return (few, whole) if few < whole else (whole,)
+        parts = {max(1, rows // part) * self.num_draft for part in (4, 2)}
+        return tuple(sorted({whole, *(part for part in parts if part < whole)}))
 
     def shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
         """Return the smallest shape that holds so many rows and tokens; no shape has both kinds.
@@ -259,7 +265,7 @@ class ShapeTable:
         if drafts:
             if prefill:
                 raise AssertionError("a step with drafts has no prefill")
-            rows = _ceil_to(rows, self.row_buckets)
+            rows = _ceil_to(rows, self.draft_row_buckets)
             return StepShape(
                 rows=rows,
                 prefill=0,
@@ -286,7 +292,7 @@ class ShapeTable:
         ]
         drafted = [
             self.shape(rows=r, prefill=0, drafts=d)
-            for r in self.row_buckets
+            for r in self.draft_row_buckets
             for d in self.draft_buckets(r)
         ]
         return sorted([*decodes, *mixed, *drafted], key=lambda s: (s.rows, s.prefill, s.drafts))
