@@ -127,12 +127,19 @@ def decoding(draw, most=8):
         num_tokens = draw(st.integers(1, 9))
         running.append(
             SequenceView(
-                seq_id=seq_id, arrival=0.0, priority=0, prompt_len=1, num_tokens=num_tokens,
-                num_computed=num_tokens - 1, max_total_len=40,
-                num_pages=-(-(num_tokens - 1) // page_size), is_running=True, is_decoding=True,
+                seq_id=seq_id,
+                arrival=0.0,
+                priority=0,
+                prompt_len=1,
+                num_tokens=num_tokens,
+                num_computed=num_tokens - 1,
+                max_total_len=40,
+                num_pages=-(-(num_tokens - 1) // page_size),
+                is_running=True,
+                is_decoding=True,
                 num_draft=draw(st.integers(0, 3)),
                 draft_acceptance=draw(st.floats(0, 1)),
-            )  # fmt: skip
+            )
         )
     return ReplicaView(
         now=0.0, running=tuple(running), waiting=(),
@@ -283,5 +290,7 @@ def test_bad_settings_say_what_is_wrong(config, message):
 
 
 def test_speculative_config_must_be_a_mapping():
-    with pytest.raises(ConfigError, match="speculative_config must be a mapping such as .* 'ngram'"):
+    with pytest.raises(
+        ConfigError, match=r"speculative_config must be a mapping such as .* 'ngram'"
+    ):
         EngineConfig.from_settings({"speculative_config": "ngram"})

@@ -57,8 +57,8 @@ _CPU_CACHE_SHARE = 0.25
 _CPU_CACHE_BYTES = 4 << 30
 _SHORTEST_AUTO_LEN = 256
 _CPU_DRAFT_COST, _GPU_DRAFT_COST = 0.08, 0.005
-"""Time of one more token in a step, as a share of the time of a step of one sequence. Measured on two
-cores of Zen 4 with SmolLM2-135M in both precisions; not measured on a GPU."""
+"""Time of one more token in a step, as a share of the time of a step of one sequence. Measured with
+SmolLM2-135M on two cores in both precisions; a guess on GPUs."""
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
