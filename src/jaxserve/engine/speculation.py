@@ -238,6 +238,8 @@ def check_speculation(config: EngineConfig, max_num_batched_tokens: int) -> None
             "speculative_config drafts output tokens, but runner='pooling' generates none. Leave "
             "one of them out."
         )
+    if speculation.method == "draft_model":
+        raise ConfigError("speculative_config: draft models are not built in yet; use method 'ngram'.")
     count = speculation.num_speculative_tokens
     if count >= max_num_batched_tokens:
         raise ConfigError(
