@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Logprob,
         RequestOutput,
         SloOutcome,
+        SpecDecodeMetrics,
         TokenEvent,
     )
     from jaxserve.core.request import Request, SamplingParams, Slo
@@ -56,6 +57,7 @@ __all__ = [
     "SamplingParams",
     "Slo",
     "SloOutcome",
+    "SpecDecodeMetrics",
     "StructuredOutputsParams",
     "TokenEvent",
     "UnsupportedError",
@@ -79,6 +81,7 @@ _HOMES = {
     "SamplingParams": "jaxserve.core.request",
     "Slo": "jaxserve.core.request",
     "SloOutcome": "jaxserve.core.event",
+    "SpecDecodeMetrics": "jaxserve.core.event",
     "StructuredOutputsParams": "jaxserve.core.structured",
 }
 

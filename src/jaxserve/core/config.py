@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.core.speculative import SpeculativeConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
@@ -314,6 +315,51 @@ class PoolingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeOptions:
+    """Several tokens per step, where they can be guessed."""
+
+    speculative_config: Mapping[str, Any] | None = option(
+        None,
+        "JSON object that switches speculative decoding on: method (ngram or draft_model), model "
+        "(a smaller checkpoint with the same vocabulary), num_speculative_tokens, "
+        "prompt_lookup_min, prompt_lookup_max; single keys also as --speculative-config.KEY.",
+        "sc",
+    )
+    spec_method: str | None = option(None, "The method in speculative-config.")
+    spec_model: str | None = option(None, "The model in speculative-config.")
+    spec_tokens: int | None = option(None, "The num_speculative_tokens in speculative-config.")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _ = self.speculation
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """The checked settings; None if nothing is drafted.
+
+        Raises:
+            ConfigError: If they are no good.
+        """
+        whole = self.speculative_config
+        if whole is not None and not isinstance(whole, Mapping):
+            raise ConfigError(
+                "speculative_config must be a mapping such as "
+                '{"method": "ngram", "num_speculative_tokens": 5}, got '
+                f"{whole!r}."
+            )
+        given = dict(whole or {})
+        flags = {
+            "method": self.spec_method,
+            "model": self.spec_model,
+            "num_speculative_tokens": self.spec_tokens,
+        }
+        given |= {key: value for key, value in flags.items() if value is not None}
+        if whole is None and not given:
+            return None
+        return SpeculativeConfig.from_mapping(given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to know besides the weights."""
 
@@ -323,6 +369,7 @@ class EngineConfig:
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     structured: StructuredOptions = field(default_factory=StructuredOptions)
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
+    speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":

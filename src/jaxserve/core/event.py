@@ -89,6 +89,54 @@ class SloOutcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpecDecodeMetrics:
+    """What speculative decoding did for one completion.
+
+    Attributes:
+        num_drafts: Steps that verified drafts.
+        num_draft_tokens: Draft tokens verified.
+        num_accepted_tokens: Those of them that became output.
+        acceptance_histogram: How many of these steps accepted 0, 1, 2, ... tokens.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    acceptance_histogram: tuple[int, ...] = ()
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Share of the draft tokens that were accepted; 0 without any."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Mean number of tokens that a step with drafts brought; 1 without any.
+
+        >>> SpecDecodeMetrics().plus(3, 2).plus(3, 0).mean_acceptance_length
+        2.0
+        """
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    def plus(self, num_draft_tokens: int, num_accepted: int) -> "SpecDecodeMetrics":
+        """Return the figures after one more step.
+
+        Args:
+            num_draft_tokens: Tokens verified in it.
+            num_accepted: Those accepted.
+        """
+        counts = [*self.acceptance_histogram, *[0] * (num_accepted + 1)]
+        counts = counts[: max(len(self.acceptance_histogram), num_accepted + 1)]
+        counts[num_accepted] += 1
+        return SpecDecodeMetrics(
+            num_drafts=self.num_drafts + 1,
+            num_draft_tokens=self.num_draft_tokens + num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens + num_accepted,
+            acceptance_histogram=tuple(counts),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
     """Times of one completion, in seconds of the engine's clock.
 
@@ -100,6 +148,7 @@ class RequestMetrics:
         finished_time: When it ended.
         num_preemptions: How often it lost its pages and was recomputed.
         slo: Which objectives it kept, once it has ended; None if it had none.
+        spec_decode: What speculative decoding did for it; None where that is switched off.
     """
 
     arrival_time: float
@@ -109,6 +158,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     slo: SloOutcome | None = None
+    spec_decode: SpecDecodeMetrics | None = None
 
 
 @dataclass(slots=True)
@@ -211,6 +261,8 @@ class CompletionOutput:
         finish_reason: `stop`, `length` or `abort`; None while it runs.
         stop_reason: The stop string or id that ended it.
         weight_versions: Which version of the weights produced which tokens, in order.
+        spec_decode_metrics: What speculative decoding did for it, once it has ended; None where
+            that is switched off.
     """
 
     index: int = 0
@@ -221,6 +273,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     weight_versions: list[WeightSpan] = field(default_factory=list[WeightSpan])
+    spec_decode_metrics: SpecDecodeMetrics | None = None
 
     def finished(self) -> bool:
         """Tell whether this completion has ended."""
@@ -273,6 +326,8 @@ class RequestOutput:
             self.finished = all(o.finished() for o in self.outputs)
             if event.index == 0:
                 self.metrics = event.metrics
+            if event.metrics is not None:
+                out.spec_decode_metrics = event.metrics.spec_decode
             if event.metrics is not None and event.metrics.slo is not None:
                 outcome = event.metrics.slo
                 self.slo = outcome if self.slo is None else self.slo.both(outcome)
