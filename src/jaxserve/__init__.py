@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SloOutcome,
         TokenEvent,
     )
+    from jaxserve.core.lora import LoRARequest
     from jaxserve.core.request import Request, SamplingParams, Slo
     from jaxserve.core.structured import StructuredOutputsParams
     from jaxserve.engine.async_engine import AsyncLLM
@@ -47,6 +48,7 @@ __all__ = [
     "EngineDeadError",
     "FinishReason",
     "JaxserveError",
+    "LoRARequest",
     "Logprob",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -75,6 +77,7 @@ _HOMES = {
     "Logprob": "jaxserve.core.event",
     "RequestOutput": "jaxserve.core.event",
     "TokenEvent": "jaxserve.core.event",
+    "LoRARequest": "jaxserve.core.lora",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
     "Slo": "jaxserve.core.request",

@@ -56,6 +56,7 @@ class SequenceState:
         are_prompt_logprobs_sent: Whether they have been handed out.
         pooled: What has been gathered for a prompt that is pooled.
         slo: Judges its service-level objectives; None if it has none.
+        lora_slot: Where its adapter lies on the device while it runs; 0 is none.
     """
 
     seq_id: int
@@ -90,6 +91,13 @@ class SequenceState:
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
     slo: SloTracker | None = None
+    lora_slot: int = 0
+
+    @property
+    def adapter_key(self) -> str:
+        """Digest of its adapter; empty if it has none."""
+        adapter = self.request.adapter
+        return "" if adapter is None else adapter.key
 
     @property
     def num_tokens(self) -> int:
@@ -131,4 +139,5 @@ class SequenceState:
             is_decoding=self.has_device_token,
             slo=self.request.slo,
             first_token_time=self.first_token_time,
+            adapter=self.adapter_key,
         )

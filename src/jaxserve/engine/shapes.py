@@ -46,12 +46,14 @@ class StepShape:
         prefill: Prefill tokens, padding included; 0 for a pure decode.
         q_block: Tokens per prefill block.
         pages_per_row: Width of the page table; 0 with dense slots.
+        has_lora: Whether rows say which adapter they use.
     """
 
     rows: int
     prefill: int
     q_block: int
     pages_per_row: int
+    has_lora: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +86,8 @@ class StepShape:
         }
         fields.update(dict.fromkeys((*INT_FIELDS, *FLOAT_FIELDS), (rows,)))
         fields.update(dict.fromkeys(FLAGS, ()))
+        if self.has_lora:
+            fields["lora_slot"] = (rows,)
         return fields
 
 
@@ -159,6 +163,7 @@ class ShapeTable:
         extents: Numbers of keys that attention is compiled for, ascending.
         q_block: Tokens per prefill block.
         pages_per_row: Width of the page table; 0 with dense slots.
+        has_lora: Whether rows say which adapter they use.
     """
 
     row_buckets: tuple[int, ...]
@@ -167,6 +172,7 @@ class ShapeTable:
     q_block: int
     kv_tile: int
     pages_per_row: int
+    has_lora: bool = False
 
     @classmethod
     def build(
@@ -181,6 +187,7 @@ class ShapeTable:
         kv_tile: int,
         batch_invariant: bool,
         min_rows: int = 1,
+        has_lora: bool = False,
     ) -> "ShapeTable":
         """Choose buckets: powers of two, ending at the limits themselves.
 
@@ -195,6 +202,7 @@ class ShapeTable:
             batch_invariant: One shape for all decodes and one for all prefills.
             min_rows: Fewest decode rows; XLA's CPU library has no fast path for bfloat16 products
                 of fewer than four rows.
+            has_lora: Whether rows say which adapter they use.
         """
         rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
         prefill = _powers(min(_SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
@@ -213,6 +221,7 @@ class ShapeTable:
             pages_per_row=-(-(max_model_len + q_block) // kv_tile) * (kv_tile // page_size)
             if use_pages
             else 0,
+            has_lora=has_lora,
         )
 
     def shape(self, *, rows: int, prefill: int) -> StepShape:
@@ -224,6 +233,7 @@ class ShapeTable:
             prefill=tokens,
             q_block=min(self.q_block, tokens) if tokens else self.q_block,
             pages_per_row=self.pages_per_row,
+            has_lora=self.has_lora,
         )
 
     def all_shapes(self) -> list[StepShape]:

@@ -40,6 +40,7 @@ GROUPS = {
     "runner": "execution",
     "structured": "structured outputs",
     "pooling": "embeddings and scores",
+    "lora": "adapters",
 }
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
