@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SpecDecodeMetrics,
         TokenEvent,
     )
+    from jaxserve.core.lora import LoRARequest
     from jaxserve.core.request import Request, SamplingParams, Slo
     from jaxserve.core.structured import StructuredOutputsParams
     from jaxserve.engine.async_engine import AsyncLLM
@@ -48,6 +49,7 @@ __all__ = [
     "EngineDeadError",
     "FinishReason",
     "JaxserveError",
+    "LoRARequest",
     "Logprob",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -77,6 +79,7 @@ _HOMES = {
     "Logprob": "jaxserve.core.event",
     "RequestOutput": "jaxserve.core.event",
     "TokenEvent": "jaxserve.core.event",
+    "LoRARequest": "jaxserve.core.lora",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
     "Slo": "jaxserve.core.request",

@@ -360,6 +360,41 @@ class SpeculativeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters."""
+
+    enable_lora: bool = option(False, "Serve low-rank adapters beside the model itself.")
+    max_loras: int = option(
+        1, "Most different adapters in one batch; each has a slot on the device.",
+        "max-loras-per-batch",
+    )  # fmt: skip
+    max_lora_rank: int = option(
+        16, "Largest rank of an adapter; memory and time of every slot grow with it."
+    )
+    max_cpu_loras: int | None = option(
+        None,
+        "Adapters whose weights are kept in host memory; others are read again when they are asked "
+        "for. Default: max-loras.",
+        "max-loaded-loras",
+    )
+    lora_drain_wait_threshold: float = option(
+        1.0,
+        "Seconds that a request may wait for a slot for its adapter while later ones of adapters "
+        "that have a slot are admitted.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(self, 1, "max_loras", "max_lora_rank")
+        _at_least(self, 0, "lora_drain_wait_threshold")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigError(
+                f"max_cpu_loras must be at least max_loras={self.max_loras}, got "
+                f"{self.max_cpu_loras}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to know besides the weights."""
 
@@ -370,6 +405,7 @@ class EngineConfig:
     structured: StructuredOptions = field(default_factory=StructuredOptions)
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
     speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":

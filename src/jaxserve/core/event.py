@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from jaxserve.core.errors import EngineDeadError, RequestError
+from jaxserve.core.lora import LoRARequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -295,6 +296,7 @@ class RequestOutput:
         metrics: Times of the first completion.
         slo: Which objectives the completions that have ended kept, all of them alike; None if
             there were none.
+        lora_request: The adapter that was added to the weights; None if there was none.
     """
 
     request_id: str
@@ -306,6 +308,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     slo: SloOutcome | None = None
+    lora_request: LoRARequest | None = None
 
     def apply(self, event: TokenEvent) -> None:
         """Add the news of one event to this record."""

@@ -13,13 +13,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 
-from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
+from jaxserve.cache.pages import PageHash, PagePool, chain_hashes, salt_hash
 from jaxserve.core.errors import CapacityError, RequestError
 from jaxserve.core.event import (
     FinishReason,
@@ -32,6 +32,7 @@ from jaxserve.core.plan import StepPlan
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView
+from jaxserve.engine.adapters import AdapterSlots
 from jaxserve.engine.batcher import Item, RowTable, build
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.inbox import Inbox, Sink
@@ -122,6 +123,7 @@ class Engine(Inbox):
         speculator: Drafts what may come next; None drafts nothing.
 
     Attributes:
+        adapters: Low-rank adapters on the device.
         constraints: Grammars of outputs.
         pool: Page book-keeping.
         host_times: Seconds of host work in recent steps, waiting for the device not counted.
@@ -162,6 +164,7 @@ class Engine(Inbox):
         )
         super().__init__(intake, metrics, max_num_queued_reqs=max_num_queued_reqs)
         self.runner = runner
+        self.adapters = AdapterSlots(runner)
         self.pool = PagePool(spec.num_pages, spec.page_size)
         self.host_times: deque[float] = deque(maxlen=_HOST_TIME_WINDOW)
         self.is_frozen = False
@@ -294,7 +297,7 @@ class Engine(Inbox):
             request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
         )
         for sequence in sequences:
-            sequence.root_hash = salt_hash(request.cache_salt, generation=self._generation)
+            sequence.root_hash = self._root(sequence)
             self._sequences[sequence.seq_id] = sequence
             self._waiting[sequence.seq_id] = sequence
             self.constraints.add(sequence)
@@ -345,6 +348,8 @@ class Engine(Inbox):
             page_size=spec.page_size,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
+            adapters=self.adapters.held,
+            max_loras=self.adapters.max_loras,
         )
 
     def _num_draft(self, sequence: SequenceState) -> int:
@@ -480,10 +485,13 @@ class Engine(Inbox):
         self._generation += 1
         self.pool.forget()
         for sequence in self._sequences.values():
-            salt = sequence.request.cache_salt
-            sequence.root_hash = salt_hash(salt, generation=self._generation)
+            sequence.root_hash = self._root(sequence)
             sequence.hashes = []
             sequence.is_stale = sequence.phase is Phase.RUNNING
+
+    def _root(self, sequence: SequenceState) -> PageHash:
+        salt, adapter = sequence.request.cache_salt, sequence.adapter_key
+        return salt_hash(salt, generation=self._generation, adapter=adapter)
 
     def drop_cache(self) -> None:
         """Free the device's cache; running sequences are preempted."""
@@ -516,12 +524,16 @@ class Engine(Inbox):
     def _admit(self, sequence: SequenceState) -> None:
         pages = self._match(sequence)
         total = -(-sequence.num_tokens // self.pool.page_size)
+        slot = self.adapters.acquire(sequence.request.adapter)
         self.pool.hold(pages)
         try:
             fresh = self.pool.take(total - len(pages))
         except CapacityError:
             self.pool.release(pages)
+            if slot:
+                self.adapters.release(sequence.adapter_key)
             raise
+        sequence.lora_slot = slot
         row = self._rows.index(None)
         self._rows[row] = sequence
         sequence.row = row
@@ -649,6 +661,9 @@ class Engine(Inbox):
         sequence.pages = []
         sequence.num_named = 0
         sequence.has_device_token = False
+        if sequence.lora_slot:
+            self.adapters.release(sequence.adapter_key)
+            sequence.lora_slot = 0
         if sequence.row >= 0:
             self._rows[sequence.row] = None
             self._table.clear(sequence.row)
@@ -663,6 +678,13 @@ class Engine(Inbox):
             kv_usage=self.pool.num_held / self.pool.num_pages,
             num_tokens=sum(item.num_tokens + len(item.drafts) for item in items),
         )
+        if self.adapters.max_loras:
+            self.metrics.adapters(
+                max_loras=self.adapters.max_loras,
+                running=_adapter_names(s for s in self._rows if s is not None),
+                waiting=_adapter_names(self._waiting.values()),
+                now=self._clock.unix(),
+            )
 
     # Results -----------------------------------------------------------------------------------
 
@@ -930,9 +952,15 @@ class Engine(Inbox):
             return
         try:
             self.runner.reset()
+            self.adapters.reset()
         except Exception as reset_error:  # noqa: BLE001
             self.stop(f"the device buffers cannot be rebuilt: {reset_error}")
 
     def _fail_all(self, message: str) -> None:
         for sequence in list(self._sequences.values()):
             self._send(sequence, reason=FinishReason.ERROR, error=message)
+
+
+def _adapter_names(sequences: Iterable[SequenceState]) -> tuple[str, ...]:
+    found = [s.request.adapter.lora_request.lora_name for s in sequences if s.request.adapter]
+    return tuple(dict.fromkeys(found))

@@ -61,6 +61,7 @@ class SequenceState:
         pooled: What has been gathered for a prompt that is pooled.
         slo: Judges its service-level objectives; None if it has none.
         drafting: What is remembered for drafting; None if nothing is ever drafted for it.
+        lora_slot: Where its adapter lies on the device while it runs; 0 is none.
     """
 
     seq_id: int
@@ -96,6 +97,13 @@ class SequenceState:
     finish_reason: FinishReason | None = None
     slo: SloTracker | None = None
     drafting: "DraftState | None" = None
+    lora_slot: int = 0
+
+    @property
+    def adapter_key(self) -> str:
+        """Digest of its adapter; empty if it has none."""
+        adapter = self.request.adapter
+        return "" if adapter is None else adapter.key
 
     @property
     def num_tokens(self) -> int:
@@ -139,4 +147,5 @@ class SequenceState:
             is_decoding=self.has_device_token,
             slo=self.request.slo,
             first_token_time=self.first_token_time,
+            adapter=self.adapter_key,
         )

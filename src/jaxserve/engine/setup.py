@@ -33,6 +33,7 @@ from jaxserve.models.files import read_json
 from jaxserve.models.hub import cache_dir, resolve_model
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.loading import load_params
+from jaxserve.models.lora import LoraShape
 from jaxserve.models.registry import (
     abstract_model,
     abstract_params,
@@ -220,6 +221,13 @@ class _CachePlan:
     keep_store: bool
 
 
+def _lora_shape(config: EngineConfig) -> LoraShape | None:
+    options = config.lora
+    if not options.enable_lora:
+        return None
+    return LoraShape(slots=options.max_loras, rank=options.max_lora_rank)
+
+
 def _plan_cache(
     config: EngineConfig, model: LoadedModel, dtype: str, max_num_seqs: int
 ) -> _CachePlan:
@@ -231,6 +239,9 @@ def _plan_cache(
         2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
     )
     budget = cache.kv_cache_memory_bytes or _free_memory(config, model, on_cpu=on_cpu)
+    slots_of_adapters = _lora_shape(config)
+    if slots_of_adapters is not None and not cache.kv_cache_memory_bytes:
+        budget -= slots_of_adapters.num_values(shape) * jnp.dtype(dtype).itemsize
     longest = config.model.max_model_len
     if longest is not None and longest > shape.max_position:
         raise ConfigError(
@@ -401,6 +412,7 @@ def assemble(
         batch_invariant=runner_options.batch_invariant,
         min_rows=4 if on_cpu and dtype == "bfloat16" else 1,
         num_draft=num_draft,
+        has_lora=config.lora.enable_lora,
     )
     max_logprobs = runner_options.max_logprobs
     vocab = model.config.vocab_size
@@ -420,6 +432,7 @@ def assemble(
         logprobs_mode=runner_options.logprobs_mode,
         num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
         matmul_precision="highest" if dtype == "float32" else "default",
+        lora=_lora_shape(config),
     )
     metrics = EngineMetrics(max_model_len=plan.max_model_len, num_speculative_tokens=num_draft)
     runner = Runner(
@@ -450,6 +463,7 @@ def assemble(
             max_mixed_prefill=mixed,
             ageing_s=options.priority_ageing_s,
             draft_cost=_CPU_DRAFT_COST if on_cpu else _GPU_DRAFT_COST,
+            lora_drain_wait_s=config.lora.lora_drain_wait_threshold,
         )
     eos_ids = _eos_ids(model, tokenizer)
     engine = Engine(

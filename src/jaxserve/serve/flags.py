@@ -41,6 +41,7 @@ GROUPS = {
     "structured": "structured outputs",
     "pooling": "embeddings and scores",
     "speculative": "speculative decoding",
+    "lora": "adapters",
 }
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
