@@ -154,7 +154,7 @@ def goodput(view, drafts, cost):
         sum(s.draft_acceptance**i for i in range(n + 1))
         for s, n in zip(view.running, drafts, strict=True)
     )
-    return output / (1 + cost * (len(drafts) - 1 + sum(drafts)))
+    return output / (1 + cost * sum(drafts))
 
 
 @given(decoding(), st.floats(0.01, 0.5))
