@@ -1,10 +1,13 @@
 """Speculative decoding: the same tokens in fewer steps, and no trace of what was wrong."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from scipy import stats
 
 from jaxserve.core.errors import ConfigError
@@ -13,7 +16,6 @@ from jaxserve.core.request import SamplingParams
 from jaxserve.core.structured import StructuredOutputsParams
 from jaxserve.engine import batcher
 from jaxserve.engine.llm import LLM
-from jaxserve.engine.speculation import Speculator
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from tests import plain
 from tests.tiny import Bench, tiny_module, write_tiny_model
@@ -529,14 +531,144 @@ def test_what_cannot_go_together_is_refused(module, settings, message):
         Bench(module, speculative_config=NGRAM, **settings)
 
 
-def test_speculators_draft_nothing_for_a_token_in_flight(module):
-    bench = Bench(module, speculative_config=NGRAM)
-    speculator = bench.engine._speculator
-    assert isinstance(speculator, Speculator)
-    bench.submit(PROMPTS[1], SamplingParams(max_tokens=30, temperature=0))
+def test_a_policy_that_grants_too_much_is_taken_at_its_least(module):
+    """Drafts for prefills, for tokens in flight, for the last token, and more than offered."""
+
+    class Generous(FcfsScheduler):
+        def plan(self, view):
+            plan = super().plan(view)
+            work = tuple(replace(item, num_draft=99) for item in plan.work)
+            return replace(plan, work=work)
+
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (1, 20, 33)]
+    expected = Bench(module).generate(PROMPTS[:3], params)
+    bench = Bench(module, speculative_config=NGRAM, scheduler=Generous())
+    assert_same(bench.generate(PROMPTS[:3], params), expected)
+    bench.assert_idle()
+
+
+# Draft models ----------------------------------------------------------------------------------
+
+
+def drafting(folder, draft, count=3, **settings):
+    config = {"model": str(draft), "num_speculative_tokens": count}
+    scheduler = FcfsScheduler(draft_cost=1e-9)
+    return Bench(folder, speculative_config=config, scheduler=scheduler, **settings)
+
+
+@pytest.fixture(scope="module")
+def doubtful(folder, tmp_path_factory):
+    """A draft model that is often right: the model itself, disturbed."""
+    place = tmp_path_factory.mktemp("draft") / "model"
+    shutil.copytree(folder, place)
+    weights = safetensors.numpy.load_file(place / "model.safetensors")
+    random = np.random.default_rng(3)
+    noisy = {
+        name: value + 0.03 * random.standard_normal(value.shape).astype(np.float32)
+        for name, value in weights.items()
+    }
+    safetensors.numpy.save_file(noisy, place / "model.safetensors")
+    return place
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"kv_layout": "pages", "async_scheduling": False},
+        {"max_num_batched_tokens": 9, "num_gpu_blocks_override": 16},
+    ],
+    ids=["slots", "pages", "tight"],
+)
+def test_the_model_itself_drafts_without_a_mistake(folder, settings):
+    """Chunked, from the prefix cache, preempted, moved: the draft model has seen the same."""
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (30, 9, 24, 40)]
+    expected = Bench(folder).generate(PROMPTS, params)
+    bench = drafting(folder, folder, max_num_seqs=2, **settings)
     for _ in range(2):
-        bench.engine.step()
-    (sequence,) = bench.engine._sequences.values()
-    assert sequence.num_in_flight == 1
-    assert speculator.draft(sequence, 3) == ()
-    bench.run()
+        assert_same(bench.generate(PROMPTS, params), expected)
+        bench.assert_idle()
+    metrics = bench.metrics
+    assert metrics.num_draft_tokens > 50
+    assert metrics.num_accepted_tokens == metrics.num_draft_tokens
+    assert bool(metrics.num_preemptions) == ("num_gpu_blocks_override" in settings)
+
+
+def test_another_model_drafts_some_mistakes_and_changes_nothing(folder, doubtful):
+    params = [SamplingParams(max_tokens=40, **{"ignore_eos": True} | k) for k in KINDS.values()]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(params))]
+    expected = Bench(folder).generate(prompts, params)
+    bench = drafting(folder, doubtful, max_num_seqs=2)
+    assert_same(bench.generate(prompts, params), expected)
+    metrics = bench.metrics
+    assert 0.1 < metrics.num_accepted_tokens / metrics.num_draft_tokens < 0.95
+
+
+def test_drafts_are_what_the_draft_model_would_say(folder, doubtful):
+    """After every rejection as well, by an oracle without a cache."""
+    bench = drafting(folder, doubtful)
+    draft = Bench(doubtful)
+    oracle = plain.DenseLoop(draft.graph, draft.params, length=128)
+    runner, seen = bench.engine.runner, []
+    inner = runner.draft
+
+    def watched(rows, positions, pages, count):
+        found = inner(rows, positions, pages, count)
+        (sequence,) = bench.engine._sequences.values()
+        seen.append((list(sequence.token_ids), found[0].tolist()))
+        return found
+
+    runner.draft = watched
+    params = SamplingParams(max_tokens=40, temperature=0.8, seed=3, top_k=4, ignore_eos=True)
+    bench.generate([PROMPTS[2]], [params])
+    assert 0 < bench.metrics.num_accepted_tokens < bench.metrics.num_draft_tokens
+    for tokens, drafts in seen:
+        for token in drafts:
+            assert token == int(np.argmax(oracle.logits(tokens)[-1]))
+            tokens.append(token)
+
+
+def test_draft_models_compile_nothing_late(folder, doubtful):
+    bench = drafting(
+        folder, doubtful, 2, max_num_seqs=2, max_num_batched_tokens=32, enforce_no_recompile=True,
+        num_gpu_blocks_override=20,
+    )  # fmt: skip
+    bench.engine.runner.warm_up()
+    params = [SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)] * 4
+    assert all(o.finished for o in bench.generate([PROMPTS[1]] * 4, params))
+    assert bench.metrics.num_drafts
+
+
+def test_sleeping_and_waking_keep_both_caches(folder):
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    settings = {
+        "speculative_config": {"model": str(folder), "num_speculative_tokens": 3},
+        "scheduler": FcfsScheduler(draft_cost=1e-9),
+        "max_model_len": 256,
+        "max_num_seqs": 1,
+    }
+    with LLM(folder, **settings) as llm:
+        first = llm.generate([PROMPTS[2]], params, use_tqdm=False)[0]
+        llm.sleep(1)
+        llm.wake_up()
+        again = llm.generate([PROMPTS[2]], params, use_tqdm=False)[0]
+    assert first.outputs[0].token_ids == again.outputs[0].token_ids
+    assert again.outputs[0].spec_decode_metrics.draft_acceptance_rate == 1
+
+
+def test_draft_models_of_another_vocabulary_are_refused(folder, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    with pytest.raises(ConfigError, match="draft model has 100 positions, but max_model_len is"):
+        drafting(folder, place)
+    text = (place / "tokenizer.json").read_text()
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "tokenizer.json").write_text(
+        text.replace('"a":', '"tmp":').replace('"b":', '"a":').replace('"tmp":', '"b":')
+    )
+    with pytest.raises(ConfigError, match=r"the draft model's token \d+ is b'.', the model's is"):
+        drafting(folder, place)
+    with pytest.raises(ConfigError, match="a vocabulary of 259 tokens, the model one of 300"):
+        drafting(tiny_module(), folder)

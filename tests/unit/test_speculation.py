@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.view import ReplicaView, SequenceView
+from jaxserve.engine.drafts import MAX_CANDIDATES, NgramIndex
 from jaxserve.engine.sampler import Drafts, accept, add_drafts
 from jaxserve.engine.shapes import ShapeTable
-from jaxserve.engine.speculation import MAX_CANDIDATES, NgramIndex
 from jaxserve.scheduling.fcfs import FcfsScheduler, pages_for
 
 # Looking up --------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def goodput(view, drafts, cost):
         sum(s.draft_acceptance**i for i in range(n + 1))
         for s, n in zip(view.running, drafts, strict=True)
     )
-    return output / (1 + cost * (len(drafts) - 1 + sum(drafts)))
+    return output / (1 + cost * sum(drafts))
 
 
 @given(decoding(), st.floats(0.01, 0.5))

@@ -29,6 +29,7 @@ class Item:
         num_tokens: Tokens computed.
         is_sampled: Whether a new token is drawn.
         prefill_start: Where its chunk lies among the step's prefill tokens; -1 for a decode.
+        num_draft: Draft tokens for which it has pages.
         drafts: Draft tokens that are verified behind a decode.
         draft_start: Where these lie among the step's draft tokens.
     """
@@ -39,6 +40,7 @@ class Item:
     num_tokens: int
     is_sampled: bool
     prefill_start: int = -1
+    num_draft: int = 0
     drafts: tuple[int, ...] = ()
     draft_start: int = -1
 

@@ -404,10 +404,13 @@ class Engine(Inbox):
                 # plan thus found too few pages is left out; the next plan sees what is free.
                 with contextlib.suppress(CapacityError):
                     items.append(self._reserve(sequence, num_tokens, work.num_draft))
+        if items:
+            self._compact(items)
+            if self._speculator is not None:
+                self._speculator.fill(items)
         self._record_step(items)
         if not items:
             return None
-        self._compact(items)
         packed = build(items, self._table, self.runner.spec.shapes, self.runner.choose_shape)
         # The mask of a constrained row hangs on the token that the step before has yet to draw.
         # Only reading that token and writing masks happens while the device has nothing to do;
@@ -579,14 +582,13 @@ class Engine(Inbox):
             self._dirty_bias.discard(row)
 
     def _reserve(self, sequence: SequenceState, num_tokens: int, num_draft: int) -> Item:
-        drafts: tuple[int, ...] = ()
-        if num_draft and self._speculator is not None:
-            drafts = self._speculator.draft(sequence, num_draft)
         end = sequence.num_computed + num_tokens
         held = len(sequence.pages)
-        room = (held + self.pool.num_free) * self.pool.page_size - end
-        drafts = drafts[: max(0, room)]
-        missing = -(-(end + len(drafts)) // self.pool.page_size) - held
+        if num_draft:
+            room = (held + self.pool.num_free) * self.pool.page_size - end
+            known = 0 if sequence.num_in_flight else self._num_draft(sequence)
+            num_draft = max(0, min(num_draft, known, room))
+        missing = -(-(end + num_draft) // self.pool.page_size) - held
         if missing > 0:
             sequence.pages.extend(self.pool.take(missing))
         return Item(
@@ -596,7 +598,7 @@ class Engine(Inbox):
             num_tokens=num_tokens,
             is_sampled=end == len(sequence.token_ids) + sequence.num_in_flight
             and sequence.has_length_left,
-            drafts=drafts,
+            num_draft=num_draft,
         )
 
     def _compact(self, items: list[Item]) -> None:
@@ -726,7 +728,7 @@ class Engine(Inbox):
         if self._speculator is not None:
             self._speculator.learn(sequence, item.drafts, tokens)
         sequence.num_computed += num_accepted
-        if item.drafts:
+        if item.num_draft:
             self._drop_surplus_pages(sequence)
         old_len, text = len(sequence.token_ids), ""
         reason: FinishReason | None = None

@@ -154,31 +154,15 @@ class Runner:
         self._allocate()
         self.restore_adapters()
         # Programs are lowered against descriptions: live buffers may be donated meanwhile.
-        self._param_specs = jax.tree.map(_describe, self._params)
-        self._slot_specs = jax.tree.map(_describe, self.slots)
-        self._page_specs = jax.tree.map(_describe, self.pages)
-        self._row_specs = jax.tree.map(_describe, self._rows)
-        self._adapter_specs = jax.tree.map(_describe, self._adapters)
+        self._param_specs = jax.tree.map(describe, self._params)
+        self._slot_specs = jax.tree.map(describe, self.slots)
+        self._page_specs = jax.tree.map(describe, self.pages)
+        self._row_specs = jax.tree.map(describe, self._rows)
+        self._adapter_specs = jax.tree.map(describe, self._adapters)
 
     def _allocate(self) -> None:
-        spec, config = self.spec, self.spec.config
-        dtype = jnp.dtype(spec.dtype)
-        heads = config.num_kv_heads
-        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
-        split = TENSOR_AXIS if size and heads % size == 0 else None
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
-        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
-        self.slots: KvBuffers = ()
-        self.pages: KvBuffers = ()
-        if not spec.use_pages:
-            capacity = buffers.slot_capacity(
-                spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
-            )
-            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
-            self.slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
-        if spec.use_pages or spec.keep_store:
-            self.pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
-        rows, vocab = spec.max_num_seqs, config.vocab_size
+        self.slots, self.pages = self._allocate_cache(self.spec)
+        rows, vocab = self.spec.max_num_seqs, self.spec.config.vocab_size
         self._rows = jax.device_put(
             RowState(
                 last_token=jnp.zeros((rows,), jnp.int32),
@@ -188,6 +172,27 @@ class Runner:
             ),
             self._everywhere,
         )
+
+    def _allocate_cache(self, spec: RunnerSpec) -> tuple[KvBuffers, KvBuffers]:
+        """Allocate the slots and pages that a model needs."""
+        config = spec.config
+        dtype = jnp.dtype(spec.dtype)
+        heads = config.num_kv_heads
+        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
+        split = TENSOR_AXIS if size and heads % size == 0 else None
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
+        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
+        slots: KvBuffers = ()
+        pages: KvBuffers = ()
+        if not spec.use_pages:
+            capacity = buffers.slot_capacity(
+                spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
+            )
+            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
+            slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
+        if spec.use_pages or spec.keep_store:
+            pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
+        return slots, pages
 
     # Programs ---------------------------------------------------------------------------------
 
@@ -282,28 +287,28 @@ class Runner:
         )
 
     def _save_program(self) -> Callable[..., Any]:
-        moves = [self._spec((MAX_MOVES,))] * 3
         return self.programs.get(
             "save",
             buffers.save_pages,
             (0,),
             self._page_specs,
             self._slot_specs,
-            self._spec(()),
-            *moves,
+            *self._move_specs(),
         )
 
     def _load_program(self) -> Callable[..., Any]:
-        moves = [self._spec((MAX_MOVES,))] * 3
         return self.programs.get(
             "load",
             buffers.load_pages,
             (0,),
             self._slot_specs,
             self._page_specs,
-            self._spec(()),
-            *moves,
+            *self._move_specs(),
         )
+
+    def _move_specs(self) -> list[jax.ShapeDtypeStruct]:
+        """Describe what `_batches` yields."""
+        return [self._spec(()), *[self._spec((MAX_MOVES,))] * 3]
 
     def _prompt_logprob_program(self) -> Callable[..., Any]:
         size = self.spec.shapes.prefill_buckets[-1]
@@ -542,8 +547,37 @@ class Runner:
         self._params = ()
 
 
-def _describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return what a program needs to know of an array when it is compiled."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array]) -> AttentionPlan:
+    """Say what each token of a step sees.
+
+    Args:
+        spec: What is fixed.
+        shape: The step's shape.
+        part: Its packed buffer, taken apart.
+    """
+    return AttentionPlan(
+        token_row=part["token_row"],
+        token_position=part["token_position"],
+        num_blocks=part["num_blocks"],
+        block_start=part["block_start"],
+        block_row=part["block_row"],
+        block_position=part["block_position"],
+        block_len=part["block_len"],
+        block_context=part["block_context"],
+        num_context_blocks=part["num_context_blocks"],
+        page_table=part["page_table"] if spec.use_pages else None,
+        rows=shape.rows,
+        kv_tile=spec.shapes.kv_tile,
+        q_block=shape.q_block,
+        backend=spec.backend,
+        upcast=spec.upcast,
+        batch_invariant=spec.batch_invariant,
+    )
 
 
 def _step(
@@ -564,24 +598,7 @@ def _step(
     token_ids = jnp.concatenate(
         [rows.last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
     )
-    plan = AttentionPlan(
-        token_row=part["token_row"],
-        token_position=part["token_position"],
-        num_blocks=part["num_blocks"],
-        block_start=part["block_start"],
-        block_row=part["block_row"],
-        block_position=part["block_position"],
-        block_len=part["block_len"],
-        block_context=part["block_context"],
-        num_context_blocks=part["num_context_blocks"],
-        page_table=part["page_table"] if spec.use_pages else None,
-        rows=shape.rows,
-        kv_tile=spec.shapes.kv_tile,
-        q_block=shape.q_block,
-        backend=spec.backend,
-        upcast=spec.upcast,
-        batch_invariant=spec.batch_invariant,
-    )
+    plan = attention_plan(spec, shape, part)
     positions = jnp.maximum(part["token_position"], 0)
     hidden, new_cache = model(
         token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)

@@ -2,7 +2,6 @@
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,13 +9,11 @@ from jaxserve.cache.pages import PageHash
 from jaxserve.core.event import FinishReason, TokenLogprobs
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.core.view import SequenceView
+from jaxserve.engine.drafts import DraftState
 from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.grammar.matcher import Matcher
-
-if TYPE_CHECKING:
-    from jaxserve.engine.speculation import DraftState
 
 
 class Phase(enum.Enum):
@@ -96,7 +93,7 @@ class SequenceState:
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
     slo: SloTracker | None = None
-    drafting: "DraftState | None" = None
+    drafting: DraftState | None = None
     lora_slot: int = 0
 
     @property

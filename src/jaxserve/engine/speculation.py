@@ -1,4 +1,4 @@
-"""Drafting: what might come next, guessed on the host, for the model to verify in one step.
+"""Drafting: what might come next, guessed cheaply, for the model to verify in one step.
 
 A step that verifies drafts must be committed before the next one is planned: how many tokens it
 brings decides where the sequence goes on. And a draft continues the latest token, so a sequence
@@ -8,146 +8,49 @@ step brings several tokens, which is worth more than the host's share of a step.
 asked while the device runs: a view offers drafts as if the token in flight were known.
 """
 
+import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.event import SpecDecodeMetrics
 from jaxserve.core.speculative import SpeculativeConfig
+from jaxserve.engine.batcher import Item
+from jaxserve.engine.draft_runner import DraftedRunner
+from jaxserve.engine.drafts import FIRST_ACCEPTANCE, DraftState, NgramIndex
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.runner import Runner
 from jaxserve.engine.sequence import SequenceState
+from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.config import ModelConfig
 
-MAX_CANDIDATES = 16
-"""Earlier places of the same words that are compared, the latest first."""
-
-FIRST_ACCEPTANCE = 0.7
-"""Chance that a draft token is right, as long as nothing is known."""
-
-_MEMORY = 0.1
-"""Weight of the latest draft token in a request's acceptance."""
+_FORGIVENESS = 0.01
+"""By how much acceptance returns to the first guess with each token that nobody drafted."""
 
 
-class NgramIndex:
-    """Finds where the last words of a sequence stood before; grows with the sequence.
-
-    Args:
-        shortest: Fewest tokens that must agree.
-        longest: Tokens after which no better agreement is looked for.
-
-    One dictionary leads from every run of `shortest` tokens to its latest place, one list from
-    each place to the one before; a lookup follows that list for a bounded number of places.
-
-    Source: Saxena, Prompt Lookup Decoding; the chains are those of LZ77 compressors (deflate).
-    """
-
-    def __init__(self, shortest: int, longest: int) -> None:
-        """Start empty."""
-        self._shortest = shortest
-        self._longest = longest
-        self._latest: dict[tuple[int, ...], int] = {}
-        self._earlier: list[int] = []
-
-    def extend(self, tokens: Sequence[int], length: int | None = None) -> None:
-        """Take in what a sequence has gained since the last call; it only ever grows.
-
-        Args:
-            tokens: The whole sequence.
-            length: Take in only so many of them.
-        """
-        size, latest, earlier = self._shortest, self._latest, self._earlier
-        for end in range(len(earlier), len(tokens) if length is None else length):
-            if end + 1 < size:
-                earlier.append(-1)
-                continue
-            words = tuple(tokens[end + 1 - size : end + 1])
-            earlier.append(latest.get(words, -1))
-            latest[words] = end
-
-    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Continue a sequence as it went on after the longest agreement, the latest of equals.
-
-        Args:
-            tokens: The whole sequence, as taken in by `extend`.
-            count: Tokens wanted.
-
-        Returns:
-            As many tokens, or none. What repeats itself is continued over its own end.
-        """
-        if not tokens:
-            return []
-        end = len(tokens)
-        best, best_size = -1, 0
-        place = self._earlier[end - 1]
-        for _ in range(MAX_CANDIDATES):
-            if place < 0:
-                break
-            size = self._shortest
-            limit = min(self._longest, place + 1)
-            while size < limit and tokens[place - size] == tokens[end - 1 - size]:
-                size += 1
-            if size > best_size:
-                best, best_size = place, size
-                if size == self._longest:
-                    break
-            place = self._earlier[place]
-        if best < 0:
-            return []
-        period = end - 1 - best
-        return [tokens[best + 1 + i % period] for i in range(count)]
-
-
-@dataclass(slots=True, eq=False)
-class DraftState:
-    """What is remembered about the drafts of one sequence.
-
-    Attributes:
-        index: Where its words stood before.
-        acceptance: Chance that a draft token is right if all before it are: a mean that forgets.
-        proposal: What came out of the latest lookup.
-        proposal_len: Tokens that the sequence had then; -1 if there was none.
-        totals: Its figures so far.
-    """
-
-    index: NgramIndex
-    acceptance: float = FIRST_ACCEPTANCE
-    proposal: list[int] = field(default_factory=list[int])
-    proposal_len: int = -1
-    totals: SpecDecodeMetrics = field(default_factory=SpecDecodeMetrics)
-
-    def learn(self, *, hits: int, misses: int) -> None:
-        """Take in how many draft tokens were right, and whether one was wrong."""
-        for outcome in (*[1.0] * hits, *[0.0] * misses):
-            self.acceptance += _MEMORY * (outcome - self.acceptance)
-
-
-class Speculator:
-    """Drafts by looking up what the sequence itself has said before.
+class Speculator(abc.ABC):
+    """Drafts for the sequences of an engine, and remembers what became of it.
 
     Args:
         num_tokens: Most draft tokens per sequence and step.
-        shortest: Fewest tokens that must agree.
-        longest: Tokens beyond which agreement does not count.
         metrics: Counts drafts.
     """
 
-    def __init__(
-        self, *, num_tokens: int, shortest: int, longest: int, metrics: EngineMetrics
-    ) -> None:
+    def __init__(self, *, num_tokens: int, metrics: EngineMetrics) -> None:
         """Start with no sequence."""
         self._num_tokens = num_tokens
-        self._shortest = shortest
-        self._longest = longest
         self._metrics = metrics
 
     def add(self, sequence: SequenceState) -> None:
         """Get ready to draft for a new sequence."""
         if sequence.request.pooling is None:
-            sequence.drafting = DraftState(NgramIndex(self._shortest, self._longest))
+            sequence.drafting = self._begin()
+
+    def _begin(self) -> DraftState:
+        return DraftState()
 
     def read_prompt(self, sequence: SequenceState) -> None:
         """Take in the prompt as far as it has been computed, so that no step pays for all of it."""
-        if sequence.drafting is not None:
+        if sequence.drafting is not None and sequence.drafting.index is not None:
             length = min(sequence.num_computed, len(sequence.token_ids))
             sequence.drafting.index.extend(sequence.token_ids, length)
 
@@ -159,33 +62,31 @@ class Speculator:
         state = sequence.drafting
         if state is None or not sequence.has_device_token:
             return 0
-        in_flight = sequence.num_in_flight
-        room = sequence.max_total_len - len(sequence.token_ids) - in_flight - 1
+        room = sequence.max_total_len - len(sequence.token_ids) - sequence.num_in_flight - 1
         if room <= 0:
             return 0
-        found = len(self._propose(state, sequence)) - in_flight
-        return max(0, min(found, self._num_tokens, room))
+        return max(0, min(self._num_found(state, sequence), self._num_tokens, room))
 
-    def draft(self, sequence: SequenceState, count: int) -> tuple[int, ...]:
-        """Return up to `count` draft tokens; of a constrained sequence those that it may say."""
-        state = sequence.drafting
-        if state is None or sequence.num_in_flight:
-            return ()
-        tokens = self._propose(state, sequence)[:count]
-        matcher = sequence.matcher
-        if matcher is not None:
-            matcher.follow(sequence.token_ids, sequence.prompt_len)
-            tokens = tokens[: matcher.validate(tokens)]
-        return tuple(tokens)
+    @abc.abstractmethod
+    def _num_found(self, state: DraftState, sequence: SequenceState) -> int:
+        """Count the tokens that there are to draft."""
 
-    def _propose(self, state: DraftState, sequence: SequenceState) -> list[int]:
-        tokens = sequence.token_ids
-        if state.proposal_len != len(tokens):
-            state.index.extend(tokens)
-            # One more than can be verified: the first may stand for a token in flight.
-            state.proposal = state.index.propose(tokens, self._num_tokens + 1)
-            state.proposal_len = len(tokens)
-        return state.proposal
+    def fill(self, items: Sequence[Item]) -> None:
+        """Set the drafts of a step's work: as many as have been granted, or fewer.
+
+        Args:
+            items: The step's work, rows and pages settled. Nothing of those that are granted drafts
+                is in flight. Beside prefill nobody drafts.
+        """
+        granted = [item for item in items if item.num_draft]
+        if not granted or not all(item.sequence.has_device_token for item in items):
+            return
+        for item, tokens in zip(granted, self._draft(granted), strict=True):
+            item.drafts = _allowed(item.sequence, tokens)
+
+    @abc.abstractmethod
+    def _draft(self, items: Sequence[Item]) -> list[list[int]]:
+        """Return draft tokens for each item, at most `num_draft`."""
 
     def learn(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
         """Compare drafts with what came; called before the sequence takes the tokens in.
@@ -201,10 +102,12 @@ class Speculator:
         if drafts:
             hits = len(tokens) - 1
             state.learn(hits=hits, misses=hits < len(drafts))
-        elif state.proposal and state.proposal_len == len(sequence.token_ids):
-            # Not verified, but known to be right or wrong: who stopped drafting may begin again.
-            is_hit = state.proposal[0] == tokens[0]
-            state.learn(hits=is_hit, misses=not is_hit)
+        else:
+            self._rest(state, sequence, tokens[0])
+
+    @abc.abstractmethod
+    def _rest(self, state: DraftState, sequence: SequenceState, token: int) -> None:
+        """Learn from a token that came without drafts, so that who stopped may begin again."""
 
     def count(self, sequence: SequenceState, num_draft_tokens: int, num_accepted: int) -> None:
         """Count the draft of one step.
@@ -217,6 +120,94 @@ class Speculator:
         if sequence.drafting is not None:
             sequence.drafting.totals = sequence.drafting.totals.plus(num_draft_tokens, num_accepted)
             self._metrics.drafted(num_draft_tokens, num_accepted)
+
+
+class NgramSpeculator(Speculator):
+    """Drafts by looking up what the sequence itself has said before.
+
+    Args:
+        num_tokens: Most draft tokens per sequence and step.
+        shortest: Fewest tokens that must agree.
+        longest: Tokens beyond which agreement does not count.
+        metrics: Counts drafts.
+    """
+
+    def __init__(
+        self, *, num_tokens: int, shortest: int, longest: int, metrics: EngineMetrics
+    ) -> None:
+        """Start with no sequence."""
+        super().__init__(num_tokens=num_tokens, metrics=metrics)
+        self._shortest = shortest
+        self._longest = longest
+
+    def _begin(self) -> DraftState:
+        return DraftState(NgramIndex(self._shortest, self._longest))
+
+    def _num_found(self, state: DraftState, sequence: SequenceState) -> int:
+        return len(self._propose(state, sequence)) - sequence.num_in_flight
+
+    def _draft(self, items: Sequence[Item]) -> list[list[int]]:
+        found: list[list[int]] = []
+        for item in items:
+            state = item.sequence.drafting
+            tokens = [] if state is None else self._propose(state, item.sequence)
+            found.append(tokens[: item.num_draft])
+        return found
+
+    def _propose(self, state: DraftState, sequence: SequenceState) -> list[int]:
+        tokens = sequence.token_ids
+        if state.proposal_len != len(tokens) and state.index is not None:
+            state.index.extend(tokens)
+            # One more than can be verified: the first may stand for a token in flight.
+            state.proposal = state.index.propose(tokens, self._num_tokens + 1)
+            state.proposal_len = len(tokens)
+        return state.proposal
+
+    def _rest(self, state: DraftState, sequence: SequenceState, token: int) -> None:
+        """Compare what would have been drafted; that costs nothing."""
+        if state.proposal and state.proposal_len == len(sequence.token_ids):
+            is_hit = state.proposal[0] == token
+            state.learn(hits=is_hit, misses=not is_hit)
+
+
+class ModelSpeculator(Speculator):
+    """Drafts with a second, smaller model.
+
+    Args:
+        num_tokens: Most draft tokens per sequence and step.
+        runner: Runs both models.
+        metrics: Counts drafts.
+    """
+
+    def __init__(self, *, num_tokens: int, runner: DraftedRunner, metrics: EngineMetrics) -> None:
+        """Start with no sequence."""
+        super().__init__(num_tokens=num_tokens, metrics=metrics)
+        self._runner = runner
+
+    def _num_found(self, state: DraftState, sequence: SequenceState) -> int:  # noqa: ARG002
+        return self._num_tokens
+
+    def _draft(self, items: Sequence[Item]) -> list[list[int]]:
+        tokens = self._runner.draft(
+            [item.row for item in items],
+            [item.start for item in items],
+            [item.sequence.pages for item in items],
+            max(item.num_draft for item in items),
+        )
+        return [row[: item.num_draft].tolist() for row, item in zip(tokens, items, strict=True)]
+
+    def _rest(self, state: DraftState, sequence: SequenceState, token: int) -> None:  # noqa: ARG002
+        """Forget failure slowly: drafts that nobody computed teach nothing."""
+        state.acceptance += _FORGIVENESS * (FIRST_ACCEPTANCE - state.acceptance)
+
+
+def _allowed(sequence: SequenceState, tokens: list[int]) -> tuple[int, ...]:
+    """Keep the drafts that a constrained sequence may say."""
+    matcher = sequence.matcher
+    if matcher is not None:
+        matcher.follow(sequence.token_ids, sequence.prompt_len)
+        tokens = tokens[: matcher.validate(tokens)]
+    return tuple(tokens)
 
 
 def check_speculation(config: EngineConfig, max_num_batched_tokens: int) -> None:
@@ -238,10 +229,6 @@ def check_speculation(config: EngineConfig, max_num_batched_tokens: int) -> None
             "speculative_config drafts output tokens, but runner='pooling' generates none. Leave "
             "one of them out."
         )
-    if speculation.method == "draft_model":
-        raise ConfigError(
-            "speculative_config: draft models are not built in yet; use method 'ngram'."
-        )
     count = speculation.num_speculative_tokens
     if count >= max_num_batched_tokens:
         raise ConfigError(
@@ -250,14 +237,61 @@ def check_speculation(config: EngineConfig, max_num_batched_tokens: int) -> None
         )
 
 
-def make_speculator(config: SpeculativeConfig, metrics: EngineMetrics) -> Speculator:
+def check_draft_model(draft: ModelConfig, model: ModelConfig, max_model_len: int) -> None:
+    """Refuse a draft model that cannot draft for a model.
+
+    Raises:
+        ConfigError: If they do not speak the same tokens, or it cannot follow so far.
+    """
+    if draft.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"the draft model has a vocabulary of {draft.vocab_size} tokens, the model one of "
+            f"{model.vocab_size}; drafts need a model with the same vocabulary."
+        )
+    if draft.max_position < max_model_len:
+        raise ConfigError(
+            f"the draft model has {draft.max_position} positions, but max_model_len is "
+            f"{max_model_len}; lower it, or take another draft model."
+        )
+
+
+def check_same_tokens(draft: Tokenizer | None, tokenizer: Tokenizer | None, size: int) -> None:
+    """Refuse a draft model whose tokens say something else.
+
+    Args:
+        draft: The draft model's tokenizer, if it has one.
+        tokenizer: The model's, if it has one.
+        size: Tokens of the vocabulary.
+
+    Raises:
+        ConfigError: Names the first token that differs.
+    """
+    if draft is None or tokenizer is None:
+        return
+    for token in range(size):
+        ours, theirs = tokenizer.token_bytes(token), draft.token_bytes(token)
+        if ours != theirs:
+            raise ConfigError(
+                f"the draft model's token {token} is {theirs!r}, the model's is {ours!r}; drafts "
+                "need a model with the same vocabulary."
+            )
+
+
+def make_speculator(
+    config: SpeculativeConfig, runner: Runner, metrics: EngineMetrics
+) -> Speculator:
     """Build what drafts for an engine.
 
     Args:
         config: Checked settings.
+        runner: Holds the draft model, if there is one.
         metrics: Counts drafts.
     """
-    return Speculator(
+    if isinstance(runner, DraftedRunner):
+        return ModelSpeculator(
+            num_tokens=config.num_speculative_tokens, runner=runner, metrics=metrics
+        )
+    return NgramSpeculator(
         num_tokens=config.num_speculative_tokens,
         shortest=config.prompt_lookup_min,
         longest=config.prompt_lookup_max,

@@ -40,8 +40,7 @@ class FcfsScheduler:
             fewer sequences wait or prefill than decode: in a burst of arrivals, filling the batch
             comes first.
         ageing_s: Seconds of waiting that count as much as one step of priority; None is never.
-        draft_cost: How much longer each further token makes a step, as a share of the time of a
-            step of one sequence.
+        draft_cost: How much longer each draft token makes a step, as a share of its time without.
         lora_drain_wait_s: Seconds that a sequence may wait for a slot for its adapter while others
             use theirs anew; after that no adapter is admitted before it, so that a slot drains.
 
@@ -59,7 +58,7 @@ class FcfsScheduler:
         mix: bool = True,
         max_mixed_prefill: int | None = None,
         ageing_s: float | None = None,
-        draft_cost: float = 0.05,
+        draft_cost: float = 0.1,
         lora_drain_wait_s: float = 1.0,
     ) -> None:
         """Keep the choices."""
@@ -104,8 +103,7 @@ class FcfsScheduler:
         A sequence's draft token number i, counted from 1, becomes output with the chance
         `acceptance ** i`. Pages are taken only from what is free: drafts displace nobody.
 
-        Source: the goodput of SmartSpec (arXiv 2406.14066), with a step that takes a constant time
-        and the same again for each token.
+        Source: the goodput of SmartSpec (arXiv 2406.14066), with a step whose time grows evenly.
         """
         drafts = dict.fromkeys((item.seq_id for item in budget.work), 0)
         if not drafts.keys() <= decodes.keys():
@@ -116,7 +114,7 @@ class FcfsScheduler:
             if decodes[seq_id].num_draft
         ]
         heapq.heapify(chances)
-        output, time = float(len(drafts)), 1.0 + self._draft_cost * (len(drafts) - 1)
+        output, time = float(len(drafts)), 1.0
         left = view.max_num_batched_tokens - len(drafts)
         while chances and left > 0:
             chance, seq_id = -chances[0][0], heapq.heappop(chances)[1]
