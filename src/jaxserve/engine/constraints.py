@@ -115,17 +115,31 @@ class Constraints:
             if item.sequence.num_in_flight and not (matcher.error or matcher.has_ended):
                 matcher.take(drawn[item.sequence.seq_id])
             entries.append((matcher, item.row))
-        masks = np.full((packed.shape.rows, self._words), 0xFFFFFFFF, np.uint32)
+        masks = np.full((packed.shape.num_drawn, self._words), 0xFFFFFFFF, np.uint32)
         self._writer.write(entries, masks)
         packed.mask = masks
         packed.fields["any_mask"][...] = True
-        for item in rows:
+        for item, (matcher, _) in zip(rows, entries, strict=True):
             _lift_ban(packed, item.row)
+            if item.drafts:
+                self._mask_drafts(packed, item, matcher, masks)
         return [
             (item.sequence, _cannot_go_on(matcher))
             for item, (matcher, _) in zip(rows, entries, strict=True)
             if matcher.error
         ]
+
+    def _mask_drafts(
+        self, packed: PackedStep, item: Item, matcher: Matcher, masks: np.ndarray
+    ) -> None:
+        """Write what may follow each draft token, up to the first that the grammar forbids."""
+        count = len(item.drafts)
+        own = np.full((count + 1, self._words), 0xFFFFFFFF, np.uint32)
+        self._writer.write_drafts(matcher, item.drafts, own)
+        low = packed.shape.rows + item.draft_start
+        masks[low : low + count] = own[1:]
+        for place in range(low, low + count):
+            _lift_ban(packed, place)
 
 
 def check_resumed(request: Request, matcher: Matcher) -> None:
