@@ -63,8 +63,8 @@ _CPU_CACHE_SHARE = 0.25
 _CPU_CACHE_BYTES = 4 << 30
 _SHORTEST_AUTO_LEN = 256
 _CPU_DRAFT_COST, _GPU_DRAFT_COST = 0.1, 0.005
-"""Time of one draft token, as a share of that of a step without drafts. Measured with SmolLM2-135M on
-two cores: 0.02 to 0.11 in either precision; a guess on GPUs."""
+"""Time of one draft token, as a share of that of a step without drafts. Measured with SmolLM2-135M
+on two cores: 0.02 to 0.11 in either precision; a guess on GPUs."""
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
