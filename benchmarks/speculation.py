@@ -10,7 +10,7 @@ endless repetition that follows.
 
 Both engines must give the same ids. A product of six rows rounds in another order than one of a
 single row, so where the two likeliest tokens are closer than what that makes (0.02 in float32, as
-in the golden file; 0.2 in bfloat16), either may come, and what follows is not compared.
+in the golden file; 0.5 in bfloat16), either may come, and what follows is not compared.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.record import ROOT, Recorder, summary, table
 from jaxserve import LLM, RequestOutput, SamplingParams, SpecDecodeMetrics
 
 DATA = ROOT.parent / "shared" / "data"
-NEAR = {"float32": 0.02, "bfloat16": 0.2}
+NEAR = {"float32": 0.02, "bfloat16": 0.5}
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 5,
