@@ -11,7 +11,7 @@ from starlette.responses import Response
 from jaxserve import __version__
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.metrics import CONTENT_TYPE
-from jaxserve.serve import admin, errors, pooling_routes
+from jaxserve.serve import admin, errors, lora_routes, pooling_routes
 from jaxserve.serve.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestIds, RootPath
 from jaxserve.serve.openai_api import (
     ChatBody,
@@ -105,11 +105,13 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     state = _state(request)
     engine = state.ready_engine("generate")
+    model = state.checked_model(body.model)
     job = await chat_job(
         engine,
         body,
         response_id=answer_id("chatcmpl-", request.headers.get(REQUEST_ID), body.request_id),
-        model=state.checked_model(body.model),
+        model=model,
+        adapter=await state.adapter(engine, model),
         options=state.config.api,
     )
     return await _generate(request, job)
@@ -120,34 +122,41 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue one or more prompts."""
     state = _state(request)
     engine = state.ready_engine("generate")
+    model = state.checked_model(body.model)
     job = await completion_job(
         engine,
         body,
         response_id=answer_id("cmpl-", request.headers.get(REQUEST_ID), body.request_id),
-        model=state.checked_model(body.model),
+        model=model,
+        adapter=await state.adapter(engine, model),
         options=state.config.api,
     )
     return await _generate(request, job)
 
 
 def _card(state: ServerState, engine: "AsyncLLM", name: str) -> dict[str, Any]:
+    root, parent = engine.model_name, None
+    if name not in state.model_names:
+        adapter = next(known for known in state.lora_requests if known.lora_name == name)
+        root, parent = adapter.lora_path, adapter.base_model_name or state.model_names[0]
     return {
         "id": name,
         "object": "model",
         "created": state.started,
         "owned_by": "jaxserve",
-        "root": engine.model_name,
-        "parent": None,
+        "root": root,
+        "parent": parent,
         "max_model_len": engine.max_model_len,
     }
 
 
 @router.get("/v1/models", responses=replies(ModelList))
 async def models(request: Request) -> Response:
-    """List the names under which the model is served."""
+    """List the names under which the model and its adapters are served."""
     state = _state(request)
     engine = state.ready_engine()
-    return _json({"object": "list", "data": [_card(state, engine, n) for n in state.model_names]})
+    names = [*state.model_names, *(known.lora_name for known in state.lora_requests)]
+    return _json({"object": "list", "data": [_card(state, engine, name) for name in names]})
 
 
 @router.get("/v1/models/{name:path}", responses=replies(ModelCard))
@@ -244,6 +253,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.server = state
     app.include_router(router)
     app.include_router(admin.router, include_in_schema=config.access.enable_admin_api)
+    app.include_router(lora_routes.router, include_in_schema=config.access.opens_loras)
     if not config.api.disable_page:
         app.include_router(page_router(state))
     app.include_router(pooling_routes.router)

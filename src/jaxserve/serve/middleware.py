@@ -15,6 +15,8 @@ from jaxserve.serve.translate import MAX_ID_LEN
 
 GUARDED = "/v1"
 REQUEST_ID = "x-request-id"
+GUARDED_BY_ROUTE = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""Administration that has its place below /v1; these routes look at keys by themselves."""
 
 
 class ApiKeys:
@@ -42,7 +44,7 @@ class ApiKeys:
     @staticmethod
     def _is_guarded(scope: Scope) -> bool:
         path = route_path(scope)
-        return path == GUARDED or path.startswith(GUARDED + "/")
+        return path == GUARDED or (path.startswith(GUARDED + "/") and path not in GUARDED_BY_ROUTE)
 
     def _problem(self, header: str | None) -> Problem | None:
         scheme, _, key = (header or "").partition(" ")

@@ -102,6 +102,7 @@ async def embeddings(body: EmbeddingBody, request: Request) -> Response:
             truncation=_truncation(body),
             add_special_tokens=special,
             priority=body.priority,
+            lora_request=await state.adapter(engine, head["model"]),
         )
         return _embedding_reply(head, outputs, as_base64=body.encoding_format == "base64")
 
@@ -168,7 +169,11 @@ async def score(body: ScoreBody, request: Request) -> Response:
 
     async def work() -> dict[str, Any]:
         outputs = await engine.score(
-            first, second, truncation=_truncation(body), priority=body.priority
+            first,
+            second,
+            truncation=_truncation(body),
+            priority=body.priority,
+            lora_request=await state.adapter(engine, head["model"]),
         )
         data = [
             {"index": index, "object": "score", "score": output.outputs.score}
@@ -223,7 +228,11 @@ async def rerank(body: RerankBody, request: Request) -> Response:
 
     async def work() -> dict[str, Any]:
         outputs = await engine.score(
-            body.query, texts, truncation=truncation, priority=body.priority
+            body.query,
+            texts,
+            truncation=truncation,
+            priority=body.priority,
+            lora_request=await state.adapter(engine, head["model"]),
         )
         scores = [output.outputs.score for output in outputs]
         order = sorted(range(len(scores)), key=lambda i: -scores[i])

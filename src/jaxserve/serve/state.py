@@ -7,13 +7,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.clock import WallClock
-from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError, did_you_mean
+from jaxserve.core.errors import (
+    CapacityError,
+    ConfigError,
+    EngineDeadError,
+    RequestError,
+    UnsupportedError,
+    did_you_mean,
+)
 from jaxserve.serve.options import ServerConfig
 from jaxserve.serve.source import EventSource
 from jaxserve.serve.sse import close_all
 from jaxserve.serve.translate import Job
 
 if TYPE_CHECKING:
+    from jaxserve.core.lora import Adapter, LoRARequest
     from jaxserve.engine.async_engine import AsyncLLM
 
 logger = logging.getLogger("jaxserve.serve")
@@ -48,6 +56,7 @@ class ServerState:
         is_draining: Whether new requests are refused because the server is about to stop.
         load: Generating requests that are being answered.
         clock: Where `created` comes from.
+        lora_lock: Held while an adapter is loaded or unloaded.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class ServerState:
         self.load = 0
         self.clock = WallClock()
         self.model = model
+        self.lora_lock = asyncio.Lock()
         self._open: set[EventSource] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         self._started = int(self.clock.unix())
@@ -70,6 +80,11 @@ class ServerState:
         if self.config.api.served_model_name:
             return self.config.api.served_model_name
         return (self.model,)
+
+    @property
+    def lora_requests(self) -> "list[LoRARequest]":
+        """Adapters that requests may use by their names."""
+        return [] if self.engine is None else self.engine.lora_requests
 
     @property
     def started(self) -> int:
@@ -118,6 +133,8 @@ class ServerState:
         if name is None:
             return names[0]
         if name not in names:
+            names += tuple(known.lora_name for known in self.lora_requests)
+        if name not in names:
             raise RequestError(
                 f"The model {name[:200]!r} does not exist here; this server has "
                 f"{', '.join(map(repr, names))}.{did_you_mean(name, names)}",
@@ -125,6 +142,26 @@ class ServerState:
                 param="model",
             )
         return name
+
+    async def adapter(self, engine: "AsyncLLM", model: str) -> "Adapter | None":
+        """Return the adapter that a model's name stands for, its weights read if need be.
+
+        Args:
+            engine: Where it will be used.
+            model: A name that `checked_model` has returned.
+
+        Raises:
+            RequestError: If it can no longer be read.
+        """
+        if model in self.model_names:
+            return None
+        known = next((one for one in self.lora_requests if one.lora_name == model), None)
+        if known is None:  # unloaded meanwhile
+            self.checked_model(model)
+        try:
+            return await engine.get_adapter(known)
+        except (ConfigError, UnsupportedError) as error:
+            raise RequestError(str(error), param="model") from error
 
     async def open(self, engine: "AsyncLLM", job: Job) -> list[EventSource]:
         """Hand a job's requests to the engine.
