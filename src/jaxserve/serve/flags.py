@@ -101,8 +101,9 @@ class Flag:
         """
         if value is None and self.kind == "list":
             return ()
+        has_absent = self.kind == "int" or bool(self.choices)
         if self.is_optional and (
-            value is None or (self.kind == "int" and str(value).strip().lower() in _ABSENT)
+            value is None or (has_absent and str(value).strip().lower() in _ABSENT)
         ):
             return None
         return _READERS[self.kind](self, value)
