@@ -127,8 +127,12 @@ def weight_bytes(llm: LLM) -> int:
 
 def load(form: Form, args: argparse.Namespace) -> LLM:
     """Load one form of the model into an engine of its own."""
-    settings = {"max_model_len": 640, "enable_prefix_caching": False, **form.settings}
-    return LLM(args.model, **settings)
+    settings = {
+        "max_model_len": 640,
+        "enable_prefix_caching": False,
+        "attention_backend": args.attention_backend,
+    }
+    return LLM(args.model, **settings, **form.settings)
 
 
 def report_quality(recorder: Recorder, args: argparse.Namespace) -> None:
@@ -145,9 +149,7 @@ def report_quality(recorder: Recorder, args: argparse.Namespace) -> None:
                 **agreement(llm, cases),
                 "weight bytes": weight_bytes(llm),
             }
-        recorder.write(
-            "quality", form=form.name, **found, text_tokens=len(ids), text_sha256=digest
-        )
+        recorder.write("quality", form=form.name, **found, text_tokens=len(ids), text_sha256=digest)
         rows.append(
             [
                 form.name,
@@ -256,7 +258,8 @@ def measurements(llm: LLM, args: argparse.Namespace) -> dict[str, Callable[[int]
     """List what is measured on one engine: name -> milliseconds, given the number of the round."""
     found: dict[str, Callable[[int], float]] = {}
     for rows in args.batches:
-        found[f"products x{rows}"] = lambda _, products=Products(llm, rows): products.measure()
+        products = Products(llm, rows)
+        found[f"products x{rows}"] = lambda _, products=products: products.measure()
     for batch in args.batches:
         found[f"decode x{batch}"] = lambda seed, batch=batch: decode_ms(
             llm, batch, args.num_tokens, seed
@@ -299,6 +302,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name or path")
+    parser.add_argument("--attention-backend", default="auto", help="xla: without own kernels")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--text", type=Path, default=TEXT, help="text of the perplexity")
     parser.add_argument("--text-tokens", type=int, default=8192, help="tokens of it")

@@ -25,7 +25,7 @@ GrammarBackend = Literal["auto", "llguidance", "guidance", "none"]
 RunnerType = Literal["auto", "generate", "pooling"]
 
 
-_STORED_SCHEMES = (
+_STORED_SCHEMES: tuple[str, ...] = (
     "auto-round", "awq", "awq_marlin", "bitblas", "bitsandbytes", "compressed-tensors", "gguf",
     "gptq", "gptq_marlin", "modelopt", "mxfp4", "quark", "torchao", "w8a8_fp8", "w8a8_int8",
 )  # fmt: skip

@@ -118,7 +118,9 @@ def prepare_weights(
         else:
             made[path] = _fit(array, specs[path], tally, turn=turn, donate=donate)
     broken = [
-        path for path in weights if scale_path(path) in made and not is_finite(made[scale_path(path)])
+        path
+        for path in weights
+        if scale_path(path) in made and not is_finite(made[scale_path(path)])
     ]
     if broken:
         raise ConfigError(f"{not_finite(broken)} Nothing was changed.")

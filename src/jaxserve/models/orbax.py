@@ -185,9 +185,7 @@ class OrbaxCheckpoint:
                     loaded[name] = array
                     continue
                 scale_spec = abstract[scale_path(name)]
-                stored, scale = quantize_array(
-                    array, abstract[name], scale_spec, output_axis(name)
-                )
+                stored, scale = quantize_array(array, abstract[name], scale_spec, output_axis(name))
                 if not is_finite(scale):
                     raise CheckpointError(
                         f"{self._folder}: leaf {name!r}: found a value that is not a finite "

@@ -138,7 +138,7 @@ def scheme_of(arrays: Mapping[str, Any]) -> Scheme | None:
     kinds = {np.dtype(arrays[path].dtype) for path in narrow_paths(arrays) if path in arrays}
     if not kinds:
         return None
-    found = [scheme for scheme, kind in KINDS.items() if kinds == {kind}]
+    found: list[Scheme] = [scheme for scheme, kind in KINDS.items() if kinds == {kind}]
     if not found:
         raise ConfigError(
             f"parameters with scales are of type {', '.join(sorted(map(str, kinds)))}, expected "
@@ -265,12 +265,12 @@ def quantize_array(
         The narrow numbers and the scales; scales are not finite where a weight is not.
     """
     shardings = (spec.sharding, scale_spec.sharding)
-    return _quantize_program(np.dtype(spec.dtype), axis, turn, shardings)(weight)
+    return _quantize_program(np.dtype(spec.dtype), axis, shardings, turn=turn)(weight)
 
 
 @functools.lru_cache(maxsize=64)
 def _quantize_program(
-    kind: np.dtype, axis: int, turn: bool, shardings: tuple[Any, Any]
+    kind: np.dtype, axis: int, shardings: tuple[Any, Any], *, turn: bool
 ) -> Callable[[Array], tuple[Array, Array]]:
     def quantize(weight: Array) -> tuple[Array, Array]:
         return _quantize(jnp, weight.T if turn else weight, kind, 1 - axis)
