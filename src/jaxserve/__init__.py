@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
     from jaxserve.engine.export import export, load_params
     from jaxserve.engine.llm import LLM
+    from jaxserve.models.quantization import dequantize
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "TokenEvent",
     "UnsupportedError",
     "__version__",
+    "dequantize",
     "export",
     "load_params",
 ]
@@ -73,6 +75,7 @@ _HOMES = {
     "AsyncLLM": "jaxserve.engine.async_engine",
     "export": "jaxserve.engine.export",
     "load_params": "jaxserve.engine.export",
+    "dequantize": "jaxserve.models.quantization",
     "EngineConfig": "jaxserve.core.config",
     "CompletionOutput": "jaxserve.core.event",
     "FinishReason": "jaxserve.core.event",

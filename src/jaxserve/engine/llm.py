@@ -408,7 +408,8 @@ class LLM(Controls):
         """Score tokens: a pure function, safe under `jit`, `grad` and `vmap`.
 
         Args:
-            params: Weights, such as `llm.params`.
+            params: Weights, such as `llm.params`. Where quantised weights are served, plain ones
+                are taken too, and gradients want them: see `jaxserve.dequantize`.
             tokens: Token ids, padded on the right.
             mask: False entries score 0.
 
@@ -416,7 +417,7 @@ class LLM(Controls):
             Log-probability of each token given those before it; 0 for the first. Agrees with
             what sampling reports.
         """
-        return token_logprobs(self._host.graph, params, tokens, mask)
+        return token_logprobs(self._host.graph_for(params), params, tokens, mask)
 
     def forward(
         self,
@@ -441,9 +442,10 @@ class LLM(Controls):
         Raises:
             RequestError: If a name is unknown.
         """
+        weights = self.params if params is None else params
         return forward(
-            self._host.graph,
-            self.params if params is None else params,
+            self._host.graph_for(weights),
+            weights,
             tokens,
             return_hidden=return_hidden,
             hooks=hooks or {},

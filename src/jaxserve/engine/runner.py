@@ -493,8 +493,12 @@ class Runner:
     @property
     def param_specs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and sharding of every weight by path, in the order of `set_params`."""
-        described = jax.tree.unflatten(self._tree, self._param_specs)
-        return flatten_params(described)
+        return flatten_params(self.described_params)
+
+    @property
+    def described_params(self) -> nnx.State:
+        """Shape, dtype and sharding of every weight in its place."""
+        return jax.tree.unflatten(self._tree, self._param_specs)
 
     def set_params(self, leaves: Sequence[jax.Array | None]) -> None:
         """Serve other weights from the next step on; nothing is compiled or copied.
