@@ -116,7 +116,7 @@ _LABEL = re.compile(r'(\w+)="')
 
 def metrics() -> str:
     """List every metric of `/metrics` with its kind, its labels and its meaning."""
-    page = EngineMetrics(cache_config={"block_size": 16}).render("model")
+    page = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1).render("model")
     rows: list[tuple[str, str, str, str]] = []
     kinds, texts, labels = _read_page(page)
     for name, kind in kinds.items():

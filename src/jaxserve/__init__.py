@@ -26,8 +26,10 @@ if TYPE_CHECKING:
         Logprob,
         RequestOutput,
         SloOutcome,
+        SpecDecodeMetrics,
         TokenEvent,
     )
+    from jaxserve.core.lora import LoRARequest
     from jaxserve.core.request import Request, SamplingParams, Slo
     from jaxserve.core.structured import StructuredOutputsParams
     from jaxserve.engine.async_engine import AsyncLLM
@@ -48,6 +50,7 @@ __all__ = [
     "EngineDeadError",
     "FinishReason",
     "JaxserveError",
+    "LoRARequest",
     "Logprob",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -57,6 +60,7 @@ __all__ = [
     "SamplingParams",
     "Slo",
     "SloOutcome",
+    "SpecDecodeMetrics",
     "StructuredOutputsParams",
     "TokenEvent",
     "UnsupportedError",
@@ -78,10 +82,12 @@ _HOMES = {
     "Logprob": "jaxserve.core.event",
     "RequestOutput": "jaxserve.core.event",
     "TokenEvent": "jaxserve.core.event",
+    "LoRARequest": "jaxserve.core.lora",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
     "Slo": "jaxserve.core.request",
     "SloOutcome": "jaxserve.core.event",
+    "SpecDecodeMetrics": "jaxserve.core.event",
     "StructuredOutputsParams": "jaxserve.core.structured",
 }
 

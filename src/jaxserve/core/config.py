@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.core.speculative import SpeculativeConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationScheme = Literal["int8", "fp8"]
@@ -367,6 +368,86 @@ class PoolingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeOptions:
+    """Several tokens per step, where they can be guessed."""
+
+    speculative_config: Mapping[str, Any] | None = option(
+        None,
+        "JSON object that switches speculative decoding on: method (ngram or draft_model), model "
+        "(a smaller checkpoint with the same vocabulary), num_speculative_tokens, "
+        "prompt_lookup_min, prompt_lookup_max; single keys also as --speculative-config.KEY.",
+        "sc",
+    )
+    spec_method: str | None = option(None, "The method in speculative-config.")
+    spec_model: str | None = option(None, "The model in speculative-config.")
+    spec_tokens: int | None = option(None, "The num_speculative_tokens in speculative-config.")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _ = self.speculation
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """The checked settings; None if nothing is drafted.
+
+        Raises:
+            ConfigError: If they are no good.
+        """
+        whole = self.speculative_config
+        if whole is not None and not isinstance(whole, Mapping):
+            raise ConfigError(
+                "speculative_config must be a mapping such as "
+                '{"method": "ngram", "num_speculative_tokens": 5}, got '
+                f"{whole!r}."
+            )
+        given = dict(whole or {})
+        flags = {
+            "method": self.spec_method,
+            "model": self.spec_model,
+            "num_speculative_tokens": self.spec_tokens,
+        }
+        given |= {key: value for key, value in flags.items() if value is not None}
+        if whole is None and not given:
+            return None
+        return SpeculativeConfig.from_mapping(given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters."""
+
+    enable_lora: bool = option(False, "Serve low-rank adapters beside the model itself.")
+    max_loras: int = option(
+        1, "Most different adapters in one batch; each has a slot on the device.",
+        "max-loras-per-batch",
+    )  # fmt: skip
+    max_lora_rank: int = option(
+        16, "Largest rank of an adapter; memory and time of every slot grow with it."
+    )
+    max_cpu_loras: int | None = option(
+        None,
+        "Adapters whose weights are kept in host memory; others are read again when they are asked "
+        "for. Default: max-loras.",
+        "max-loaded-loras",
+    )
+    lora_drain_wait_threshold: float = option(
+        1.0,
+        "Seconds that a request may wait for a slot for its adapter while later ones of adapters "
+        "that have a slot are admitted.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(self, 1, "max_loras", "max_lora_rank")
+        _at_least(self, 0, "lora_drain_wait_threshold")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigError(
+                f"max_cpu_loras must be at least max_loras={self.max_loras}, got "
+                f"{self.max_cpu_loras}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to know besides the weights."""
 
@@ -376,6 +457,8 @@ class EngineConfig:
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     structured: StructuredOptions = field(default_factory=StructuredOptions)
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
+    speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":

@@ -50,9 +50,9 @@ def supports_slots(head_dim: int, capacity: int, dtype: str) -> bool:
     """Tell whether the attention kernels can work with slots of this form."""
     if not is_available() or dtype not in _CACHED:
         return False
-    from jaxserve.cpu_kernels import decode_attention  # noqa: PLC0415  llvmlite is optional
+    from jaxserve.cpu_kernels import heads  # noqa: PLC0415  llvmlite is optional
 
-    return decode_attention.supports(head_dim, capacity)
+    return heads.supports(head_dim, capacity)
 
 
 def pays(rows: int, dtype: str) -> bool:

@@ -1,7 +1,7 @@
 """Runs steps on the device: owns the compiled programs, the cache buffers and the row state."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,15 @@ from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.compiling import Programs
 from jaxserve.engine.pooled import Pooled, pool_chunks
-from jaxserve.engine.sampler import RowState, Sampled, SamplingInputs, report, sample
+from jaxserve.engine.sampler import (
+    Drafts,
+    RowState,
+    Sampled,
+    SamplingInputs,
+    accept,
+    report,
+    sample,
+)
 from jaxserve.engine.shapes import (
     FLAGS,
     FLOAT_FIELDS,
@@ -31,10 +39,12 @@ from jaxserve.engine.shapes import (
     packed_size,
     unpack,
 )
+from jaxserve.models import lora
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
+from jaxserve.models.lora import Factors, LoraBuffers, LoraShape, StepLora
 from jaxserve.models.registry import flatten_params
-from jaxserve.sharding.rules import TENSOR_AXIS
+from jaxserve.sharding.rules import TENSOR_AXIS, LogicalAxisRules
 
 MAX_MOVES = 64
 """Pages copied between slots and store by one launch."""
@@ -62,6 +72,7 @@ class RunnerSpec:
         logprobs_mode: What is reported.
         num_candidates: Most candidates reported per token.
         matmul_precision: Precision of matrix products; "highest" for float32.
+        lora: Slots for low-rank adapters; None has none.
     """
 
     config: ModelConfig
@@ -79,6 +90,7 @@ class RunnerSpec:
     logprobs_mode: LogprobsMode
     num_candidates: int
     matmul_precision: str
+    lora: LoraShape | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,7 +98,7 @@ class StepResult:
     """Results of one step, still on their way from the device.
 
     Attributes:
-        sampled: Tokens and log-probabilities per row.
+        sampled: Tokens and log-probabilities per row, then per draft token.
         hidden: Final hidden states of the prefill tokens.
     """
 
@@ -138,32 +150,19 @@ class Runner:
             forbid_late=forbid_late,
         )
         self._no_masks: dict[int, jax.Array] = {}
+        self._adapters: tuple[LoraBuffers, ...] = ()
         self._allocate()
+        self.restore_adapters()
         # Programs are lowered against descriptions: live buffers may be donated meanwhile.
-        self._param_specs = jax.tree.map(_describe, self._params)
-        self._slot_specs = jax.tree.map(_describe, self.slots)
-        self._page_specs = jax.tree.map(_describe, self.pages)
-        self._row_specs = jax.tree.map(_describe, self._rows)
+        self._param_specs = jax.tree.map(describe, self._params)
+        self._slot_specs = jax.tree.map(describe, self.slots)
+        self._page_specs = jax.tree.map(describe, self.pages)
+        self._row_specs = jax.tree.map(describe, self._rows)
+        self._adapter_specs = jax.tree.map(describe, self._adapters)
 
     def _allocate(self) -> None:
-        spec, config = self.spec, self.spec.config
-        dtype = jnp.dtype(spec.dtype)
-        heads = config.num_kv_heads
-        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
-        split = TENSOR_AXIS if size and heads % size == 0 else None
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
-        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
-        self.slots: KvBuffers = ()
-        self.pages: KvBuffers = ()
-        if not spec.use_pages:
-            capacity = buffers.slot_capacity(
-                spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
-            )
-            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
-            self.slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
-        if spec.use_pages or spec.keep_store:
-            self.pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
-        rows, vocab = spec.max_num_seqs, config.vocab_size
+        self.slots, self.pages = self._allocate_cache(self.spec)
+        rows, vocab = self.spec.max_num_seqs, self.spec.config.vocab_size
         self._rows = jax.device_put(
             RowState(
                 last_token=jnp.zeros((rows,), jnp.int32),
@@ -173,6 +172,27 @@ class Runner:
             ),
             self._everywhere,
         )
+
+    def _allocate_cache(self, spec: RunnerSpec) -> tuple[KvBuffers, KvBuffers]:
+        """Allocate the slots and pages that a model needs."""
+        config = spec.config
+        dtype = jnp.dtype(spec.dtype)
+        heads = config.num_kv_heads
+        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
+        split = TENSOR_AXIS if size and heads % size == 0 else None
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
+        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
+        slots: KvBuffers = ()
+        pages: KvBuffers = ()
+        if not spec.use_pages:
+            capacity = buffers.slot_capacity(
+                spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
+            )
+            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
+            slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
+        if spec.use_pages or spec.keep_store:
+            pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
+        return slots, pages
 
     # Programs ---------------------------------------------------------------------------------
 
@@ -187,13 +207,16 @@ class Runner:
         self.programs.warm_up(self._all_programs(), on_progress)
 
     def warm_up_essentials(self) -> None:
-        """Compile the two step shapes that every mix of requests fits into.
+        """Compile the step shapes that every mix of requests fits into: two, or three with drafts.
 
         From then on `warm_up` may go on in the background; meanwhile steps run in the smallest
         shape that is ready.
         """
         shapes = self.spec.shapes
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=0))
+        if shapes.num_draft:
+            rows = self.spec.max_num_seqs
+            self._step_program(shapes.shape(rows=rows, prefill=0, drafts=shapes.max_draft))
         largest = shapes.prefill_buckets[-1]
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=largest))
         self.programs.takes_larger = True
@@ -207,16 +230,19 @@ class Runner:
             todo[:0] = [self._save_program, self._load_program]
         todo += [self._row_program, self._move_row_program, self._prompt_logprob_program]
         todo += [self._pool_program]
+        if self.spec.lora is not None:
+            todo += [self._adapter_program]
         return todo
 
-    def choose_shape(self, *, rows: int, prefill: int) -> StepShape:
+    def choose_shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
         """Return the smallest shape that holds a step, or a larger one that is compiled already.
 
         Args:
             rows: Decode rows.
             prefill: Prefill tokens.
+            drafts: Draft tokens.
         """
-        exact = self.spec.shapes.shape(rows=rows, prefill=prefill)
+        exact = self.spec.shapes.shape(rows=rows, prefill=prefill, drafts=drafts)
         if not self.programs.takes_larger or ("step", exact) in self.programs:
             return exact
         ready = [
@@ -225,7 +251,9 @@ class Runner:
             if ("step", shape) in self.programs
             and shape.rows >= rows
             and shape.prefill >= prefill
+            and shape.drafts >= drafts
             and bool(shape.prefill) == bool(prefill)
+            and bool(shape.drafts) == bool(drafts)
         ]
         return min(ready, key=lambda shape: shape.num_tokens, default=exact)
 
@@ -233,10 +261,11 @@ class Runner:
         cache = self._page_specs if self.spec.use_pages else self._slot_specs
         fn = functools.partial(_step, self._graph, self._tree, self.spec, shape)
         packed = self._spec((packed_size(shape),))
-        mask = self._spec((shape.rows, mask_words(self.spec.config.vocab_size)), jnp.uint32)
+        mask = self._spec((shape.num_drawn, mask_words(self.spec.config.vocab_size)), jnp.uint32)
         return self.programs.get(
-            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask
-        )
+            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask,
+            self._adapter_specs,
+        )  # fmt: skip
 
     def _row_program(self) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
@@ -258,28 +287,28 @@ class Runner:
         )
 
     def _save_program(self) -> Callable[..., Any]:
-        moves = [self._spec((MAX_MOVES,))] * 3
         return self.programs.get(
             "save",
             buffers.save_pages,
             (0,),
             self._page_specs,
             self._slot_specs,
-            self._spec(()),
-            *moves,
+            *self._move_specs(),
         )
 
     def _load_program(self) -> Callable[..., Any]:
-        moves = [self._spec((MAX_MOVES,))] * 3
         return self.programs.get(
             "load",
             buffers.load_pages,
             (0,),
             self._slot_specs,
             self._page_specs,
-            self._spec(()),
-            *moves,
+            *self._move_specs(),
         )
+
+    def _move_specs(self) -> list[jax.ShapeDtypeStruct]:
+        """Describe what `_batches` yields."""
+        return [self._spec(()), *[self._spec((MAX_MOVES,))] * 3]
 
     def _prompt_logprob_program(self) -> Callable[..., Any]:
         size = self.spec.shapes.prefill_buckets[-1]
@@ -301,6 +330,19 @@ class Runner:
         chunks = [self._spec((self.spec.max_num_seqs,))] * 2
         return self.programs.get("pool", pool_chunks, (), hidden, *chunks)
 
+    def _adapter_program(self) -> Callable[..., Any]:
+        size = lora.layer_size(self.spec.config, self._lora_shape.rank)
+        packed = self._spec((size,), jnp.dtype(self.spec.dtype))
+        return self.programs.get(
+            "adapter", lora.set_slot, (0,), self._adapter_specs[0], self._spec(()), packed
+        )
+
+    @property
+    def _lora_shape(self) -> LoraShape:
+        if self.spec.lora is None:
+            raise AssertionError("this engine has no slots for adapters")
+        return self.spec.lora
+
     def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
@@ -310,9 +352,9 @@ class Runner:
         """Launch one step; returns at once, results follow when they are read."""
         program = self._step_program(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
-        mask = self._no_mask(packed.shape.rows) if packed.mask is None else packed.mask
+        mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
         sampled, hidden, cache, self._rows = program(
-            self._params, cache, self._rows, packed.buffer, mask
+            self._params, cache, self._rows, packed.buffer, mask, self._adapters
         )
         if self.spec.use_pages:
             self.pages = cache
@@ -327,6 +369,41 @@ class Runner:
             words = mask_words(self.spec.config.vocab_size)
             mask = self._no_masks[rows] = self._put(np.zeros((rows, words), np.uint32))
         return mask
+
+    def set_adapter(self, slot: int, layers: Sequence[Mapping[str, Factors]]) -> None:
+        """Put an adapter into a slot, layer by layer; steps launched before are not touched.
+
+        Args:
+            slot: Counted from 1, as steps count.
+            layers: Factors of each layer's adapted projections.
+        """
+        spec, program = self.spec, self._adapter_program()
+        dtype, rank = np.dtype(jnp.dtype(spec.dtype)), self._lora_shape.rank
+        place = self._put(np.int32(slot - 1))
+        buffers = list(self._adapters)
+        for index, factors in enumerate(layers):
+            packed = lora.pack_layer(factors, spec.config, rank=rank, dtype=dtype)
+            buffers[index] = program(buffers[index], place, self._put(packed))
+            self._adapters = tuple(buffers)
+
+    def drop_adapters(self) -> None:
+        """Free the slots of adapters until `restore_adapters`."""
+        for leaf in jax.tree.leaves(self._adapters):
+            if not leaf.is_deleted():
+                leaf.delete()
+        self._adapters = ()
+
+    def restore_adapters(self) -> None:
+        """Allocate empty slots for adapters, if there are to be any and they are not there."""
+        spec = self.spec
+        if spec.lora is not None and not self._adapters:
+            self._adapters = lora.allocate(
+                spec.config,
+                spec.lora,
+                jnp.dtype(spec.dtype),
+                mesh=self._mesh,
+                rules=LogicalAxisRules(),
+            )
 
     def set_row(
         self, row: int, counts: np.ndarray, prompt_seen: np.ndarray, bias: np.ndarray
@@ -468,31 +545,26 @@ class Runner:
         """Free cache, row state and programs; the weights belong to the caller."""
         self.programs.stop()
         self._free()
+        self.drop_adapters()
         self.programs.clear()
         self.slots = self.pages = ()
         self._params = ()
 
 
-def _describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return what a program needs to know of an array when it is compiled."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def _step(
-    graph: nnx.GraphDef[CausalLM],
-    tree: Any,  # noqa: ANN401  jax exports no public type of a tree structure
-    spec: RunnerSpec,
-    shape: StepShape,
-    params: tuple[jax.Array, ...],
-    cache: KvBuffers,
-    rows: RowState,
-    packed: jax.Array,
-    mask: jax.Array,
-) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
-    """Embed, run all layers, sample. Donates `cache` and `rows`."""
-    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
-    part = unpack(packed, shape)
-    token_ids = jnp.concatenate([rows.last_token[: shape.rows], part["prefill_token"]])
-    plan = AttentionPlan(
+def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array]) -> AttentionPlan:
+    """Say what each token of a step sees.
+
+    Args:
+        spec: What is fixed.
+        shape: The step's shape.
+        part: Its packed buffer, taken apart.
+    """
+    return AttentionPlan(
         token_row=part["token_row"],
         token_position=part["token_position"],
         num_blocks=part["num_blocks"],
@@ -510,12 +582,45 @@ def _step(
         upcast=spec.upcast,
         batch_invariant=spec.batch_invariant,
     )
-    hidden, new_cache = model(token_ids, jnp.maximum(part["token_position"], 0), cache, plan)
+
+
+def _step(
+    graph: nnx.GraphDef[CausalLM],
+    tree: Any,  # noqa: ANN401  jax exports no public type of a tree structure
+    spec: RunnerSpec,
+    shape: StepShape,
+    params: tuple[jax.Array, ...],
+    cache: KvBuffers,
+    rows: RowState,
+    packed: jax.Array,
+    mask: jax.Array,
+    adapters: tuple[LoraBuffers, ...],
+) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
+    """Embed, run all layers, sample. Donates `cache` and `rows`."""
+    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
+    part = unpack(packed, shape)
+    token_ids = jnp.concatenate(
+        [rows.last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
+    )
+    plan = attention_plan(spec, shape, part)
+    positions = jnp.maximum(part["token_position"], 0)
+    hidden, new_cache = model(
+        token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)
+    )
     index = part["sample_index"]
-    logits = model.logits(hidden[jnp.maximum(index, 0)], plan)
+    drafts: Drafts | None = None
+    places = jnp.maximum(index, 0)
+    per_row = {name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, "seed")}
+    if shape.drafts:
+        drafts = Drafts(row=part["draft_row"], index=part["draft_index"], token=part["draft_token"])
+        places = jnp.concatenate([places, shape.rows + jnp.arange(shape.drafts)])
+        owner = jnp.concatenate([jnp.arange(shape.rows), drafts.row])
+        per_row = {name: values[owner] for name, values in per_row.items()}
+    logits = model.logits(hidden[places], plan)
     inputs = SamplingInputs(
         mask=mask,
-        **{name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, *FLAGS, "seed", "banned")},
+        **per_row,
+        **{name: part[name] for name in (*FLAGS, "banned", "output_position")},
     )
     with jax.named_scope("sample"):
         sampled = sample(
@@ -524,20 +629,40 @@ def _step(
             rows,
             num_candidates=spec.num_candidates,
             mode=spec.logprobs_mode,
+            drafts=drafts,
         )
-    is_new = index >= 0
-    row = jnp.arange(shape.rows)
-    last = jnp.where(is_new, sampled.token, rows.last_token[: shape.rows])
-    rows = RowState(
-        last_token=rows.last_token.at[: shape.rows].set(last),
-        counts=rows.counts.at[row, sampled.token].add(is_new.astype(jnp.int32)),
-        prompt_seen=rows.prompt_seen,
-        bias=rows.bias,
-    )
+        rows = _take_tokens(rows, sampled.token, index >= 0, drafts)
     # Padded to one size, so that one program scores the prompts of all shapes.
     longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
-    prefill = jnp.pad(hidden[shape.rows :], ((0, max(0, longest - shape.prefill)), (0, 0)))
+    prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
     return sampled, prefill, cast(KvBuffers, new_cache), rows
+
+
+def _take_tokens(
+    rows: RowState, token: jax.Array, is_drawn: jax.Array, drafts: Drafts | None
+) -> RowState:
+    """Make each row's latest token what has been drawn for it, and count what has been kept."""
+    size = is_drawn.shape[0]
+    drawn = token[:size]
+    last = rows.last_token.at[:size].set(jnp.where(is_drawn, drawn, rows.last_token[:size]))
+    counts = rows.counts.at[jnp.arange(size), drawn].add(is_drawn.astype(jnp.int32))
+    if drafts is not None:
+        accepted, is_last = accept(token, drafts)
+        behind = token[size:]
+        nowhere = rows.last_token.shape[0]
+        last = last.at[jnp.where(is_last, drafts.row, nowhere)].set(behind, mode="drop")
+        counts = counts.at[drafts.row, behind].add(accepted.astype(jnp.int32))
+    return RowState(last_token=last, counts=counts, prompt_seen=rows.prompt_seen, bias=rows.bias)
+
+
+def _step_lora(
+    spec: RunnerSpec, part: Mapping[str, jax.Array], adapters: tuple[LoraBuffers, ...]
+) -> StepLora | None:
+    if spec.lora is None:
+        return None
+    row = part["token_row"]
+    slot = jnp.where(row >= 0, part["lora_slot"][jnp.maximum(row, 0)], 0)
+    return StepLora(slot=slot, layers=adapters, is_invariant=spec.batch_invariant)
 
 
 def _set_row(

@@ -14,7 +14,9 @@ from jaxserve import cpu_kernels
 from jaxserve.attention.dense import attend
 from jaxserve.attention.metadata import AttentionPlan, CausalPlan
 from jaxserve.cache.buffers import KvLayer
+from jaxserve.models import lora as adapters
 from jaxserve.models.config import HiddenAct, ModelConfig
+from jaxserve.models.lora import LayerLora, StepLora
 from jaxserve.models.positions import LayerKind
 
 Plan = AttentionPlan | CausalPlan
@@ -226,12 +228,17 @@ class GatedMlp(nnx.Module):
         self.down_proj = linear(inner, hidden, "mlp", "hidden")
 
     def __call__(
-        self, x: Float[Array, "*tokens hidden"], plan: Plan | None = None
+        self,
+        x: Float[Array, "*tokens hidden"],
+        plan: Plan | None = None,
+        lora: LayerLora | None = None,
     ) -> Float[Array, "*tokens hidden"]:
         """Apply the feed-forward."""
-        gate, up = project(x, (self.gate_proj, self.up_proj), plan)
-        activate = _ACTIVATIONS[self.hidden_act]
-        return project(activate(gate) * up, (self.down_proj,), plan)[0]
+        products = project(x, (self.gate_proj, self.up_proj), plan)
+        gate, up = adapters.adapt(x, products, lora, adapters.GATE_UP)
+        inner = _ACTIVATIONS[self.hidden_act](gate) * up
+        down = project(inner, (self.down_proj,), plan)
+        return adapters.adapt(inner, down, lora, adapters.DOWN)[0]
 
 
 class Attention(nnx.Module):
@@ -276,10 +283,12 @@ class Attention(nnx.Module):
         rope: Rope | None,
         cache: KvLayer | None,
         plan: Plan,
+        lora: LayerLora | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
         """Attend, through the one door of `attention.dense`."""
         lead = x.shape[:-1]
-        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), plan)
+        products = project(x, (self.q_proj, self.k_proj, self.v_proj), plan)
+        q, k, v = adapters.adapt(x, products, lora, adapters.QKV)
         q = q.reshape(*lead, self.heads, self.dim)
         k = k.reshape(*lead, self.kv_heads, self.dim)
         v = v.reshape(*lead, self.kv_heads, self.dim)
@@ -298,7 +307,9 @@ class Attention(nnx.Module):
                 window=self.window,
                 soft_cap=self.soft_cap,
             )
-        return project(out.reshape(*lead, self.heads * self.dim), (self.o_proj,), plan)[0], cache
+        out = out.reshape(*lead, self.heads * self.dim)
+        products = project(out, (self.o_proj,), plan)
+        return adapters.adapt(out, products, lora, adapters.OUT)[0], cache
 
 
 class DecoderLayer(nnx.Module):
@@ -321,13 +332,14 @@ class DecoderLayer(nnx.Module):
         rope: Rope | None,
         cache: KvLayer | None,
         plan: Plan,
+        lora: LayerLora | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
         """Apply the layer."""
         with jax.named_scope("attention"):
-            out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan)
+            out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan, lora)
         x = x + out
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x), plan), cache
+            return x + self.mlp(self.post_attention_layernorm(x), plan, lora), cache
 
 
 class CausalLM(nnx.Module):
@@ -371,6 +383,7 @@ class CausalLM(nnx.Module):
         caches: tuple[KvLayer | None, ...],
         plan: Plan,
         hook: Callable[[str, Array], Array] | None = None,
+        lora: StepLora | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], tuple[KvLayer | None, ...]]:
         """Compute the final hidden states.
 
@@ -383,6 +396,7 @@ class CausalLM(nnx.Module):
             hook: Called with the name and value of the embeddings (`embed_tokens`), of every
                 layer's output (`layers.i`) and of the final states (`norm`); its answer takes the
                 value's place. Traced.
+            lora: Adapters, and which of them each token uses; None for none.
 
         Returns:
             Hidden states after the last norm, and the updated caches.
@@ -395,10 +409,11 @@ class CausalLM(nnx.Module):
         x = visit("embed_tokens", x)
         ropes = rope_tables(positions, self.config)
         new_caches: list[KvLayer | None] = []
+        loras = [None] * len(caches) if lora is None else lora.by_layer()
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             graph, state = nnx.split(layer)
             rope = ropes.get(layer.kind.rope)
-            x, new_cache = _run_layer(graph, state, x, rope, cache, plan)
+            x, new_cache = _run_layer(graph, state, x, rope, cache, plan, loras[index])
             x = visit(f"layers.{index}", x)
             new_caches.append(new_cache)
         return visit("norm", self.norm(x)), tuple(new_caches)
@@ -441,8 +456,9 @@ def _apply_layer(
     rope: Rope | None,
     cache: KvLayer | None,
     plan: Plan,
+    lora: LayerLora | None,
 ) -> tuple[Array, KvLayer | None]:
-    return nnx.merge(graph, state)(x, rope, cache, plan)
+    return nnx.merge(graph, state)(x, rope, cache, plan, lora)
 
 
 # Layers of one kind have one structure, so jit traces the layer once per kind and every further

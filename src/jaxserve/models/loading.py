@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -65,6 +65,7 @@ class SafetensorsFiles:
         path: The directory.
         config: The decoder that they belong to; its fused tensors are taken apart. None leaves
             every tensor as it is stored.
+        names: The files; None takes those that the index names, or all of them.
 
     Attributes:
         path: The directory.
@@ -73,19 +74,25 @@ class SafetensorsFiles:
         CheckpointError: If a file is damaged or missing, or a tensor is named in two files.
     """
 
-    def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig | None = None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Read the header of every file, but no weights."""
         self.path = path
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._stored: dict[str, tuple[int, ...]] = {}
-        index = _read_index(path)
-        for name in _shard_names(path, index):
+        index = _read_index(path) if names is None else {}
+        for name in _shard_names(path, index) if names is None else names:
             self._open_shard(name)
         lost = [tensor for tensor in index if tensor not in self._file_of]
         if lost:
             raise CheckpointError(
-                f"{path / INDEX_FILE}: names {_some(lost)}, which no file holds; download the "
+                f"{path / INDEX_FILE}: names {some_names(lost)}, which no file holds; download the "
                 "model again."
             )
         self._slices = (
@@ -235,8 +242,8 @@ def _shard_names(path: Path, index: Mapping[str, str]) -> list[str]:
         lost = [name for name in names if not (path / name).is_file()]
         if lost:
             raise CheckpointError(
-                f"{path}: {INDEX_FILE} names {_some(lost)}, found no such file; download the model "
-                "again."
+                f"{path}: {INDEX_FILE} names {some_names(lost)}, found no such file; download the "
+                "model again."
             )
         return names
     if (path / SINGLE_FILE).is_file():
@@ -245,13 +252,13 @@ def _shard_names(path: Path, index: Mapping[str, str]) -> list[str]:
     if not names:
         there = sorted(file.name for file in path.glob("*.bin")) or ["no weights"]
         raise CheckpointError(
-            f"{path}: found {_some(there)}, expected *.safetensors files; get the model as "
+            f"{path}: found {some_names(there)}, expected *.safetensors files; get the model as "
             "safetensors or GGUF."
         )
     return names
 
 
-def _some(names: Iterable[str]) -> str:
+def some_names(names: Iterable[str]) -> str:
     """List the first few names and count the others."""
     listed = list(names)
     shown = ", ".join(listed[:_MOST_NAMED])
@@ -329,7 +336,7 @@ def report_mismatch(
         if name in found and found[name] != shape
     ]
     problems = [
-        f"{what}: {_some(names)}"
+        f"{what}: {some_names(names)}"
         for what, names in (
             ("missing", missing),
             ("without a place in the model", extra),

@@ -40,6 +40,8 @@ GROUPS = {
     "runner": "execution",
     "structured": "structured outputs",
     "pooling": "embeddings and scores",
+    "speculative": "speculative decoding",
+    "lora": "adapters",
 }
 
 _TRUE = frozenset({"1", "true", "yes", "on"})

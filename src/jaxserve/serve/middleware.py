@@ -10,20 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.core.units import format_bytes
 from jaxserve.serve.errors import Problem
+from jaxserve.serve.paths import route_path
 from jaxserve.serve.translate import MAX_ID_LEN
 
 GUARDED = "/v1"
 REQUEST_ID = "x-request-id"
-
-
-def route_path(scope: Scope) -> str:
-    """Return a request's path below the server's root path, the way routes are matched."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if not root or not path.startswith(root):
-        return path
-    below = path[len(root) :]
-    return below if below.startswith("/") or not below else path
 
 
 class ApiKeys:
