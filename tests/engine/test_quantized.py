@@ -25,6 +25,11 @@ WAYS = {
     "chunked": ("int8", True, {"max_num_batched_tokens": 16}),
     "batch-invariant": ("int8", False, {"batch_invariant": True}),
     "XLA alone": ("fp8", True, {"attention_backend": "xla"}),
+    "drafts": (
+        "int8",
+        True,
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+    ),
 }
 """Scheme, whether the output projection is the embedding, and settings."""
 

@@ -280,13 +280,21 @@ def _token_bytes(shape: ModelConfig, dtype: str) -> int:
 
 
 def _load_draft(config: EngineConfig, model: LoadedModel, dtype: str) -> LoadedModel | None:
-    """Load the model that drafts, in the precision of the other; None if no model drafts."""
+    """Load the model that drafts, in the precision of the other but never quantised.
+
+    None if no model drafts.
+    """
     speculation = config.speculative.speculation
     if speculation is None or speculation.model is None:
         return None
     load_format = "dummy" if config.model.load_format == "dummy" else "auto"
     options = dataclasses.replace(
-        config.model, dtype=dtype, revision=speculation.revision, load_format=load_format
+        config.model,
+        dtype=dtype,
+        revision=speculation.revision,
+        load_format=load_format,
+        quantization=None,
+        quantization_config=None,
     )
     own = dataclasses.replace(config, model=options)
     return load_model(speculation.model, own, mesh=model.mesh)
