@@ -29,11 +29,13 @@ if TYPE_CHECKING:
         SpecDecodeMetrics,
         TokenEvent,
     )
+    from jaxserve.core.lora import LoRARequest
     from jaxserve.core.request import Request, SamplingParams, Slo
     from jaxserve.core.structured import StructuredOutputsParams
     from jaxserve.engine.async_engine import AsyncLLM
     from jaxserve.engine.export import export, load_params
     from jaxserve.engine.llm import LLM
+    from jaxserve.models.quantization import dequantize
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ __all__ = [
     "EngineDeadError",
     "FinishReason",
     "JaxserveError",
+    "LoRARequest",
     "Logprob",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -62,6 +65,7 @@ __all__ = [
     "TokenEvent",
     "UnsupportedError",
     "__version__",
+    "dequantize",
     "export",
     "load_params",
 ]
@@ -71,12 +75,14 @@ _HOMES = {
     "AsyncLLM": "jaxserve.engine.async_engine",
     "export": "jaxserve.engine.export",
     "load_params": "jaxserve.engine.export",
+    "dequantize": "jaxserve.models.quantization",
     "EngineConfig": "jaxserve.core.config",
     "CompletionOutput": "jaxserve.core.event",
     "FinishReason": "jaxserve.core.event",
     "Logprob": "jaxserve.core.event",
     "RequestOutput": "jaxserve.core.event",
     "TokenEvent": "jaxserve.core.event",
+    "LoRARequest": "jaxserve.core.lora",
     "Request": "jaxserve.core.request",
     "SamplingParams": "jaxserve.core.request",
     "Slo": "jaxserve.core.request",

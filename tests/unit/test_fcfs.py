@@ -54,11 +54,14 @@ def views(draw):
             num_cached=0
             if is_running
             else draw(st.integers(0, (num_tokens - 1) // page_size)) * page_size,
+            adapter=draw(st.sampled_from(["", "a", "b", "c"])),
         )
         free -= one.num_pages
         (running if is_running else waiting).append(one)
+    pinned = draw(st.frozensets(st.sampled_from("cd"), max_size=1))
+    used = frozenset(s.adapter for s in running if s.adapter) | pinned
     return ReplicaView(
-        now=9.0,
+        now=draw(st.sampled_from([2.0, 9.0])),
         running=tuple(draw(st.permutations(running))),
         waiting=tuple(draw(st.permutations(waiting))),
         num_free_pages=free,
@@ -66,6 +69,8 @@ def views(draw):
         page_size=page_size,
         max_num_seqs=max_seqs,
         max_num_batched_tokens=draw(st.integers(1, 64)),
+        adapters=used,
+        max_loras=max(len(used), draw(st.integers(1, 3))),
     )
 
 
@@ -80,6 +85,8 @@ def assert_fits(view: ReplicaView, plan: StepPlan):
     assert set(plan.admit) <= set(waiting)
     assert set(plan.admit) <= set(worked), "admitted without work"
     assert set(worked) <= (set(running) - set(plan.preempt)) | set(plan.admit)
+    adapters = {waiting[i].adapter for i in plan.admit} | set(view.adapters)
+    assert len(adapters - {""}) <= view.max_loras
     stay = len(running) - len(plan.preempt) + len(plan.admit)
     assert stay <= view.max_num_seqs
     free = view.num_free_pages + sum(running[i].num_pages for i in plan.preempt)
@@ -113,7 +120,11 @@ def test_those_who_came_first_are_served_first(view, by_priority):
     rank = _rank(by_priority)
     plan = FcfsScheduler(by_priority=by_priority).plan(view)
     waiting = sorted(view.waiting, key=rank)
-    assert list(plan.admit) == [s.seq_id for s in waiting[: len(plan.admit)]]
+    admitted = [s for s in waiting if s.seq_id in plan.admit]
+    assert list(plan.admit) == [s.seq_id for s in admitted]
+    last = waiting.index(admitted[-1]) if admitted else 0
+    overtaken = [s for s in waiting[:last] if s not in admitted]
+    assert all(s.adapter and s.adapter not in view.adapters for s in overtaken)
     known = {s.seq_id: s for s in (*view.running, *view.waiting)}
     kinds = [
         [i.seq_id for i in plan.work
@@ -177,23 +188,32 @@ def test_without_mixing_a_step_holds_one_prefill_or_decodes_only(view):
     assert not prefills or len(plan.work) == 1
 
 
-def simulate(scheduler, requests, *, page_size, num_pages, max_seqs, budget):
-    """Serve (prompt, output, priority) requests to the end and return the order of their ends."""
+def simulate(
+    scheduler, requests, *, page_size, num_pages, max_seqs, budget, adapters="", max_loras=1
+):
+    """Serve (prompt, output, priority) requests to the end and return the order of their ends.
+
+    Request i uses the adapter that letter i of `adapters` names; "-" and no letter use none.
+    """
     sequences = {
         i: SequenceView(
             seq_id=i, arrival=float(i), priority=priority, prompt_len=prompt, num_tokens=prompt,
             num_computed=0, max_total_len=prompt + output, num_pages=0, is_running=False,
+            adapter=adapters[i : i + 1].strip("-"),
         )
         for i, (prompt, output, priority) in enumerate(requests)
     }  # fmt: skip
     ended: list[int] = []
-    for _ in range(20_000):
+    for step in range(20_000):
         if not sequences:
             return ended
         used = sum(s.num_pages for s in sequences.values())
+        running = tuple(s for s in sequences.values() if s.is_running)
         view = ReplicaView(
-            now=0.0,
-            running=tuple(s for s in sequences.values() if s.is_running),
+            now=float(step),
+            adapters=frozenset(s.adapter for s in running if s.adapter),
+            max_loras=max_loras,
+            running=running,
             waiting=tuple(s for s in sequences.values() if not s.is_running),
             num_free_pages=num_pages - used,
             num_pages=num_pages,
@@ -243,6 +263,7 @@ def test_everybody_is_served_in_the_end(requests, scheduler, max_seqs, budget, d
     ended = simulate(
         scheduler, requests, page_size=page_size, num_pages=num_pages, max_seqs=max_seqs,
         budget=budget,
+        adapters=data.draw(st.text("-abc", max_size=12)), max_loras=data.draw(st.integers(1, 2)),
     )  # fmt: skip
     assert sorted(ended) == list(range(len(requests)))
 
@@ -254,6 +275,24 @@ def test_urgent_requests_end_first(mix):
     urgent = FcfsScheduler(by_priority=True, mix=mix)
     assert simulate(urgent, requests, **settings) == [2, 1, 0]
     assert simulate(FcfsScheduler(mix=mix), requests, **settings) == [0, 1, 2]
+
+
+def test_a_request_whose_adapter_finds_no_slot_is_overtaken_for_a_while_only():
+    blocked = SequenceView(
+        seq_id=1, arrival=0.0, priority=0, prompt_len=4, num_tokens=4, num_computed=0,
+        max_total_len=8, num_pages=0, is_running=False, adapter="b",
+    )  # fmt: skip
+    same = dataclasses.replace(blocked, seq_id=2, arrival=0.5, adapter="a")
+    plain = dataclasses.replace(blocked, seq_id=3, arrival=0.5, adapter="")
+    view = ReplicaView(
+        now=1.5, running=(), waiting=(blocked, same, plain), num_free_pages=90, num_pages=90,
+        page_size=4, max_num_seqs=8, max_num_batched_tokens=99, adapters=frozenset("a"),
+        max_loras=1,
+    )  # fmt: skip
+    assert FcfsScheduler(lora_drain_wait_s=2.0).plan(view).admit == (2, 3)
+    assert FcfsScheduler(lora_drain_wait_s=1.0).plan(view).admit == (3,)
+    more = dataclasses.replace(view, max_loras=2)
+    assert FcfsScheduler().plan(more).admit == (1, 2, 3)
 
 
 def test_an_idle_engine_has_nothing_to_do():

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.view import ReplicaView, SequenceView
+from jaxserve.engine.drafts import MAX_CANDIDATES, NgramIndex
 from jaxserve.engine.sampler import Drafts, accept, add_drafts
 from jaxserve.engine.shapes import ShapeTable
-from jaxserve.engine.speculation import MAX_CANDIDATES, NgramIndex
 from jaxserve.scheduling.fcfs import FcfsScheduler, pages_for
 
 # Looking up --------------------------------------------------------------------------------------

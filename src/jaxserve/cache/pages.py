@@ -42,16 +42,19 @@ def chain_hashes(
     return hashes
 
 
-def salt_hash(salt: str, *, generation: int = 0) -> PageHash:
+def salt_hash(salt: str, *, generation: int = 0, adapter: str = "") -> PageHash:
     """Return where the hash chain of requests begins; only equal beginnings share pages.
 
     Args:
         salt: The requests' salt.
         generation: Of the weights; pages that other weights have computed are never found.
+        adapter: Hexadecimal digest, of 16 bytes, of the adapter that is added to the weights;
+            empty for none.
     """
     person = generation.to_bytes(8, "little")
     text = salt.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16, person=person).digest()
+    key = bytes.fromhex(adapter)
+    return hashlib.blake2b(text, digest_size=16, person=person, salt=key).digest()
 
 
 class PagePool:

@@ -14,6 +14,7 @@ from jaxserve.core.errors import ConfigError, did_you_mean
 from jaxserve.core.speculative import SpeculativeConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationScheme = Literal["int8", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 WarmupMode = Literal["none", "lazy", "background", "full"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
@@ -23,6 +24,13 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 ContentFormat = Literal["auto", "string", "openai"]
 GrammarBackend = Literal["auto", "llguidance", "guidance", "none"]
 RunnerType = Literal["auto", "generate", "pooling"]
+
+
+_STORED_SCHEMES: tuple[str, ...] = (
+    "auto-round", "awq", "awq_marlin", "bitblas", "bitsandbytes", "compressed-tensors", "gguf",
+    "gptq", "gptq_marlin", "modelopt", "mxfp4", "quark", "torchao", "w8a8_fp8", "w8a8_int8",
+)  # fmt: skip
+"""Words of other engines for checkpoints that come quantised."""
 
 
 def option(
@@ -66,6 +74,17 @@ class ModelOptions:
         "Precision of weights and activations. auto: the checkpoint's; for quantised files "
         "bfloat16, on CPUs without bfloat16 instructions float32.",
     )
+    quantization: QuantizationScheme | None = option(
+        None,
+        "Narrow weights, made of the checkpoint's as they are loaded: int8 or fp8 (float8_e4m3fn) "
+        "with a scale per output channel. Activations keep their precision.",
+        "q",
+    )
+    quantization_config: Mapping[str, Any] | None = option(
+        None,
+        "JSON object with ignore, a list of layers that keep their precision: names such as "
+        "lm_head or model.layers.0.mlp.down_proj, or re: and a regular expression.",
+    )
     max_model_len: int | None = option(
         None,
         "Most tokens of prompt and output together. Default: the model's, as far as memory allows.",
@@ -88,6 +107,40 @@ class ModelOptions:
         """Check the values."""
         _one_of(self, dtype=Dtype, load_format=LoadFormat)
         _at_least(self, 2, "max_model_len")
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        if self.quantization in _STORED_SCHEMES:
+            raise ConfigError(
+                f"quantization {self.quantization!r} reads checkpoints that were quantised before, "
+                "which is not supported; give the original model, and int8 or fp8 to quantise it "
+                "as it is loaded, or a GGUF file."
+            )
+        if self.quantization is not None:
+            _one_of(self, quantization=QuantizationScheme)
+        settings = self.quantization_config
+        if settings is None:
+            return
+        if self.quantization is None:
+            raise ConfigError(
+                "quantization_config needs quantization, found none; give int8 or fp8."
+            )
+        for key in settings:
+            if key != "ignore":
+                raise ConfigError(
+                    f"quantization_config has no key {key!r}.{did_you_mean(key, ['ignore'])} "
+                    "Known: ignore."
+                )
+        names = settings.get("ignore", [])
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(
+                f"quantization_config.ignore must be a list of names of layers, got {names!r}."
+            )
+
+    @property
+    def unquantized_layers(self) -> tuple[str, ...]:
+        """Layers that keep their precision."""
+        return tuple((self.quantization_config or {}).get("ignore", ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,6 +413,41 @@ class SpeculativeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters."""
+
+    enable_lora: bool = option(False, "Serve low-rank adapters beside the model itself.")
+    max_loras: int = option(
+        1, "Most different adapters in one batch; each has a slot on the device.",
+        "max-loras-per-batch",
+    )  # fmt: skip
+    max_lora_rank: int = option(
+        16, "Largest rank of an adapter; memory and time of every slot grow with it."
+    )
+    max_cpu_loras: int | None = option(
+        None,
+        "Adapters whose weights are kept in host memory; others are read again when they are asked "
+        "for. Default: max-loras.",
+        "max-loaded-loras",
+    )
+    lora_drain_wait_threshold: float = option(
+        1.0,
+        "Seconds that a request may wait for a slot for its adapter while later ones of adapters "
+        "that have a slot are admitted.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(self, 1, "max_loras", "max_lora_rank")
+        _at_least(self, 0, "lora_drain_wait_threshold")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigError(
+                f"max_cpu_loras must be at least max_loras={self.max_loras}, got "
+                f"{self.max_cpu_loras}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to know besides the weights."""
 
@@ -370,6 +458,7 @@ class EngineConfig:
     structured: StructuredOptions = field(default_factory=StructuredOptions)
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
     speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":

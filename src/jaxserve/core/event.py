@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from jaxserve.core.errors import EngineDeadError, RequestError
+from jaxserve.core.lora import LoRARequest
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -215,6 +218,7 @@ class TokenEvent:
         weight_version: Version of the weights that produced the tokens; empty without tokens.
         metrics: Times, on the last event.
         error: What went wrong, when `finish_reason` is ERROR.
+        error_param: The field of the request that is to blame for it; None if the engine is.
         pooled: The pooled state of the prompt, float32, on the last event, if asked for.
     """
 
@@ -231,7 +235,18 @@ class TokenEvent:
     weight_version: str = ""
     metrics: RequestMetrics | None = None
     error: str | None = None
+    error_param: str | None = None
     pooled: "np.ndarray | None" = None
+
+
+def failure_of(event: TokenEvent) -> RequestError | EngineDeadError | None:
+    """Return the exception for an event that reports a failure; None for any other."""
+    if event.finish_reason is not FinishReason.ERROR:
+        return None
+    message = event.error or "the engine failed at this request"
+    if event.error_param is not None:
+        return RequestError(message, param=event.error_param)
+    return EngineDeadError(message)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -281,6 +296,7 @@ class RequestOutput:
         metrics: Times of the first completion.
         slo: Which objectives the completions that have ended kept, all of them alike; None if
             there were none.
+        lora_request: The adapter that was added to the weights; None if there was none.
     """
 
     request_id: str
@@ -292,6 +308,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     slo: SloOutcome | None = None
+    lora_request: LoRARequest | None = None
 
     def apply(self, event: TokenEvent) -> None:
         """Add the news of one event to this record."""

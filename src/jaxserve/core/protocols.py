@@ -26,5 +26,7 @@ class Scheduler(Protocol):
 
         The plan must fit: at most `max_num_batched_tokens` tokens, at most `max_num_seqs` running
         sequences, and pages for every token once the preempted sequences have given up theirs.
+        Running sequences use at most `max_loras` different adapters; whoever is admitted beyond
+        that goes on waiting.
         """
         ...

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
 from jaxserve.core.errors import RequestError, did_you_mean
+from jaxserve.core.lora import Adapter
 from jaxserve.core.pooling import PoolingType
 from jaxserve.core.structured import StructuredOutputsParams
 
@@ -345,6 +346,7 @@ class Request:
         pooling: What to make of the prompt's states ("mean" or "last") instead of a completion;
             None completes the prompt.
         slo: How soon its tokens are wanted; None leaves that open.
+        adapter: Low-rank adapter to add to the weights; None uses them as they are.
     """
 
     request_id: RequestId
@@ -357,3 +359,4 @@ class Request:
     output_token_ids: tuple[int, ...] = ()
     pooling: PoolingType | None = None
     slo: Slo | None = None
+    adapter: Adapter | None = None

@@ -27,6 +27,7 @@ class SequenceView:
         is_decoding: Whether its latest token was drawn and waits on the device.
         slo: How soon its tokens are wanted; None leaves that open.
         first_token_time: Clock time in seconds at which its first output token was known.
+        adapter: Key of its low-rank adapter; empty if it has none.
     """
 
     seq_id: int
@@ -44,6 +45,7 @@ class SequenceView:
     is_decoding: bool = False
     slo: Slo | None = None
     first_token_time: float | None = None
+    adapter: str = ""
 
     @property
     def num_uncomputed(self) -> int:
@@ -64,6 +66,9 @@ class ReplicaView:
         page_size: Tokens per page.
         max_num_seqs: Most sequences running at once.
         max_num_batched_tokens: Most tokens in one step.
+        adapters: Keys of the adapters that hold a slot on the device: those of running sequences,
+            and pinned ones.
+        max_loras: Slots for adapters.
     """
 
     now: float
@@ -74,3 +79,5 @@ class ReplicaView:
     page_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    adapters: frozenset[str] = frozenset()
+    max_loras: int = 0

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.errors import EngineDeadError, RequestError
-from jaxserve.core.event import CompletionOutput, FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.errors import RequestError
+from jaxserve.core.event import CompletionOutput, RequestOutput, TokenEvent, failure_of
+from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.constraints import check_resumed
 from jaxserve.engine.controls import AsyncControls
-from jaxserve.engine.encoder_host import EncoderSource, decoder_host, open_host
+from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
 from jaxserve.engine.host import EngineHost, Progress, Prompt, SloFields
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import (
@@ -137,6 +139,7 @@ class AsyncLLM(AsyncControls):
         truncation: Truncation = KEEP_WHOLE,
         add_special_tokens: bool = True,
         priority: int = 0,
+        lora_request: LoRARequest | Adapter | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """Embed texts; see `LLM.embed`. Cancelling drops what has not been started.
 
@@ -147,6 +150,7 @@ class AsyncLLM(AsyncControls):
             truncation: What happens to texts that are too long.
             add_special_tokens: Add what the model expects around a text.
             priority: Lower is served first, under the `priority` policy.
+            lora_request: Low-rank adapter to add to a decoder's weights.
 
         Raises:
             RequestError: If a prompt cannot be served.
@@ -159,7 +163,10 @@ class AsyncLLM(AsyncControls):
         texts = await asyncio.to_thread(
             pooling.read, as_prompts(prompts), truncation, add_special_tokens=add_special_tokens
         )
-        vectors = await asyncio.wrap_future(pooling.pooler.submit(texts, priority=priority))
+        adapter = await self.get_adapter(lora_request)
+        vectors = await asyncio.wrap_future(
+            pooling.pooler.submit(texts, priority=priority, adapter=adapter)
+        )
         return pooling.embeddings(texts, vectors, dimensions=dimensions, normalize=normalize)
 
     async def score(
@@ -169,6 +176,7 @@ class AsyncLLM(AsyncControls):
         *,
         truncation: Truncation = KEEP_WHOLE,
         priority: int = 0,
+        lora_request: LoRARequest | Adapter | None = None,
     ) -> list[ScoringRequestOutput]:
         """Score pairs of texts; see `LLM.score`. Cancelling drops what has not been started.
 
@@ -177,6 +185,7 @@ class AsyncLLM(AsyncControls):
             data_2: The texts to compare with.
             truncation: What happens to texts that are too long.
             priority: Lower is served first, under the `priority` policy.
+            lora_request: Low-rank adapter to add to a decoder's weights.
 
         Raises:
             RequestError: If a text cannot be served.
@@ -187,7 +196,10 @@ class AsyncLLM(AsyncControls):
         pooling.check_scores()
         first, second = as_texts(data_1), as_texts(data_2)
         texts = await asyncio.to_thread(pooling.read_scored, first, second, truncation)
-        vectors = await asyncio.wrap_future(pooling.pooler.submit(texts, priority=priority))
+        adapter = await self.get_adapter(lora_request)
+        vectors = await asyncio.wrap_future(
+            pooling.pooler.submit(texts, priority=priority, adapter=adapter)
+        )
         return pooling.scores(first, second, texts, vectors)
 
     @property
@@ -255,14 +267,31 @@ class AsyncLLM(AsyncControls):
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
         slo: SloFields | None = None,
+        lora_request: LoRARequest | Adapter | None = None,
     ) -> Request:
         """Turn a prompt into a request; see `EngineHost.make_request`."""
         self.require("generate")
         return self._host.make_request(
             prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt,
             output_token_ids=output_token_ids,
-            slo=slo,
+            slo=slo, lora_request=lora_request,
         )  # fmt: skip
+
+    async def get_adapter(self, lora_request: LoRARequest | Adapter | None) -> Adapter | None:
+        """Return an adapter with its weights, reading them on another thread if need be.
+
+        Raises:
+            RequestError: If adapters are switched off, or name and number are those of others.
+            ConfigError: If it is damaged, missing, or does not fit the model.
+        """
+        if lora_request is None:
+            return None
+        return await asyncio.to_thread(self._loaded.get_adapter, lora_request)
+
+    @property
+    def lora_requests(self) -> list[LoRARequest]:
+        """The adapters that requests may use, in the order in which they came."""
+        return [] if isinstance(self._loaded, EncoderHost) else self._host.adapters.requests()
 
     async def events(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Submit a request and yield its events; closing the generator early aborts it.
@@ -307,11 +336,17 @@ class AsyncLLM(AsyncControls):
         Submit the request first: it then waits in its place, and holds nothing meanwhile.
 
         Raises:
-            RequestError: If the grammar does not compile, or not in time.
+            RequestError: If the grammar does not compile, or not in time, or does not allow the
+                output of an earlier run.
         """
         grammar = self._host.begin_grammar(request)
-        if grammar is not None and grammar.poll() is None:
+        if grammar is None:
+            return
+        if grammar.poll() is None:
             await asyncio.to_thread(grammar.wait)
+        matcher = grammar.poll()
+        if request.output_token_ids and matcher is not None:
+            await asyncio.to_thread(check_resumed, request, matcher)
 
     async def follow(
         self, request: Request, queue: "asyncio.Queue[TokenEvent]"
@@ -338,6 +373,7 @@ class AsyncLLM(AsyncControls):
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
         slo: SloFields | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Yield the growing output of one prompt; the last item is finished.
 
@@ -350,21 +386,25 @@ class AsyncLLM(AsyncControls):
             output_token_ids: Output of an interrupted run of this request, behind which the
                 completion goes on; the outputs hold only what is new.
             slo: How soon its tokens are wanted: an `Slo`, or a mapping with its fields.
+            lora_request: Low-rank adapter to add to the weights.
 
         Raises:
             RequestError: If it can never be served.
             CapacityError: If too many completions are under way.
             EngineDeadError: If the engine has stopped or failed at this request.
         """
+        adapter = await self.get_adapter(lora_request)
         request = self.make_request(
             prompt, sampling_params, request_id=request_id, priority=priority,
             cache_salt=cache_salt, output_token_ids=output_token_ids, slo=slo,
+            lora_request=adapter,
         )  # fmt: skip
         output = empty_output(request)
         async with contextlib.aclosing(self.events(request)) as events:
             async for event in events:
-                if event.finish_reason is FinishReason.ERROR:
-                    raise EngineDeadError(event.error or "the engine failed at this request")
+                failure = failure_of(event)
+                if failure is not None:
+                    raise failure
                 output.apply(event)
                 yield output
 
@@ -401,4 +441,5 @@ def empty_output(request: Request) -> RequestOutput:
         prompt=request.prompt,
         prompt_token_ids=list(request.prompt_token_ids),
         outputs=[CompletionOutput(index=i) for i in range(request.sampling.n)],
+        lora_request=None if request.adapter is None else request.adapter.lora_request,
     )

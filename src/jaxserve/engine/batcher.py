@@ -136,6 +136,8 @@ def build(
             fields["token_position"][row] = item.start
             fields["sample_index"][row] = row if item.is_sampled else -1
         _fill_sampling(packed, item)
+        if shape.has_lora:
+            fields["lora_slot"][row] = item.sequence.lora_slot
         if shape.pages_per_row:
             pages = item.sequence.pages
             fields["page_table"][row, : len(pages)] = pages

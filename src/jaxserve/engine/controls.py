@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxserve.core.control import PauseMode, WeightUpdate
+from jaxserve.core.lora import LoRARequest
 from jaxserve.engine.host import EngineHost
 from jaxserve.engine.weights import Names, NewWeights, prepare_weights, read_weights
 from jaxserve.models.hub import resolve_model
@@ -40,6 +41,30 @@ class _Levers(abc.ABC):
         specs = self._host.engine.runner.param_specs
         place = resolve_model(model_path)
         return prepare_weights(read_weights(place, self._host.model_config, specs), specs)
+
+    def list_loras(self) -> set[int]:
+        """Return the numbers of the adapters that requests may use."""
+        return {known.lora_int_id for known in self._host.adapters.requests()}
+
+    def _add_lora(self, lora_request: LoRARequest) -> bool:
+        host = self._host
+        is_new = host.adapters.add(lora_request)
+        if is_new:
+            adapter = host.adapters.get(lora_request)
+            host.thread.call(lambda: host.engine.adapters.replaced(adapter)).result()
+        return is_new
+
+    def _remove_lora(self, lora_id: int) -> bool:
+        host = self._host
+        is_known = host.adapters.remove(lora_id) is not None
+        host.thread.call(lambda: host.engine.adapters.unpin(lora_id)).result()
+        return is_known
+
+    def _pin_lora(self, lora_id: int) -> bool:
+        host = self._host
+        adapter = host.adapters.get(host.adapters.known(lora_id))
+        host.thread.call(lambda: host.engine.adapters.pin(adapter)).result()
+        return True
 
 
 class Controls(_Levers):
@@ -179,6 +204,49 @@ class Controls(_Levers):
         )
         return future.result()
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter, so that the first request that names it need not wait.
+
+        With `load_inplace` it takes the place of an older one of the same name and number;
+        requests that use that one finish with it.
+
+        Args:
+            lora_request: The adapter.
+
+        Returns:
+            Whether it was read; False if it was there already.
+
+        Raises:
+            RequestError: If adapters are switched off, or name and number are those of others.
+            ConfigError: If it is damaged, missing, or does not fit the model; names what is wrong.
+        """
+        return self._add_lora(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter; requests that use it finish with it.
+
+        Args:
+            lora_id: Its `lora_int_id`.
+
+        Returns:
+            Whether there was such an adapter.
+        """
+        return self._remove_lora(lora_id)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Bring an adapter onto the device, and keep its slot for it until it is removed.
+
+        Args:
+            lora_id: Its `lora_int_id`.
+
+        Returns:
+            True, once it is there.
+
+        Raises:
+            RequestError: If there is no such adapter, or no slot would be left for others.
+        """
+        return self._pin_lora(lora_id)
+
     def start_profile(self, folder: str | Path | None = None) -> Path:
         """Begin a trace of host and device.
 
@@ -274,6 +342,18 @@ class AsyncControls(_Levers):
         return await asyncio.wrap_future(
             self._host.lifecycle.reset_prefix_cache(reset_running_requests=reset_running_requests)
         )
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter; see `Controls.add_lora`."""
+        return await asyncio.to_thread(self._add_lora, lora_request)
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter; see `Controls.remove_lora`."""
+        return await asyncio.to_thread(self._remove_lora, lora_id)
+
+    async def pin_lora(self, lora_id: int) -> bool:
+        """Keep an adapter on the device; see `Controls.pin_lora`."""
+        return await asyncio.to_thread(self._pin_lora, lora_id)
 
     async def start_profile(self, folder: str | Path | None = None) -> Path:
         """Begin a trace; see `Controls.start_profile`."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxserve.core.errors import ConfigError, EngineDeadError
 from jaxserve.core.event import FinishReason, TokenEvent
+from jaxserve.core.lora import Adapter
 from jaxserve.core.protocols import Clock
 from jaxserve.core.request import Request, SamplingParams, new_request_id
 from jaxserve.engine.loop import EngineThread
@@ -68,7 +69,11 @@ class DecoderPooler:
         self._window = max(1, max_num_seqs // 2)
 
     def submit(
-        self, texts: Sequence[PooledText], *, priority: int = 0
+        self,
+        texts: Sequence[PooledText],
+        *,
+        priority: int = 0,
+        adapter: Adapter | None = None,
     ) -> "Future[list[np.ndarray]]":
         """Hand texts over; see `Pooler.submit`."""
         requests = [
@@ -79,6 +84,7 @@ class DecoderPooler:
                 arrival=self._clock.now(),
                 priority=priority,
                 pooling="mean" if self.pooling.pooling_type == "mean" else "last",
+                adapter=adapter,
             )
             for text in texts
         ]

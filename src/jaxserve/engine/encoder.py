@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxserve.core.errors import CapacityError, EngineDeadError
+from jaxserve.core.lora import Adapter
 from jaxserve.core.protocols import Clock
 from jaxserve.engine.encoder_metrics import EncoderMetrics
 from jaxserve.engine.encoder_runner import BatchShape, EncoderRunner
@@ -156,6 +157,7 @@ class Encoder:
         texts: Sequence[PooledText],
         *,
         priority: int = 0,  # noqa: ARG002  texts are served in order of arrival
+        adapter: Adapter | None = None,  # noqa: ARG002  `EncoderHost.get_adapter` gives none
     ) -> "Future[list[np.ndarray]]":
         """Hand texts over; see `Pooler.submit`."""
         future: Future[list[np.ndarray]] = Future()

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxserve.attention.metadata import Backend
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.errors import ConfigError, EngineDeadError, UnsupportedError
+from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError, UnsupportedError
+from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.protocols import Scheduler
 from jaxserve.engine.encoder import Encoder
 from jaxserve.engine.encoder_metrics import EncoderMetrics
@@ -112,6 +113,11 @@ class EncoderHost:
                 "this model is an encoder, which embeds and scores but does not generate; use "
                 "--runner pooling or auto, or choose another model."
             )
+        if config.model.quantization is not None:
+            raise ConfigError(
+                f"this model is an encoder, whose weights cannot be quantised, but quantization is "
+                f"{config.model.quantization!r}; leave it out."
+            )
         model = _load(source, config, mesh, progress=progress)
         self.name = model.name
         self.model_config = model.config
@@ -181,6 +187,16 @@ class EncoderHost:
         if self.encoder.dead is not None:
             raise EngineDeadError(f"the engine has stopped: {self.encoder.dead}")
 
+    def get_adapter(self, lora_request: LoRARequest | Adapter | None) -> Adapter | None:
+        """Refuse adapters.
+
+        Raises:
+            RequestError: If one is asked for.
+        """
+        if lora_request is not None:
+            raise RequestError("encoders serve no adapters.", param="lora_request")
+        return None
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is under way; see `Encoder.drain`."""
         return self.encoder.drain(timeout_s)
@@ -235,6 +251,8 @@ def open_host(
         return EngineHost(cast(ModelSource, source), scheduler=scheduler, **shared)
     if scheduler is not None:
         raise ConfigError("an encoder has no scheduler; leave scheduler out.")
+    if chosen.lora.enable_lora:
+        raise ConfigError("encoders serve no adapters; leave enable_lora out.")
     return EncoderHost(encoder, **shared)
 
 

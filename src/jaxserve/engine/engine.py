@@ -13,14 +13,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
-from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
-from jaxserve.core.errors import CapacityError
+from jaxserve.cache.pages import PageHash, PagePool, chain_hashes, salt_hash
+from jaxserve.core.errors import CapacityError, RequestError
 from jaxserve.core.event import (
     FinishReason,
     RequestMetrics,
@@ -32,6 +32,7 @@ from jaxserve.core.plan import StepPlan
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView
+from jaxserve.engine.adapters import AdapterSlots
 from jaxserve.engine.batcher import Item, RowTable, build
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.inbox import Inbox, Sink
@@ -66,6 +67,11 @@ class _RequestState:
     slo: SloOutcome | None = None
 
 
+def _param(problem: Exception) -> str | None:
+    """Return the field to blame; None if the engine is to blame, and not the request."""
+    return problem.param or "request" if isinstance(problem, RequestError) else None
+
+
 class Engine(Inbox):
     """Serves requests on one device or mesh. `step` is called by one thread only.
 
@@ -86,6 +92,7 @@ class Engine(Inbox):
         speculator: Drafts what may come next; None drafts nothing.
 
     Attributes:
+        adapters: Low-rank adapters on the device.
         constraints: Grammars of outputs.
         pool: Page book-keeping.
         host_times: Seconds of host work in recent steps, waiting for the device not counted.
@@ -126,6 +133,7 @@ class Engine(Inbox):
         )
         super().__init__(intake, metrics, max_num_queued_reqs=max_num_queued_reqs)
         self.runner = runner
+        self.adapters = AdapterSlots(runner)
         self.pool = PagePool(spec.num_pages, spec.page_size)
         self.host_times: deque[float] = deque(maxlen=_HOST_TIME_WINDOW)
         self.is_frozen = False
@@ -242,22 +250,23 @@ class Engine(Inbox):
             else:
                 self._answer_call(verb, cast(Callable[[], None], load))
         for sequence, problem in self.constraints.settle():
-            self._send(sequence, reason=FinishReason.ERROR, error=problem)
+            self._send_failure(sequence, problem)
 
     def _accept(self, request: Request, sink: Sink) -> None:
         if request.request_id in self._requests:
-            self._refuse(request, sink, f"request id {request.request_id!r} is already in use.")
+            message = f"request id {request.request_id!r} is already in use."
+            self._refuse(request, sink, RequestError(message, param="request_id"))
             return
         try:
             sequences = self._intake.make_sequences(request)
         except Exception as error:  # noqa: BLE001  one bad request must not end the others
-            self._refuse(request, sink, str(error))
+            self._refuse(request, sink, error)
             return
         self._requests[request.request_id] = _RequestState(
             request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
         )
         for sequence in sequences:
-            sequence.root_hash = salt_hash(request.cache_salt, generation=self._generation)
+            sequence.root_hash = self._root(sequence)
             self._sequences[sequence.seq_id] = sequence
             self._waiting[sequence.seq_id] = sequence
             self.constraints.add(sequence)
@@ -275,7 +284,7 @@ class Engine(Inbox):
                 self._send(sequence, reason=reason, stop_reason=stop_reason)
                 return
 
-    def _refuse(self, request: Request, sink: Sink, message: str) -> None:
+    def _refuse(self, request: Request, sink: Sink, problem: Exception) -> None:
         """End a request that turned out to be impossible after it had been taken in."""
         self._close(request.sampling.n)
         for index in range(request.sampling.n):
@@ -284,7 +293,8 @@ class Engine(Inbox):
                 index=index,
                 finish_reason=FinishReason.ERROR,
                 num_prompt_tokens=len(request.prompt_token_ids),
-                error=message,
+                error=str(problem),
+                error_param=_param(problem),
             )
             self._events.append((sink, event))
 
@@ -307,6 +317,8 @@ class Engine(Inbox):
             page_size=spec.page_size,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
+            adapters=self.adapters.held,
+            max_loras=self.adapters.max_loras,
         )
 
     def _num_draft(self, sequence: SequenceState) -> int:
@@ -386,7 +398,7 @@ class Engine(Inbox):
         for item in items:
             self._advance(item, pending)
         for sequence, problem in stuck:
-            self._send(sequence, reason=FinishReason.ERROR, error=problem)
+            self._send_failure(sequence, problem)
         return pending
 
     def _drawn(self, pending: Pending | None) -> dict[int, int]:
@@ -445,10 +457,13 @@ class Engine(Inbox):
         self._generation += 1
         self.pool.forget()
         for sequence in self._sequences.values():
-            salt = sequence.request.cache_salt
-            sequence.root_hash = salt_hash(salt, generation=self._generation)
+            sequence.root_hash = self._root(sequence)
             sequence.hashes = []
             sequence.is_stale = sequence.phase is Phase.RUNNING
+
+    def _root(self, sequence: SequenceState) -> PageHash:
+        salt, adapter = sequence.request.cache_salt, sequence.adapter_key
+        return salt_hash(salt, generation=self._generation, adapter=adapter)
 
     def drop_cache(self) -> None:
         """Free the device's cache; running sequences are preempted."""
@@ -481,12 +496,16 @@ class Engine(Inbox):
     def _admit(self, sequence: SequenceState) -> None:
         pages = self._match(sequence)
         total = -(-sequence.num_tokens // self.pool.page_size)
+        slot = self.adapters.acquire(sequence.request.adapter)
         self.pool.hold(pages)
         try:
             fresh = self.pool.take(total - len(pages))
         except CapacityError:
             self.pool.release(pages)
+            if slot:
+                self.adapters.release(sequence.adapter_key)
             raise
+        sequence.lora_slot = slot
         row = self._rows.index(None)
         self._rows[row] = sequence
         sequence.row = row
@@ -613,6 +632,9 @@ class Engine(Inbox):
         sequence.pages = []
         sequence.num_named = 0
         sequence.has_device_token = False
+        if sequence.lora_slot:
+            self.adapters.release(sequence.adapter_key)
+            sequence.lora_slot = 0
         if sequence.row >= 0:
             self._rows[sequence.row] = None
             self._table.clear(sequence.row)
@@ -627,6 +649,13 @@ class Engine(Inbox):
             kv_usage=self.pool.num_held / self.pool.num_pages,
             num_tokens=sum(item.num_tokens + len(item.drafts) for item in items),
         )
+        if self.adapters.max_loras:
+            self.metrics.adapters(
+                max_loras=self.adapters.max_loras,
+                running=_adapter_names(s for s in self._rows if s is not None),
+                waiting=_adapter_names(self._waiting.values()),
+                now=self._clock.unix(),
+            )
 
     # Results -----------------------------------------------------------------------------------
 
@@ -753,6 +782,7 @@ class Engine(Inbox):
         reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        error_param: str | None = None,
         pooled: np.ndarray | None = None,
     ) -> None:
         state = self._requests[sequence.request.request_id]
@@ -775,9 +805,15 @@ class Engine(Inbox):
             weight_version=self.weight_version if token_ids else "",
             metrics=times,
             error=error,
+            error_param=error_param,
             pooled=pooled,
         )
         self._events.append((state.sink, event))
+
+    def _send_failure(self, sequence: SequenceState, problem: Exception) -> None:
+        param = _param(problem)
+        reason = FinishReason.ERROR
+        self._send(sequence, reason=reason, error=str(problem), error_param=param)
 
     def _finish(self, sequence: SequenceState, reason: FinishReason) -> RequestMetrics:
         if sequence.phase is Phase.RUNNING and reason is not FinishReason.ERROR:
@@ -861,9 +897,15 @@ class Engine(Inbox):
             return
         try:
             self.runner.reset()
+            self.adapters.reset()
         except Exception as reset_error:  # noqa: BLE001
             self.stop(f"the device buffers cannot be rebuilt: {reset_error}")
 
     def _fail_all(self, message: str) -> None:
         for sequence in list(self._sequences.values()):
             self._send(sequence, reason=FinishReason.ERROR, error=message)
+
+
+def _adapter_names(sequences: Iterable[SequenceState]) -> tuple[str, ...]:
+    found = [s.request.adapter.lora_request.lora_name for s in sequences if s.request.adapter]
+    return tuple(dict.fromkeys(found))

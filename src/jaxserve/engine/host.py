@@ -6,16 +6,19 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
+from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError
+from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, RequestId, SamplingParams, Slo, new_request_id
+from jaxserve.engine.adapters import AdapterStore, make_reader
 from jaxserve.engine.decoder_pooling import DecoderPooler
 from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.loop import EngineThread
@@ -26,7 +29,11 @@ from jaxserve.engine.setup import ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import CausalLM
+from jaxserve.models.peft import LoraAdapter
 from jaxserve.models.pooling import read_pooling
+from jaxserve.models.quantization import narrow_paths, quantized_model
+from jaxserve.models.registry import flatten_params
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +67,7 @@ class EngineHost:
         model_config: Its shape.
         config: Settings with every "auto" resolved.
         default_sampling: Sampling defaults of the model.
+        adapters: Low-rank adapters that have been read.
     """
 
     def __init__(
@@ -102,6 +110,11 @@ class EngineHost:
         self._warm_up(on_warm_up or (_progress_bar() if progress else None))
         self.thread = EngineThread(self.engine)
         self.lifecycle = Lifecycle(self.engine, self.thread.call)
+        options = self.config.lora
+        self.adapters = AdapterStore(
+            make_reader(self.engine.runner, self.name),
+            max_cpu_loras=options.max_cpu_loras or options.max_loras,
+        )
         self.profiler = Profiler()
         if self.config.pooling.pooler_config or self.config.pooling.runner == "pooling":
             _ = self.pooling  # so that a wrong setting is found now
@@ -159,6 +172,22 @@ class EngineHost:
         )
         return TextPooling(pooler, self.tokenizer)
 
+    def graph_for(self, params: nnx.State) -> nnx.GraphDef[CausalLM]:
+        """Return the structure for weights: the served ones, or plain ones where these are narrow.
+
+        Args:
+            params: Weights.
+        """
+        is_plain = not narrow_paths(flatten_params(params))
+        return self._plain_graph if is_plain else self.graph
+
+    @functools.cached_property
+    def _plain_graph(self) -> nnx.GraphDef[CausalLM]:
+        runner = self.engine.runner
+        if not narrow_paths(runner.param_specs):
+            return self.graph
+        return quantized_model(self.graph, runner.described_params, None)[0]
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is under way; see `EngineThread.drain`."""
         return self.thread.drain(timeout_s)
@@ -196,6 +225,7 @@ class EngineHost:
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
         slo: SloFields | None = None,
+        lora_request: LoRARequest | Adapter | None = None,
     ) -> Request:
         """Turn a prompt into a request.
 
@@ -208,10 +238,12 @@ class EngineHost:
             output_token_ids: Output of an interrupted run of this request, behind which the
                 completion goes on.
             slo: How soon its tokens are wanted: an `Slo`, or a mapping with its fields.
+            lora_request: Adapter to add to the weights; read now, if it has not been.
 
         Raises:
             RequestError: If the prompt is of no known form, or is text and there is no tokenizer,
-                or an objective is impossible.
+                or an objective is impossible, or adapters are switched off.
+            ConfigError: If the adapter is damaged, missing, or does not fit the model.
         """
         text: str | None = None
         if isinstance(prompt, Mapping):
@@ -242,7 +274,22 @@ class EngineHost:
             cache_salt=cache_salt,
             output_token_ids=tuple(output),
             slo=_as_slo(slo),
+            adapter=self.get_adapter(lora_request),
         )
+
+    def get_adapter(self, lora_request: LoRARequest | Adapter | None) -> Adapter | None:
+        """Return an adapter with its weights, reading them if they are not in memory.
+
+        Args:
+            lora_request: Names it; one that has been got already stays as it is.
+
+        Raises:
+            RequestError: If adapters are switched off, or name and number are those of others.
+            ConfigError: If it is damaged, missing, or does not fit the model.
+        """
+        if lora_request is None or isinstance(lora_request, LoraAdapter):
+            return lora_request
+        return self.adapters.get(cast(LoRARequest, lora_request))
 
     def _check_ids(self, tokens: object, param: str = "prompt") -> list[int]:
         try:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxserve.cache.pages import salt_hash
 from jaxserve.core.errors import RequestError
 from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.adapters import check_adapter
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.pooled import check_pooling
 from jaxserve.engine.runner import RunnerSpec
@@ -44,6 +45,7 @@ class Intake:
         """Keep the limits."""
         self._constraints = constraints
         self._vocab = spec.config.vocab_size
+        self._max_loras = 0 if spec.lora is None else spec.lora.slots
         self._max_len = min(spec.max_model_len, spec.num_pages * spec.page_size)
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
@@ -69,6 +71,7 @@ class Intake:
             )
         if self._tokenizer is None and request.sampling.stop:
             raise RequestError("stop strings need a tokenizer.", param="stop")
+        check_adapter(request, self._max_loras)
         self._constraints.begin(request.sampling)
 
     def _check_prompt(self, request: Request) -> None:

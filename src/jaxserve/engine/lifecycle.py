@@ -107,6 +107,7 @@ class Lifecycle:
                     status=CONFLICT,
                 )
             engine.runner.set_params(weights.leaves)
+            engine.adapters.restore()
             self._num_updates += 1
             self._host_copy = None
             self._asleep.discard("weights")
@@ -303,6 +304,7 @@ class Lifecycle:
             self._host_copy = cast(list[np.ndarray], jax.device_get(list(leaves)))
         if level > 1:
             self._host_copy = None
+        engine.adapters.drop()  # what was read stays in host memory
         self._asleep.add("weights")
 
     def wake_up(self, tags: Iterable[str] | None = None) -> Future[bool]:
@@ -334,6 +336,7 @@ class Lifecycle:
                 specs = engine.runner.param_specs.values()
                 pairs = zip(self._host_copy, specs, strict=True)
                 engine.runner.set_params([jax.device_put(a, s.sharding) for a, s in pairs])
+                engine.adapters.restore()
                 self._host_copy = None
             if "kv_cache" in parts:
                 engine.runner.restore_cache()

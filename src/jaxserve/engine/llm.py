@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
 from jaxserve.core.config import ContentFormat, EngineConfig
-from jaxserve.core.errors import EngineDeadError, RequestError
-from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.errors import RequestError
+from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent, failure_of
+from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
@@ -103,6 +104,7 @@ class LLM(Controls):
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
         slo: SloFields | Sequence[SloFields | None] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts.
 
@@ -113,12 +115,15 @@ class LLM(Controls):
             priority: One for all, or one per prompt.
             slo: Service-level objectives, an `Slo` or a mapping with its fields: one for all, or
                 one per prompt. They are judged and counted, see `RequestOutput.slo`.
+            lora_request: Low-rank adapters to add to the weights: one for all, or one per prompt
+                (None for none). Those that are not in memory are read first.
 
         Returns:
             One output per prompt, in the order of the prompts.
 
         Raises:
             RequestError: If a prompt or parameter cannot be served; nothing is run then.
+            ConfigError: If an adapter is damaged, missing, or does not fit; nothing is run then.
             EngineDeadError: If the engine failed.
         """
         require_task(self._loaded.tasks, "generate")
@@ -126,10 +131,13 @@ class LLM(Controls):
         params = _spread(sampling_params, len(listed), "sampling_params")
         priorities = _spread(priority, len(listed), "priority")
         objectives = _spread(slo, len(listed), "slo")
+        loras = _spread(lora_request, len(listed), "lora_request")
         requests = [
-            self._host.make_request(prompt, param, priority=rank or 0, slo=wanted)
-            for prompt, param, rank, wanted in zip(
-                listed, params, priorities, objectives, strict=True
+            self._host.make_request(
+                prompt, param, priority=rank or 0, slo=wanted, lora_request=lora
+            )
+            for prompt, param, rank, wanted, lora in zip(
+                listed, params, priorities, objectives, loras, strict=True
             )
         ]
         grammars = self._compile_grammars(requests)
@@ -150,6 +158,7 @@ class LLM(Controls):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_content_format: ContentFormat = "auto",
         slo: SloFields | Sequence[SloFields | None] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations; the template is applied as the server does.
 
@@ -166,6 +175,7 @@ class LLM(Controls):
             chat_template_content_format: Whether content reaches the template as a string or as a
                 list of parts (openai); auto looks at the template.
             slo: Service-level objectives: one for all, or one per conversation.
+            lora_request: Low-rank adapters: one for all, or one per conversation.
 
         Returns:
             One output per conversation.
@@ -190,7 +200,9 @@ class LLM(Controls):
             )
             for conversation in many
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, slo=slo)
+        return self.generate(
+            prompts, sampling_params, use_tqdm=use_tqdm, slo=slo, lora_request=lora_request
+        )
 
     def stream(
         self,
@@ -198,6 +210,7 @@ class LLM(Controls):
         sampling_params: SamplingParams | None = None,
         *,
         slo: SloFields | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> Iterator[TokenEvent]:
         """Complete one prompt, yielding tokens and text as they come.
 
@@ -205,6 +218,7 @@ class LLM(Controls):
             prompt: A string, token ids, or a mapping.
             sampling_params: Parameters; the model's defaults if absent.
             slo: Service-level objectives; judged in the metrics of the last event.
+            lora_request: Low-rank adapter to add to the weights.
 
         Yields:
             Events; their texts, joined, are the completion. Leaving the loop early aborts it.
@@ -214,7 +228,9 @@ class LLM(Controls):
             EngineDeadError: If the engine failed.
         """
         require_task(self._loaded.tasks, "generate")
-        request = self._host.make_request(prompt, sampling_params, slo=slo)
+        request = self._host.make_request(
+            prompt, sampling_params, slo=slo, lora_request=lora_request
+        )
         self._compile_grammars([request])
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._host.thread.submit(request, events.put)
@@ -279,6 +295,7 @@ class LLM(Controls):
         truncate_prompt_tokens: int | None = None,
         dimensions: int | None = None,
         normalize: bool | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """Turn texts into vectors: pooled states of an encoder, or of the decoder being served.
 
@@ -289,6 +306,7 @@ class LLM(Controls):
                 model takes; None refuses texts that are too long.
             dimensions: Length to cut vectors to, for models made for that.
             normalize: Whether to bring vectors to length 1; None does as the model's files say.
+            lora_request: Low-rank adapter to add to a decoder's weights.
 
         Returns:
             One output per prompt, in the order of the prompts; `.outputs.embedding` is the vector.
@@ -301,7 +319,8 @@ class LLM(Controls):
         pooling.check_embeds()
         pooling.check_dimensions(dimensions)
         texts = pooling.read(as_prompts(prompts), Truncation(limit=truncate_prompt_tokens))
-        vectors = self._pool(pooling, texts, "Embedding", use_tqdm=use_tqdm)
+        adapter = self._loaded.get_adapter(lora_request)
+        vectors = self._pool(pooling, texts, "Embedding", adapter, use_tqdm=use_tqdm)
         return pooling.embeddings(texts, vectors, dimensions=dimensions, normalize=normalize)
 
     def score(
@@ -311,6 +330,7 @@ class LLM(Controls):
         *,
         use_tqdm: bool = True,
         truncate_prompt_tokens: int | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> list[ScoringRequestOutput]:
         """Say how well texts go together: by a cross-encoder's head, else the cosine of vectors.
 
@@ -319,6 +339,7 @@ class LLM(Controls):
             data_2: The texts that it is, or they are, compared with.
             use_tqdm: Whether to show a progress bar.
             truncate_prompt_tokens: As for `embed`; a cross-encoder cuts the longer text of a pair.
+            lora_request: Low-rank adapter to add to a decoder's weights.
 
         Returns:
             One output per text of `data_2`; `.outputs.score` is the score.
@@ -331,7 +352,8 @@ class LLM(Controls):
         pooling.check_scores()
         first, second = as_texts(data_1), as_texts(data_2)
         texts = pooling.read_scored(first, second, Truncation(limit=truncate_prompt_tokens))
-        vectors = self._pool(pooling, texts, "Scoring", use_tqdm=use_tqdm)
+        adapter = self._loaded.get_adapter(lora_request)
+        vectors = self._pool(pooling, texts, "Scoring", adapter, use_tqdm=use_tqdm)
         return pooling.scores(first, second, texts, vectors)
 
     def _pooling(self) -> TextPooling:
@@ -339,10 +361,16 @@ class LLM(Controls):
         return self._loaded.pooling
 
     def _pool(
-        self, pooling: TextPooling, texts: Sequence[PooledText], verb: str, *, use_tqdm: bool
+        self,
+        pooling: TextPooling,
+        texts: Sequence[PooledText],
+        verb: str,
+        adapter: Adapter | None,
+        *,
+        use_tqdm: bool,
     ) -> list[np.ndarray]:
         futures = [
-            pooling.pooler.submit(texts[start : start + _TEXTS_AT_ONCE])
+            pooling.pooler.submit(texts[start : start + _TEXTS_AT_ONCE], adapter=adapter)
             for start in range(0, len(texts), _TEXTS_AT_ONCE)
         ]
         vectors: list[np.ndarray] = []
@@ -380,7 +408,8 @@ class LLM(Controls):
         """Score tokens: a pure function, safe under `jit`, `grad` and `vmap`.
 
         Args:
-            params: Weights, such as `llm.params`.
+            params: Weights, such as `llm.params`. Where quantised weights are served, plain ones
+                are taken too, and gradients want them: see `jaxserve.dequantize`.
             tokens: Token ids, padded on the right.
             mask: False entries score 0.
 
@@ -388,7 +417,7 @@ class LLM(Controls):
             Log-probability of each token given those before it; 0 for the first. Agrees with
             what sampling reports.
         """
-        return token_logprobs(self._host.graph, params, tokens, mask)
+        return token_logprobs(self._host.graph_for(params), params, tokens, mask)
 
     def forward(
         self,
@@ -413,9 +442,10 @@ class LLM(Controls):
         Raises:
             RequestError: If a name is unknown.
         """
+        weights = self.params if params is None else params
         return forward(
-            self._host.graph,
-            self.params if params is None else params,
+            self._host.graph_for(weights),
+            weights,
             tokens,
             return_hidden=return_hidden,
             hooks=hooks or {},
@@ -486,8 +516,9 @@ def _spread[T](value: T | Sequence[T] | None, count: int, name: str) -> list[T |
 
 
 def _raise_on_error(event: TokenEvent) -> None:
-    if event.finish_reason is FinishReason.ERROR:
-        raise EngineDeadError(event.error or "the engine failed at this request")
+    failure = failure_of(event)
+    if failure is not None:
+        raise failure
 
 
 def _show_rate(bar: "tqdm[Any]", outputs: Mapping[str, RequestOutput]) -> None:

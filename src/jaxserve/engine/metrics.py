@@ -186,6 +186,7 @@ class EngineMetrics:
         )
         self.rejections: Counter[str] = Counter({"max_num_queued_reqs": 0, "paused": 0})
         self.weight_version = "0"
+        self._adapters: tuple[int, tuple[str, ...], tuple[str, ...], float] | None = None
         self.num_weight_updates = 0
         self.weight_update_time = Histogram(UPDATE_BUCKETS)
         self.sleep_state: SleepState = "awake"
@@ -375,6 +376,20 @@ class EngineMetrics:
             self.grammar_time.observe(seconds)
             self.num_grammar_failures += not is_good
 
+    def adapters(
+        self, *, max_loras: int, running: Sequence[str], waiting: Sequence[str], now: float
+    ) -> None:
+        """Record which low-rank adapters are in use.
+
+        Args:
+            max_loras: Most of them on the device at once.
+            running: Those of sequences in the batch.
+            waiting: Those of sequences that wait.
+            now: Seconds since 1970.
+        """
+        with self._lock:
+            self._adapters = max_loras, tuple(running), tuple(waiting), now
+
     def rejected(self, reason: str) -> None:
         """Record a request that was refused, such as `max_num_queued_reqs`; from any thread."""
         with self._lock:
@@ -474,6 +489,18 @@ class EngineMetrics:
         )  # fmt: skip
         if self.accepted_per_position:
             yield from self._drafts()
+        if self._adapters is not None:
+            most, running, waiting, now = self._adapters
+            labels = {
+                "max_lora": str(most),
+                "running_lora_adapters": ",".join(running),
+                "waiting_lora_adapters": ",".join(waiting),
+            }
+            yield _Family(
+                "lora_requests_info", "gauge",
+                "Adapters in use, as labels; the value is the time, in seconds since 1970.",
+                [(labels, now)],
+            )  # fmt: skip
         yield one(
             "num_grammar_queue_reqs", "gauge", "Sequences that wait for their grammar.",
             self.num_compiling,

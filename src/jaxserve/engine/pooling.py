@@ -9,6 +9,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from jaxserve.core.errors import RequestError
+from jaxserve.core.lora import Adapter
 from jaxserve.core.pooling import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -57,7 +58,11 @@ class Pooler(Protocol):
     applies_sigmoid: bool
 
     def submit(
-        self, texts: Sequence[PooledText], *, priority: int = 0
+        self,
+        texts: Sequence[PooledText],
+        *,
+        priority: int = 0,
+        adapter: Adapter | None = None,
     ) -> "Future[list[np.ndarray]]":
         """Hand texts over; the future holds their vectors, in order.
 
@@ -66,6 +71,7 @@ class Pooler(Protocol):
         Args:
             texts: The texts.
             priority: Lower is served first, where the engine knows priorities.
+            adapter: Low-rank adapter to add to a decoder's weights.
 
         Raises:
             RequestError: If one of them can never be served.

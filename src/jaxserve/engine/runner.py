@@ -1,7 +1,7 @@
 """Runs steps on the device: owns the compiled programs, the cache buffers and the row state."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,10 +39,12 @@ from jaxserve.engine.shapes import (
     packed_size,
     unpack,
 )
+from jaxserve.models import lora
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
+from jaxserve.models.lora import Factors, LoraBuffers, LoraShape, StepLora
 from jaxserve.models.registry import flatten_params
-from jaxserve.sharding.rules import TENSOR_AXIS
+from jaxserve.sharding.rules import TENSOR_AXIS, LogicalAxisRules
 
 MAX_MOVES = 64
 """Pages copied between slots and store by one launch."""
@@ -70,6 +72,7 @@ class RunnerSpec:
         logprobs_mode: What is reported.
         num_candidates: Most candidates reported per token.
         matmul_precision: Precision of matrix products; "highest" for float32.
+        lora: Slots for low-rank adapters; None has none.
     """
 
     config: ModelConfig
@@ -87,6 +90,7 @@ class RunnerSpec:
     logprobs_mode: LogprobsMode
     num_candidates: int
     matmul_precision: str
+    lora: LoraShape | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,12 +150,15 @@ class Runner:
             forbid_late=forbid_late,
         )
         self._no_masks: dict[int, jax.Array] = {}
+        self._adapters: tuple[LoraBuffers, ...] = ()
         self._allocate()
+        self.restore_adapters()
         # Programs are lowered against descriptions: live buffers may be donated meanwhile.
         self._param_specs = jax.tree.map(describe, self._params)
         self._slot_specs = jax.tree.map(describe, self.slots)
         self._page_specs = jax.tree.map(describe, self.pages)
         self._row_specs = jax.tree.map(describe, self._rows)
+        self._adapter_specs = jax.tree.map(describe, self._adapters)
 
     def _allocate(self) -> None:
         self.slots, self.pages = self._allocate_cache(self.spec)
@@ -223,6 +230,8 @@ class Runner:
             todo[:0] = [self._save_program, self._load_program]
         todo += [self._row_program, self._move_row_program, self._prompt_logprob_program]
         todo += [self._pool_program]
+        if self.spec.lora is not None:
+            todo += [self._adapter_program]
         return todo
 
     def choose_shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
@@ -254,8 +263,9 @@ class Runner:
         packed = self._spec((packed_size(shape),))
         mask = self._spec((shape.num_drawn, mask_words(self.spec.config.vocab_size)), jnp.uint32)
         return self.programs.get(
-            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask
-        )
+            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask,
+            self._adapter_specs,
+        )  # fmt: skip
 
     def _row_program(self) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
@@ -320,6 +330,19 @@ class Runner:
         chunks = [self._spec((self.spec.max_num_seqs,))] * 2
         return self.programs.get("pool", pool_chunks, (), hidden, *chunks)
 
+    def _adapter_program(self) -> Callable[..., Any]:
+        size = lora.layer_size(self.spec.config, self._lora_shape.rank)
+        packed = self._spec((size,), jnp.dtype(self.spec.dtype))
+        return self.programs.get(
+            "adapter", lora.set_slot, (0,), self._adapter_specs[0], self._spec(()), packed
+        )
+
+    @property
+    def _lora_shape(self) -> LoraShape:
+        if self.spec.lora is None:
+            raise AssertionError("this engine has no slots for adapters")
+        return self.spec.lora
+
     def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
@@ -331,7 +354,7 @@ class Runner:
         cache = self.pages if self.spec.use_pages else self.slots
         mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
         sampled, hidden, cache, self._rows = program(
-            self._params, cache, self._rows, packed.buffer, mask
+            self._params, cache, self._rows, packed.buffer, mask, self._adapters
         )
         if self.spec.use_pages:
             self.pages = cache
@@ -346,6 +369,41 @@ class Runner:
             words = mask_words(self.spec.config.vocab_size)
             mask = self._no_masks[rows] = self._put(np.zeros((rows, words), np.uint32))
         return mask
+
+    def set_adapter(self, slot: int, layers: Sequence[Mapping[str, Factors]]) -> None:
+        """Put an adapter into a slot, layer by layer; steps launched before are not touched.
+
+        Args:
+            slot: Counted from 1, as steps count.
+            layers: Factors of each layer's adapted projections.
+        """
+        spec, program = self.spec, self._adapter_program()
+        dtype, rank = np.dtype(jnp.dtype(spec.dtype)), self._lora_shape.rank
+        place = self._put(np.int32(slot - 1))
+        buffers = list(self._adapters)
+        for index, factors in enumerate(layers):
+            packed = lora.pack_layer(factors, spec.config, rank=rank, dtype=dtype)
+            buffers[index] = program(buffers[index], place, self._put(packed))
+            self._adapters = tuple(buffers)
+
+    def drop_adapters(self) -> None:
+        """Free the slots of adapters until `restore_adapters`."""
+        for leaf in jax.tree.leaves(self._adapters):
+            if not leaf.is_deleted():
+                leaf.delete()
+        self._adapters = ()
+
+    def restore_adapters(self) -> None:
+        """Allocate empty slots for adapters, if there are to be any and they are not there."""
+        spec = self.spec
+        if spec.lora is not None and not self._adapters:
+            self._adapters = lora.allocate(
+                spec.config,
+                spec.lora,
+                jnp.dtype(spec.dtype),
+                mesh=self._mesh,
+                rules=LogicalAxisRules(),
+            )
 
     def set_row(
         self, row: int, counts: np.ndarray, prompt_seen: np.ndarray, bias: np.ndarray
@@ -435,8 +493,12 @@ class Runner:
     @property
     def param_specs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and sharding of every weight by path, in the order of `set_params`."""
-        described = jax.tree.unflatten(self._tree, self._param_specs)
-        return flatten_params(described)
+        return flatten_params(self.described_params)
+
+    @property
+    def described_params(self) -> nnx.State:
+        """Shape, dtype and sharding of every weight in its place."""
+        return jax.tree.unflatten(self._tree, self._param_specs)
 
     def set_params(self, leaves: Sequence[jax.Array | None]) -> None:
         """Serve other weights from the next step on; nothing is compiled or copied.
@@ -483,6 +545,7 @@ class Runner:
         """Free cache, row state and programs; the weights belong to the caller."""
         self.programs.stop()
         self._free()
+        self.drop_adapters()
         self.programs.clear()
         self.slots = self.pages = ()
         self._params = ()
@@ -531,6 +594,7 @@ def _step(
     rows: RowState,
     packed: jax.Array,
     mask: jax.Array,
+    adapters: tuple[LoraBuffers, ...],
 ) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
     """Embed, run all layers, sample. Donates `cache` and `rows`."""
     model = nnx.merge(graph, jax.tree.unflatten(tree, params))
@@ -539,7 +603,10 @@ def _step(
         [rows.last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
     )
     plan = attention_plan(spec, shape, part)
-    hidden, new_cache = model(token_ids, jnp.maximum(part["token_position"], 0), cache, plan)
+    positions = jnp.maximum(part["token_position"], 0)
+    hidden, new_cache = model(
+        token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)
+    )
     index = part["sample_index"]
     drafts: Drafts | None = None
     places = jnp.maximum(index, 0)
@@ -586,6 +653,16 @@ def _take_tokens(
         last = last.at[jnp.where(is_last, drafts.row, nowhere)].set(behind, mode="drop")
         counts = counts.at[drafts.row, behind].add(accepted.astype(jnp.int32))
     return RowState(last_token=last, counts=counts, prompt_seen=rows.prompt_seen, bias=rows.bias)
+
+
+def _step_lora(
+    spec: RunnerSpec, part: Mapping[str, jax.Array], adapters: tuple[LoraBuffers, ...]
+) -> StepLora | None:
+    if spec.lora is None:
+        return None
+    row = part["token_row"]
+    slot = jnp.where(row >= 0, part["lora_slot"][jnp.maximum(row, 0)], 0)
+    return StepLora(slot=slot, layers=adapters, is_invariant=spec.batch_invariant)
 
 
 def _set_row(

@@ -2,7 +2,6 @@
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,13 +9,11 @@ from jaxserve.cache.pages import PageHash
 from jaxserve.core.event import FinishReason, TokenLogprobs
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.core.view import SequenceView
+from jaxserve.engine.drafts import DraftState
 from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.grammar.matcher import Matcher
-
-if TYPE_CHECKING:
-    from jaxserve.engine.speculation import DraftState
 
 
 class Phase(enum.Enum):
@@ -61,6 +58,7 @@ class SequenceState:
         pooled: What has been gathered for a prompt that is pooled.
         slo: Judges its service-level objectives; None if it has none.
         drafting: What is remembered for drafting; None if nothing is ever drafted for it.
+        lora_slot: Where its adapter lies on the device while it runs; 0 is none.
     """
 
     seq_id: int
@@ -95,7 +93,14 @@ class SequenceState:
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
     slo: SloTracker | None = None
-    drafting: "DraftState | None" = None
+    drafting: DraftState | None = None
+    lora_slot: int = 0
+
+    @property
+    def adapter_key(self) -> str:
+        """Digest of its adapter; empty if it has none."""
+        adapter = self.request.adapter
+        return "" if adapter is None else adapter.key
 
     @property
     def num_tokens(self) -> int:
@@ -139,4 +144,5 @@ class SequenceState:
             is_decoding=self.has_device_token,
             slo=self.request.slo,
             first_token_time=self.first_token_time,
+            adapter=self.adapter_key,
         )

@@ -39,6 +39,16 @@ from jaxserve.models.files import read_json
 from jaxserve.models.hub import cache_dir, resolve_model
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.loading import load_params
+from jaxserve.models.lora import LoraShape
+from jaxserve.models.quantization import (
+    KINDS,
+    Quantization,
+    is_scale,
+    narrow_paths,
+    quantize_params,
+    quantized_model,
+    scheme_of,
+)
 from jaxserve.models.registry import (
     abstract_model,
     abstract_params,
@@ -109,15 +119,16 @@ def load_model(
     Raises:
         ModelNotFoundError: If a name or path leads nowhere.
         CheckpointError: If files are damaged or do not fit together.
-        ConfigError: If live parameters do not fit their configuration.
+        ConfigError: If live parameters do not fit their configuration, or cannot be quantised as
+            asked for.
     """
     if isinstance(source, CausalLM):
         graph, state = nnx.split(source)
-        return _live(source.config, graph, state, mesh)
+        return _quantize_live(_live(source.config, graph, state, mesh), config.model)
     if isinstance(source, tuple):
         raw, params = source
         shape = raw if isinstance(raw, ModelConfig) else ModelConfig.from_hf(raw)
-        return _live_params(shape, params, mesh)
+        return _quantize_live(_live_params(shape, params, mesh), config.model)
     if mesh is None:
         mesh = make_mesh(config.runner.tensor_parallel_size)
     if config.model.load_format == "dummy":
@@ -152,8 +163,37 @@ def _live_params(
             "live parameters must hold 'embed_tokens.embedding', found: "
             f"{', '.join(sorted(arrays)[:5])}."
         )
-    graph, state = abstract_model(config, dtype=jnp.dtype(table.dtype))
+    norm = arrays.get("norm.scale", arrays.get("norm.offset", table))
+    graph, state = abstract_model(config, dtype=jnp.dtype(norm.dtype))
+    scheme = scheme_of(arrays)
+    if scheme is not None:
+        graph, state = quantized_model(graph, state, KINDS[scheme], narrow_paths(arrays))
     return _live(config, graph, fill(state, arrays), mesh)
+
+
+def _quantization(options: ModelOptions) -> Quantization | None:
+    if options.quantization is None:
+        return None
+    return Quantization(scheme=options.quantization, ignore=options.unquantized_layers)
+
+
+def _quantize_live(model: LoadedModel, options: ModelOptions) -> LoadedModel:
+    """Quantise live parameters, which stay as they are, as do those that are not quantised."""
+    wanted = _quantization(options)
+    if wanted is None:
+        return model
+    arrays = flatten_params(model.state)
+    found = scheme_of(arrays)
+    if found is not None:
+        raise ConfigError(
+            f"quantization {wanted.scheme!r} was asked for, found parameters that are quantised "
+            f"already, to {found}; leave the setting out, or give plain parameters."
+        )
+    chosen = wanted.choose(arrays)
+    graph, state = quantized_model(model.graph, model.state, KINDS[wanted.scheme], chosen)
+    specs = abstract_params(state, mesh=model.mesh, rules=LogicalAxisRules())
+    made = fill(state, quantize_params(arrays, specs))
+    return dataclasses.replace(model, graph=graph, state=made)
 
 
 def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh) -> LoadedModel:
@@ -162,7 +202,7 @@ def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh) -> LoadedMo
         raise CheckpointError(f"load_format dummy needs a config.json, found none at {path}.")
     shape = ModelConfig.from_hf(read_json(file))
     dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=False))
-    graph, state = abstract_model(shape, dtype=dtype)
+    graph, state = abstract_model(shape, dtype=dtype, quantization=_quantization(config.model))
     described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
     arrays = draw_params(described, seed=config.model.seed)
     return LoadedModel(
@@ -178,7 +218,8 @@ def _load(
     try:
         shape = checkpoint.config
         dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=checkpoint.is_quantized))
-        graph, state = abstract_model(shape, dtype=dtype)
+        wanted = _quantization(config.model)
+        graph, state = abstract_model(shape, dtype=dtype, quantization=wanted)
         described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
         arrays = load_params(checkpoint, described, progress=progress)
         return LoadedModel(
@@ -226,19 +267,34 @@ class _CachePlan:
     keep_store: bool
 
 
+def _lora_shape(config: EngineConfig) -> LoraShape | None:
+    options = config.lora
+    if not options.enable_lora:
+        return None
+    return LoraShape(slots=options.max_loras, rank=options.max_lora_rank)
+
+
 def _token_bytes(shape: ModelConfig, dtype: str) -> int:
     """Bytes of keys and values of one token."""
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
 
 
 def _load_draft(config: EngineConfig, model: LoadedModel, dtype: str) -> LoadedModel | None:
-    """Load the model that drafts, in the precision of the other; None if no model drafts."""
+    """Load the model that drafts, in the precision of the other but never quantised.
+
+    None if no model drafts.
+    """
     speculation = config.speculative.speculation
     if speculation is None or speculation.model is None:
         return None
     load_format = "dummy" if config.model.load_format == "dummy" else "auto"
     options = dataclasses.replace(
-        config.model, dtype=dtype, revision=speculation.revision, load_format=load_format
+        config.model,
+        dtype=dtype,
+        revision=speculation.revision,
+        load_format=load_format,
+        quantization=None,
+        quantization_config=None,
     )
     own = dataclasses.replace(config, model=options)
     return load_model(speculation.model, own, mesh=model.mesh)
@@ -268,6 +324,9 @@ def _plan_cache(
     if draft is not None:
         per_token += _token_bytes(draft.config, dtype)
     budget = cache.kv_cache_memory_bytes or _free_memory(config, model, on_cpu=on_cpu)
+    slots_of_adapters = _lora_shape(config)
+    if slots_of_adapters is not None and not cache.kv_cache_memory_bytes:
+        budget -= slots_of_adapters.num_values(shape) * jnp.dtype(dtype).itemsize
     longest = config.model.max_model_len
     if longest is not None and longest > shape.max_position:
         raise ConfigError(
@@ -399,7 +458,11 @@ def assemble(
         config = dataclasses.replace(config, cache=cache)
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
-    dtype = str(jax.tree.leaves(cast(Any, model.state)["embed_tokens"])[0].dtype)
+    dtype = str(jax.tree.leaves(cast(Any, model.state)["norm"])[0].dtype)
+    arrays = flatten_params(model.state)
+    scheme = scheme_of(arrays)
+    if scheme is not None:
+        _tell_quantization(scheme, arrays, dtype)
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     options = config.scheduler
     max_num_seqs = options.max_num_seqs or (16 if on_cpu else 256)
@@ -414,7 +477,9 @@ def assemble(
     backend = _choose_backend(runner_options.attention_backend, model.mesh)
     resolved = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, max_model_len=plan.max_model_len, dtype=dtype),
+        model=dataclasses.replace(
+            config.model, max_model_len=plan.max_model_len, dtype=dtype, quantization=scheme
+        ),
         cache=dataclasses.replace(
             config.cache,
             kv_layout="pages" if plan.use_pages else "slots",
@@ -439,6 +504,7 @@ def assemble(
         batch_invariant=runner_options.batch_invariant,
         min_rows=4 if on_cpu and dtype == "bfloat16" else 1,
         num_draft=num_draft,
+        has_lora=config.lora.enable_lora,
     )
     max_logprobs = runner_options.max_logprobs
     vocab = model.config.vocab_size
@@ -458,6 +524,7 @@ def assemble(
         logprobs_mode=runner_options.logprobs_mode,
         num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
         matmul_precision="highest" if dtype == "float32" else "default",
+        lora=_lora_shape(config),
     )
     metrics = EngineMetrics(max_model_len=plan.max_model_len, num_speculative_tokens=num_draft)
     places: dict[str, Any] = {
@@ -494,6 +561,7 @@ def assemble(
             max_mixed_prefill=mixed,
             ageing_s=options.priority_ageing_s,
             draft_cost=_draft_cost(model, draft, on_cpu=on_cpu),
+            lora_drain_wait_s=config.lora.lora_drain_wait_threshold,
         )
     eos_ids = _eos_ids(model, tokenizer)
     engine = Engine(
@@ -520,6 +588,20 @@ def assemble(
         config=resolved,
         model=model,
         default_sampling=_default_sampling(config.model, model.generation_config),
+    )
+
+
+def _tell_quantization(scheme: str, arrays: Mapping[str, jax.Array], dtype: str) -> None:
+    plain = sum(array.size for path, array in arrays.items() if not is_scale(path))
+    logger.info(
+        "quantization %s: weights take %s instead of %s in %s; %d of %d weights keep their "
+        "precision",
+        scheme,
+        format_bytes(sum(array.nbytes for array in arrays.values())),
+        format_bytes(plain * jnp.dtype(dtype).itemsize),
+        dtype,
+        sum(not is_scale(path) for path in arrays) - len(narrow_paths(arrays)),
+        sum(not is_scale(path) for path in arrays),
     )
 
 

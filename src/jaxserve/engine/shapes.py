@@ -48,6 +48,7 @@ class StepShape:
         pages_per_row: Width of the page table; 0 with dense slots.
         drafts: Draft tokens behind the decode rows, padding included. They attend as prefill
             tokens do, but each has a token drawn behind it.
+        has_lora: Whether rows say which adapter they use.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class StepShape:
     q_block: int
     pages_per_row: int
     drafts: int = 0
+    has_lora: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -97,6 +99,8 @@ class StepShape:
         }
         fields.update(dict.fromkeys((*INT_FIELDS, *FLOAT_FIELDS), (rows,)))
         fields.update(dict.fromkeys(FLAGS, ()))
+        if self.has_lora:
+            fields["lora_slot"] = (rows,)
         return fields
 
 
@@ -176,6 +180,7 @@ class ShapeTable:
         draft_row_buckets: Numbers of rows of steps with drafts.
         num_draft: Most draft tokens per sequence; 0 without speculation.
         max_draft: Most draft tokens per step.
+        has_lora: Whether rows say which adapter they use.
     """
 
     row_buckets: tuple[int, ...]
@@ -187,6 +192,7 @@ class ShapeTable:
     draft_row_buckets: tuple[int, ...] = ()
     num_draft: int = 0
     max_draft: int = 0
+    has_lora: bool = False
 
     @classmethod
     def build(
@@ -202,6 +208,7 @@ class ShapeTable:
         batch_invariant: bool,
         min_rows: int = 1,
         num_draft: int = 0,
+        has_lora: bool = False,
     ) -> "ShapeTable":
         """Choose buckets: powers of two, ending at the limits themselves.
 
@@ -217,6 +224,7 @@ class ShapeTable:
             min_rows: Fewest decode rows; XLA's CPU library has no fast path for bfloat16 products
                 of fewer than four rows.
             num_draft: Most draft tokens per sequence; 0 without speculation.
+            has_lora: Whether rows say which adapter they use.
         """
         rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
         prefill = _powers(min(_SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
@@ -239,6 +247,7 @@ class ShapeTable:
             draft_row_buckets=_powers(1, max_num_seqs) if num_draft else (),
             num_draft=num_draft,
             max_draft=min(num_draft * max_num_seqs, max_num_batched_tokens),
+            has_lora=has_lora,
         )
 
     def draft_buckets(self, rows: int) -> tuple[int, ...]:
@@ -272,6 +281,7 @@ class ShapeTable:
                 q_block=self.num_draft,
                 pages_per_row=self.pages_per_row,
                 drafts=_ceil_to(drafts, self.draft_buckets(rows)),
+                has_lora=self.has_lora,
             )
         buckets = self.mixed_row_buckets if prefill else self.row_buckets
         tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
@@ -280,6 +290,7 @@ class ShapeTable:
             prefill=tokens,
             q_block=min(self.q_block, tokens) if tokens else self.q_block,
             pages_per_row=self.pages_per_row,
+            has_lora=self.has_lora,
         )
 
     def all_shapes(self) -> list[StepShape]:

@@ -125,7 +125,7 @@ def _split(
     fused: Mapping[str, tuple[tuple[str, int], ...]],
     where: str,
 ) -> Iterator[tuple[str, Slice]]:
-    name = _text_name(source)
+    name = text_name(source)
     if name is None:
         return
     match = _LAYER.fullmatch(name)
@@ -149,7 +149,7 @@ def _split(
         start += rows
 
 
-def _text_name(source: str) -> str | None:
+def text_name(source: str) -> str | None:
     """Return a tensor's name without what stands before the language model; None if it sees."""
     if source == _TEXT_OUTPUT:
         return "lm_head.weight"

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxserve.cache.buffers import KvLayer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM, DecoderLayer, Plan, Rope, make_norm
+from jaxserve.models.lora import LayerLora
 from jaxserve.models.positions import LayerKind
 
 
@@ -35,13 +36,14 @@ class Gemma2Layer(DecoderLayer):
         rope: Rope | None,
         cache: KvLayer | None,
         plan: Plan,
+        lora: LayerLora | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
         """Apply the layer."""
         with jax.named_scope("attention"):
-            out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan)
+            out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan, lora)
             x = x + self.post_attention_layernorm(out)
         with jax.named_scope("mlp"):
-            out = self.mlp(self.pre_feedforward_layernorm(x), plan)
+            out = self.mlp(self.pre_feedforward_layernorm(x), plan, lora)
             return x + self.post_feedforward_layernorm(out), cache
 
 

@@ -487,6 +487,25 @@ def _store(model: KnownModel, file: KnownFile, read: _Read, target: Path) -> Non
         )
 
 
+def resolve_adapter(name: str) -> Path:
+    """Find a low-rank adapter on disk, or bring it there from the Hugging Face hub.
+
+    Args:
+        name: A path, or `org/name` on the hub where there is no such path.
+
+    Returns:
+        Path of its folder; it need not exist if the name can be nothing but a path.
+
+    Raises:
+        ModelNotFoundError: If the hub does not have it, or cannot be reached.
+        CapacityError: If the disk is full.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not _HUB_NAME.fullmatch(name):
+        return path
+    return _resolve_on_hub(name, None, progress=False)
+
+
 def _resolve_on_hub(name: str, revision: str | None, *, progress: bool) -> Path:
     import huggingface_hub  # noqa: PLC0415  takes 0.2 s, and a path does not need it
 

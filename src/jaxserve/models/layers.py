@@ -14,7 +14,9 @@ from jaxserve import cpu_kernels
 from jaxserve.attention.dense import attend
 from jaxserve.attention.metadata import AttentionPlan, CausalPlan
 from jaxserve.cache.buffers import KvLayer
+from jaxserve.models import lora as adapters
 from jaxserve.models.config import HiddenAct, ModelConfig
+from jaxserve.models.lora import LayerLora, StepLora
 from jaxserve.models.positions import LayerKind
 
 Plan = AttentionPlan | CausalPlan
@@ -112,11 +114,21 @@ class Linear(nnx.Module):
         scale = 1 / math.sqrt(in_size)
         kernel = jax.random.normal(rngs.params(), (in_size, out_size), dtype) * scale
         self.kernel = param(kernel.astype(dtype), *axes)
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias = param(jnp.zeros((out_size,), dtype), axes[1]) if use_bias else None
 
     def __call__(self, x: Float[Array, "*tokens in_size"]) -> Float[Array, "*tokens out_size"]:
         """Multiply."""
-        y = jnp.matmul(x, self.kernel[...])
+        if self.kernel_scale is None:
+            return self.finish(jnp.matmul(x, self.kernel[...]), x.dtype)
+        x, kernel = widened(x, self.kernel[...])
+        return self.finish(jnp.matmul(x, kernel, preferred_element_type=jnp.float32), x.dtype)
+
+    def finish(
+        self, product: Float[Array, "*tokens out_size"], dtype: jnp.dtype
+    ) -> Float[Array, "*tokens out_size"]:
+        """Turn the product with the kernel into the layer's result."""
+        y = scaled(product, self.kernel_scale).astype(dtype)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -125,13 +137,27 @@ def project(
 ) -> list[Float[Array, "*tokens out_size"]]:
     """Apply linear layers to one input: together, in one kernel, where the plan allows it."""
     kernels = [layer.kernel[...] for layer in layers]
+    if len({kernel.dtype for kernel in kernels}) > 1:  # some are quantised, others not
+        return [project(x, (layer,), plan)[0] for layer in layers]
     if not _use_cpu_kernels(x, kernels[0], plan):
         return [layer(x) for layer in layers]
-    products = [y.astype(x.dtype) for y in cpu_kernels.multiply(x, kernels)]
-    return [
-        y if layer.bias is None else y + layer.bias[...]
-        for y, layer in zip(products, layers, strict=True)
-    ]
+    products = cpu_kernels.multiply(x, kernels)
+    return [layer.finish(y, x.dtype) for y, layer in zip(products, layers, strict=True)]
+
+
+def widened(x: Array, weight: Array) -> tuple[Array, Array]:
+    """Prepare a quantised weight, without its scales, for a product with `x`; exact.
+
+    XLA for a CPU would else widen the weights of all layers before it begins with the first, into
+    memory as large as the model was before. On a GPU the conversion becomes a part of the product.
+    """
+    x, weight = lax.optimization_barrier((x, weight))
+    return x, weight.astype(x.dtype)
+
+
+def scaled(product: Float[Array, "*tokens out_size"], scale: nnx.Param | None) -> Array:
+    """Apply the scales of a quantised weight to a product with it."""
+    return product if scale is None else product * scale[...]
 
 
 def _use_cpu_kernels(x: Array, weight: Array, plan: Plan | None) -> bool:
@@ -149,19 +175,28 @@ class Embedding(nnx.Module):
         """Draw the table from a normal distribution of deviation 0.02."""
         table = jax.random.normal(rngs.params(), (vocab_size, size), dtype) * 0.02
         self.embedding = param(table.astype(dtype), "vocab", "hidden")
+        self.embedding_scale: nnx.Param | None = nnx.data(None)
+        self.dtype = dtype
 
     def __call__(self, token_ids: Int[Array, "*tokens"]) -> Float[Array, "*tokens size"]:
         """Look tokens up."""
-        return jnp.take(self.embedding[...], token_ids, axis=0, mode="clip")
+        found = jnp.take(self.embedding[...], token_ids, axis=0, mode="clip")
+        if self.embedding_scale is None:
+            return found
+        scale = jnp.take(self.embedding_scale[...], token_ids, mode="clip")
+        return (found.astype(jnp.float32) * scale[..., None]).astype(self.dtype)
 
     def attend(
         self, hidden: Float[Array, "*tokens size"], plan: Plan | None = None
     ) -> Float[Array, "*tokens vocab"]:
         """Score every token of the vocabulary."""
-        table = self.embedding[...]
+        table, scale = self.embedding[...], self.embedding_scale
         if _use_cpu_kernels(hidden, table, plan):
-            return cpu_kernels.multiply_transposed(hidden, table)
-        return jnp.einsum("...m,vm->...v", hidden, table, preferred_element_type=jnp.float32)
+            return scaled(cpu_kernels.multiply_transposed(hidden, table), scale)
+        if scale is not None:
+            hidden, table = widened(hidden, table)
+        scores = jnp.einsum("...m,vm->...v", hidden, table, preferred_element_type=jnp.float32)
+        return scaled(scores, scale)
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -193,12 +228,17 @@ class GatedMlp(nnx.Module):
         self.down_proj = linear(inner, hidden, "mlp", "hidden")
 
     def __call__(
-        self, x: Float[Array, "*tokens hidden"], plan: Plan | None = None
+        self,
+        x: Float[Array, "*tokens hidden"],
+        plan: Plan | None = None,
+        lora: LayerLora | None = None,
     ) -> Float[Array, "*tokens hidden"]:
         """Apply the feed-forward."""
-        gate, up = project(x, (self.gate_proj, self.up_proj), plan)
-        activate = _ACTIVATIONS[self.hidden_act]
-        return project(activate(gate) * up, (self.down_proj,), plan)[0]
+        products = project(x, (self.gate_proj, self.up_proj), plan)
+        gate, up = adapters.adapt(x, products, lora, adapters.GATE_UP)
+        inner = _ACTIVATIONS[self.hidden_act](gate) * up
+        down = project(inner, (self.down_proj,), plan)
+        return adapters.adapt(inner, down, lora, adapters.DOWN)[0]
 
 
 class Attention(nnx.Module):
@@ -243,10 +283,12 @@ class Attention(nnx.Module):
         rope: Rope | None,
         cache: KvLayer | None,
         plan: Plan,
+        lora: LayerLora | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
         """Attend, through the one door of `attention.dense`."""
         lead = x.shape[:-1]
-        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), plan)
+        products = project(x, (self.q_proj, self.k_proj, self.v_proj), plan)
+        q, k, v = adapters.adapt(x, products, lora, adapters.QKV)
         q = q.reshape(*lead, self.heads, self.dim)
         k = k.reshape(*lead, self.kv_heads, self.dim)
         v = v.reshape(*lead, self.kv_heads, self.dim)
@@ -265,7 +307,9 @@ class Attention(nnx.Module):
                 window=self.window,
                 soft_cap=self.soft_cap,
             )
-        return project(out.reshape(*lead, self.heads * self.dim), (self.o_proj,), plan)[0], cache
+        out = out.reshape(*lead, self.heads * self.dim)
+        products = project(out, (self.o_proj,), plan)
+        return adapters.adapt(out, products, lora, adapters.OUT)[0], cache
 
 
 class DecoderLayer(nnx.Module):
@@ -288,13 +332,14 @@ class DecoderLayer(nnx.Module):
         rope: Rope | None,
         cache: KvLayer | None,
         plan: Plan,
+        lora: LayerLora | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
         """Apply the layer."""
         with jax.named_scope("attention"):
-            out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan)
+            out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan, lora)
         x = x + out
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x), plan), cache
+            return x + self.mlp(self.post_attention_layernorm(x), plan, lora), cache
 
 
 class CausalLM(nnx.Module):
@@ -338,6 +383,7 @@ class CausalLM(nnx.Module):
         caches: tuple[KvLayer | None, ...],
         plan: Plan,
         hook: Callable[[str, Array], Array] | None = None,
+        lora: StepLora | None = None,
     ) -> tuple[Float[Array, "*tokens hidden"], tuple[KvLayer | None, ...]]:
         """Compute the final hidden states.
 
@@ -350,6 +396,7 @@ class CausalLM(nnx.Module):
             hook: Called with the name and value of the embeddings (`embed_tokens`), of every
                 layer's output (`layers.i`) and of the final states (`norm`); its answer takes the
                 value's place. Traced.
+            lora: Adapters, and which of them each token uses; None for none.
 
         Returns:
             Hidden states after the last norm, and the updated caches.
@@ -362,10 +409,11 @@ class CausalLM(nnx.Module):
         x = visit("embed_tokens", x)
         ropes = rope_tables(positions, self.config)
         new_caches: list[KvLayer | None] = []
+        loras = [None] * len(caches) if lora is None else lora.by_layer()
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             graph, state = nnx.split(layer)
             rope = ropes.get(layer.kind.rope)
-            x, new_cache = _run_layer(graph, state, x, rope, cache, plan)
+            x, new_cache = _run_layer(graph, state, x, rope, cache, plan, loras[index])
             x = visit(f"layers.{index}", x)
             new_caches.append(new_cache)
         return visit("norm", self.norm(x)), tuple(new_caches)
@@ -383,15 +431,18 @@ class CausalLM(nnx.Module):
             if self.lm_head is None:
                 scores = self.embed_tokens.attend(hidden, plan)
             else:
-                scores = _score(hidden, self.lm_head.kernel[...], plan)
+                scores = _score(hidden, self.lm_head, plan)
             cap = self.config.final_soft_cap
             return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def _score(hidden: Array, kernel: Array, plan: Plan | None) -> Array:
+def _score(hidden: Array, head: Linear, plan: Plan | None) -> Array:
+    kernel, scale = head.kernel[...], head.kernel_scale
     if _use_cpu_kernels(hidden, kernel, plan):
-        return cpu_kernels.multiply(hidden, [kernel])[0]
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return scaled(cpu_kernels.multiply(hidden, [kernel])[0], scale)
+    if scale is not None:
+        hidden, kernel = widened(hidden, kernel)
+    return scaled(jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32), scale)
 
 
 def _keep(name: str, value: Array) -> Array:  # noqa: ARG001  the form of a hook
@@ -405,8 +456,9 @@ def _apply_layer(
     rope: Rope | None,
     cache: KvLayer | None,
     plan: Plan,
+    lora: LayerLora | None,
 ) -> tuple[Array, KvLayer | None]:
-    return nnx.merge(graph, state)(x, rope, cache, plan)
+    return nnx.merge(graph, state)(x, rope, cache, plan, lora)
 
 
 # Layers of one kind have one structure, so jit traces the layer once per kind and every further

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
 from jaxserve.models.fused import Slice, slices_of
+from jaxserve.models.quantization import is_scale, quantize_rows, scale_path
 
 INDEX_FILE = "model.safetensors.index.json"
 """Says which file holds which tensor, where there are several."""
@@ -64,6 +65,7 @@ class SafetensorsFiles:
         path: The directory.
         config: The decoder that they belong to; its fused tensors are taken apart. None leaves
             every tensor as it is stored.
+        names: The files; None takes those that the index names, or all of them.
 
     Attributes:
         path: The directory.
@@ -72,19 +74,25 @@ class SafetensorsFiles:
         CheckpointError: If a file is damaged or missing, or a tensor is named in two files.
     """
 
-    def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig | None = None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Read the header of every file, but no weights."""
         self.path = path
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._stored: dict[str, tuple[int, ...]] = {}
-        index = _read_index(path)
-        for name in _shard_names(path, index):
+        index = _read_index(path) if names is None else {}
+        for name in _shard_names(path, index) if names is None else names:
             self._open_shard(name)
         lost = [tensor for tensor in index if tensor not in self._file_of]
         if lost:
             raise CheckpointError(
-                f"{path / INDEX_FILE}: names {_some(lost)}, which no file holds; download the "
+                f"{path / INDEX_FILE}: names {some_names(lost)}, which no file holds; download the "
                 "model again."
             )
         self._slices = (
@@ -234,8 +242,8 @@ def _shard_names(path: Path, index: Mapping[str, str]) -> list[str]:
         lost = [name for name in names if not (path / name).is_file()]
         if lost:
             raise CheckpointError(
-                f"{path}: {INDEX_FILE} names {_some(lost)}, found no such file; download the model "
-                "again."
+                f"{path}: {INDEX_FILE} names {some_names(lost)}, found no such file; download the "
+                "model again."
             )
         return names
     if (path / SINGLE_FILE).is_file():
@@ -244,13 +252,13 @@ def _shard_names(path: Path, index: Mapping[str, str]) -> list[str]:
     if not names:
         there = sorted(file.name for file in path.glob("*.bin")) or ["no weights"]
         raise CheckpointError(
-            f"{path}: found {_some(there)}, expected *.safetensors files; get the model as "
+            f"{path}: found {some_names(there)}, expected *.safetensors files; get the model as "
             "safetensors or GGUF."
         )
     return names
 
 
-def _some(names: Iterable[str]) -> str:
+def some_names(names: Iterable[str]) -> str:
     """List the first few names and count the others."""
     listed = list(names)
     shown = ", ".join(listed[:_MOST_NAMED])
@@ -293,6 +301,7 @@ def check_tensors(source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStr
     expected = {
         hf_name(path): tuple(spec.shape[::-1] if is_kernel(path) else spec.shape)
         for path, spec in abstract.items()
+        if not is_scale(path)
     }
     found = {name: shape for name, shape in found.items() if not name.endswith(_BUFFERS)}
     # An output projection beside a tied embedding is a copy of it.
@@ -327,7 +336,7 @@ def report_mismatch(
         if name in found and found[name] != shape
     ]
     problems = [
-        f"{what}: {_some(names)}"
+        f"{what}: {some_names(names)}"
         for what, names in (
             ("missing", missing),
             ("without a place in the model", extra),
@@ -350,7 +359,7 @@ def load_params(
     dtype: DTypeLike | None = None,
     progress: bool = False,
 ) -> dict[str, jax.Array]:
-    """Read every parameter of a model onto its devices.
+    """Read every parameter of a model onto its devices, quantised where it has scales there.
 
     A few tensors are on their way at a time, so the host never holds a second copy of the model.
     On a CPU the arrays are the memory they were read into.
@@ -358,32 +367,43 @@ def load_params(
     Args:
         checkpoint: Where the weights are.
         abstract: Shape, dtype and, optionally, sharding of each parameter, by path.
-        dtype: Element type of all parameters; None takes that of `abstract`.
+        dtype: Element type of all parameters that are not quantised; None takes that of
+            `abstract`.
         progress: Show a progress bar on stderr.
 
     Returns:
         The parameters by path, in the order of `abstract`.
 
     Raises:
-        CheckpointError: If a tensor is missing, extra, of a wrong shape, or damaged; names it.
+        CheckpointError: If a tensor is missing, extra, of a wrong shape, or damaged, or cannot be
+            quantised; names it.
     """
     if dtype is not None:
         abstract = {
-            path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=spec.sharding)
+            path: spec
+            if is_scale(path) or scale_path(path) in abstract
+            else jax.ShapeDtypeStruct(spec.shape, dtype, sharding=spec.sharding)
             for path, spec in abstract.items()
         }
     if isinstance(checkpoint, DeviceSource):
         return checkpoint.load(abstract)
     check_tensors(checkpoint, abstract)
     order = {name: place for place, name in enumerate(checkpoint.tensor_shapes())}
-    paths = sorted(abstract, key=lambda path: order[hf_name(path)])
+    weights = [path for path in abstract if not is_scale(path)]
+    paths = sorted(weights, key=lambda path: order[hf_name(path)])
 
-    def load(path: str) -> jax.Array:
-        spec = abstract[path]
+    def load(path: str) -> dict[str, jax.Array]:
         value = checkpoint.read(hf_name(path))
-        value = prepare_buffer(value, spec.dtype, transpose=is_kernel(path))
-        array = jax.device_put(value, spec.sharding)
-        return array.block_until_ready()  # so that buffers of running transfers do not pile up
+        parts = {path: value}
+        if scale_path(path) in abstract:
+            try:
+                parts[path], parts[scale_path(path)] = quantize_rows(value, abstract[path].dtype)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {hf_name(path)!r}: {error}, so it cannot be "
+                    f"quantised; {AGAIN}"
+                ) from error
+        return {name: _place(name, part, abstract[name]) for name, part in parts.items()}
 
     with (
         ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "load") as pool,
@@ -391,10 +411,16 @@ def load_params(
     ):
         loaded: dict[str, jax.Array] = {}
         try:
-            for path, array in zip(paths, pool.map(load, paths), strict=True):
-                loaded[path] = array
+            for arrays in pool.map(load, paths):
+                loaded |= arrays
                 bar.update()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return {path: loaded[path] for path in abstract}
+
+
+def _place(path: str, value: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    buffer = prepare_buffer(value, spec.dtype, transpose=is_kernel(path))
+    # Blocks, so that buffers of running transfers do not pile up.
+    return jax.device_put(buffer, spec.sharding).block_until_ready()

@@ -41,6 +41,8 @@ class FcfsScheduler:
             comes first.
         ageing_s: Seconds of waiting that count as much as one step of priority; None is never.
         draft_cost: How much longer each draft token makes a step, as a share of its time without.
+        lora_drain_wait_s: Seconds that a sequence may wait for a slot for its adapter while others
+            use theirs anew; after that no adapter is admitted before it, so that a slot drains.
 
     When pages run out, the running sequence that comes last in that order loses its pages and is
     recomputed later; a waiting one is admitted only if its whole prompt fits, so that an admitted
@@ -57,6 +59,7 @@ class FcfsScheduler:
         max_mixed_prefill: int | None = None,
         ageing_s: float | None = None,
         draft_cost: float = 0.1,
+        lora_drain_wait_s: float = 1.0,
     ) -> None:
         """Keep the choices."""
         self._by_priority = by_priority
@@ -64,11 +67,14 @@ class FcfsScheduler:
         self._max_mixed_prefill = max_mixed_prefill
         self._ageing_s = ageing_s
         self._draft_cost = draft_cost
+        self._lora_drain_wait_s = lora_drain_wait_s
 
     def plan(self, view: ReplicaView) -> StepPlan:
         """Answer one snapshot with one plan."""
         running = sorted(view.running, key=lambda s: self._rank(s, view.now))
         waiting = sorted(view.waiting, key=lambda s: self._rank(s, view.now))
+        if any(s.adapter for s in waiting):
+            waiting = self._with_slot(view, waiting)
         budget = _Budget(tokens=view.max_num_batched_tokens, pages=view.num_free_pages)
         ready = [s for s in running if s.num_uncomputed > 0]
         decodes = [s for s in ready if s.is_decoding]
@@ -131,6 +137,22 @@ class FcfsScheduler:
         if self._by_priority and self._ageing_s is not None:
             priority -= (now - sequence.arrival) / self._ageing_s
         return (priority, sequence.arrival, sequence.seq_id)
+
+    def _with_slot(self, view: ReplicaView, waiting: list[SequenceView]) -> list[SequenceView]:
+        """Leave out those whose adapter would find no slot if everybody before were admitted."""
+        held = set(view.adapters)
+        found: list[SequenceView] = []
+        is_draining = False
+        for sequence in waiting:
+            has_slot = not sequence.adapter or (
+                not is_draining and (sequence.adapter in held or len(held) < view.max_loras)
+            )
+            if has_slot:
+                found.append(sequence)
+                held |= {sequence.adapter} - {""}
+            else:
+                is_draining |= view.now - sequence.arrival > self._lora_drain_wait_s
+        return found
 
     def _serve(
         self,

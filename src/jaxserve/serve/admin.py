@@ -40,11 +40,25 @@ async def _guard(request: Request) -> None:
         RequestError: With status 403, while the routes are closed.
         HTTPException: With status 401, for a wrong key.
     """
+    check_access(request, is_open=_state(request).config.access.enable_admin_api)
+
+
+def check_access(request: Request, *, is_open: bool, flag: str = "--enable-admin-api") -> None:
+    """Let a request to an administrative route in only if the route is open and the key is right.
+
+    Args:
+        request: The request.
+        is_open: Whether the route is open.
+        flag: What opens it.
+
+    Raises:
+        RequestError: With status 403, while the route is closed.
+        HTTPException: With status 401, for a wrong key.
+    """
     access = _state(request).config.access
-    if not access.enable_admin_api:
+    if not is_open:
         raise RequestError(
-            f"{request.url.path} is closed; start the server with --enable-admin-api to open it.",
-            status=403,
+            f"{request.url.path} is closed; start the server with {flag} to open it.", status=403
         )
     keys = (access.admin_api_key,) if access.admin_api_key is not None else access.api_key
     if not keys:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from jaxserve import __version__
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.metrics import CONTENT_TYPE
-from jaxserve.serve import admin, errors, pooling_routes
+from jaxserve.serve import admin, errors, lora_routes, pooling_routes
 from jaxserve.serve.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestIds, RootPath
 from jaxserve.serve.openai_api import (
     ChatBody,
@@ -21,6 +21,18 @@ from jaxserve.serve.openai_api import (
 )
 from jaxserve.serve.page import page_router
 from jaxserve.serve.replies import Answer, TokenWriter, chat_reply, completion_reply
+from jaxserve.serve.reply_models import (
+    ERRORS,
+    ChatReply,
+    CompletionReply,
+    Detokenized,
+    Load,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Version,
+    replies,
+)
 from jaxserve.serve.sse import (
     STATUS_CLIENT_GONE,
     ClientGoneError,
@@ -43,6 +55,16 @@ if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
 
 router = APIRouter()
+
+_HEALTH: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Requests are taken."},
+    503: {"description": "They are not."},
+    "4XX": ERRORS["4XX"],
+}
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    **ERRORS,
+}
 
 
 def _state(request: Request) -> ServerState:
@@ -78,57 +100,66 @@ async def _counted(state: ServerState, events: AsyncGenerator[bytes]) -> AsyncGe
                 yield event
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=replies(ChatReply, is_streamed=True))
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     state = _state(request)
     engine = state.ready_engine("generate")
+    model = state.checked_model(body.model)
     job = await chat_job(
         engine,
         body,
         response_id=answer_id("chatcmpl-", request.headers.get(REQUEST_ID), body.request_id),
-        model=state.checked_model(body.model),
+        model=model,
+        adapter=await state.adapter(engine, model),
         options=state.config.api,
     )
     return await _generate(request, job)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=replies(CompletionReply, is_streamed=True))
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue one or more prompts."""
     state = _state(request)
     engine = state.ready_engine("generate")
+    model = state.checked_model(body.model)
     job = await completion_job(
         engine,
         body,
         response_id=answer_id("cmpl-", request.headers.get(REQUEST_ID), body.request_id),
-        model=state.checked_model(body.model),
+        model=model,
+        adapter=await state.adapter(engine, model),
         options=state.config.api,
     )
     return await _generate(request, job)
 
 
 def _card(state: ServerState, engine: "AsyncLLM", name: str) -> dict[str, Any]:
+    root, parent = engine.model_name, None
+    if name not in state.model_names:
+        adapter = next(known for known in state.lora_requests if known.lora_name == name)
+        root, parent = adapter.lora_path, adapter.base_model_name or state.model_names[0]
     return {
         "id": name,
         "object": "model",
         "created": state.started,
         "owned_by": "jaxserve",
-        "root": engine.model_name,
-        "parent": None,
+        "root": root,
+        "parent": parent,
         "max_model_len": engine.max_model_len,
     }
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=replies(ModelList))
 async def models(request: Request) -> Response:
-    """List the names under which the model is served."""
+    """List the names under which the model and its adapters are served."""
     state = _state(request)
     engine = state.ready_engine()
-    return _json({"object": "list", "data": [_card(state, engine, n) for n in state.model_names]})
+    names = [*state.model_names, *(known.lora_name for known in state.lora_requests)]
+    return _json({"object": "list", "data": [_card(state, engine, name) for name in names]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=replies(ModelCard))
 async def model(name: str, request: Request) -> Response:
     """Describe the model of one name."""
     state = _state(request)
@@ -136,7 +167,7 @@ async def model(name: str, request: Request) -> Response:
     return _json(_card(state, engine, state.checked_model(name)))
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=replies(Tokenized))
 @router.post("/v1/tokenize", include_in_schema=False)
 async def tokenize_text(body: TokenizeBody, request: Request) -> Response:
     """Turn a prompt, or messages, into token ids."""
@@ -146,7 +177,7 @@ async def tokenize_text(body: TokenizeBody, request: Request) -> Response:
     return _json(await tokenize(engine, body, state.config.api))
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=replies(Detokenized))
 @router.post("/v1/detokenize", include_in_schema=False)
 async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     """Turn token ids into text."""
@@ -163,37 +194,37 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     return _json({"prompt": text})
 
 
-@router.get("/health")
+@router.get("/health", response_class=Response, responses=_HEALTH)
 async def health(request: Request) -> Response:
     """Answer 200 when requests are taken: the model is warm and the server is not stopping."""
     return Response(status_code=200 if _state(request).is_healthy() else 503)
 
 
-@router.get("/ping")
+@router.get("/ping", response_class=Response, responses=_HEALTH)
 async def ping(request: Request) -> Response:
     """Answer like `GET /health`."""
     return await health(request)
 
 
-@router.post("/ping")
+@router.post("/ping", response_class=Response, responses=_HEALTH)
 async def ping_post(request: Request) -> Response:
     """Answer like `GET /health`, for platforms that probe with POST."""
     return await health(request)
 
 
-@router.get("/version")
+@router.get("/version", responses=replies(Version))
 async def version() -> Response:
     """Tell the server's version."""
     return _json({"version": __version__})
 
 
-@router.get("/load")
+@router.get("/load", responses=replies(Load))
 async def load(request: Request) -> Response:
     """Tell how many generating requests are being answered."""
     return _json({"server_load": _state(request).load})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses=_METRICS)
 async def metrics(request: Request) -> Response:
     """Tell everything that Prometheus scrapes."""
     state = _state(request)
@@ -222,6 +253,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.server = state
     app.include_router(router)
     app.include_router(admin.router, include_in_schema=config.access.enable_admin_api)
+    app.include_router(lora_routes.router, include_in_schema=config.access.opens_loras)
     if not config.api.disable_page:
         app.include_router(page_router(state))
     app.include_router(pooling_routes.router)

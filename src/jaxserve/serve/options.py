@@ -5,6 +5,7 @@ from these records and the engine's, through `iter_settings`.
 """
 
 import dataclasses
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -110,8 +111,13 @@ class AccessOptions:
         False,
         "Open the routes that change the running server: weights, pauses, sleep, caches, profiles.",
     )
+    allow_runtime_lora_updating: bool = option(
+        False,
+        "Open the routes that load and unload adapters, and no others; --enable-admin-api opens "
+        "them too. Whoever may use them makes the server read folders.",
+    )
     admin_api_key: str | None = option(
-        None, "Key that those routes ask for; without it, any key of --api-key."
+        None, "Key that all these routes ask for; without it, any key of --api-key."
     )
     profiler_dir: str | None = option(
         None, "Folder for the traces of /start_profile. Default: a new one for temporary files."
@@ -119,12 +125,59 @@ class AccessOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.admin_api_key is not None and not self.enable_admin_api:
-            raise ConfigError("admin_api_key needs enable_admin_api; the routes are closed.")
+        if self.admin_api_key is not None and not self.opens_loras:
+            raise ConfigError(
+                "admin_api_key needs enable_admin_api or allow_runtime_lora_updating; the routes "
+                "are closed."
+            )
         if self.admin_api_key == "":
             raise ConfigError("admin_api_key must not be empty; leave the flag out.")
         if any(not key for key in self.api_key):
             raise ConfigError("api_key must not be empty; leave the flag out to need no key.")
+
+    @property
+    def opens_loras(self) -> bool:
+        """Whether adapters may be loaded and unloaded over HTTP."""
+        return self.enable_admin_api or self.allow_runtime_lora_updating
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraModule:
+    """An adapter to load at the start.
+
+    Attributes:
+        name: Under which it is served.
+        path: Its folder, or a name on the hub.
+        base_model_name: Parent to show in listings; None is the model itself.
+    """
+
+    name: str
+    path: str
+    base_model_name: str | None = None
+
+
+def lora_module(word: str) -> LoraModule:
+    """Read one value of `lora_modules`.
+
+    Raises:
+        ConfigError: If it is neither NAME=PATH nor a JSON object with name and path.
+
+    >>> lora_module("sql=adapters/sql").path
+    'adapters/sql'
+    """
+    if word.lstrip().startswith("{"):
+        try:
+            found = json.loads(word)
+            return LoraModule(**{str(key): str(value) for key, value in found.items()})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"lora_modules: expected an object with name, path and perhaps base_model_name, "
+                f"got {word[:80]!r}: {error}."
+            ) from None
+    name, equals, path = word.partition("=")
+    if not equals or not name or not path:
+        raise ConfigError(f"lora_modules must hold NAME=PATH, got {word[:80]!r}.")
+    return LoraModule(name=name, path=path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +188,12 @@ class ApiOptions:
         (),
         "Names by which clients ask for the model; the first one is echoed. Default: the model "
         "as given.",
+    )
+    lora_modules: tuple[str, ...] = option(
+        (),
+        "Adapters to load at the start, each as NAME=PATH or as a JSON object with name, path and "
+        "perhaps base_model_name; requests choose one by its name as their model.",
+        "lora-paths",
     )
     response_role: str = option("assistant", "Role of the generated chat message.")
     trust_request_chat_template: bool = option(
@@ -178,6 +237,10 @@ class ApiOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        modules = [lora_module(word) for word in self.lora_modules]
+        twice = [m.name for i, m in enumerate(modules) if m.name in {n.name for n in modules[:i]}]
+        if twice:
+            raise ConfigError(f"lora_modules names {twice[0]!r} twice; give each its own name.")
         tool_parser(self.tool_call_parser)
         reasoning_parser(self.reasoning_parser)
         known = typing.get_args(ContentFormat)
@@ -261,6 +324,15 @@ class Settings:
     model: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns both parts."""
+        for name, is_used in (
+            ("lora_modules", bool(self.server.api.lora_modules)),
+            ("allow_runtime_lora_updating", self.server.access.allow_runtime_lora_updating),
+        ):
+            if is_used and not self.engine.lora.enable_lora:
+                raise ConfigError(f"{name} needs enable_lora; give both or none.")
 
 
 def iter_server_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

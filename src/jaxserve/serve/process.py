@@ -23,6 +23,7 @@ from jaxserve.core.clock import WallClock
 from jaxserve.core.errors import ConfigError
 from jaxserve.models.hub import DEFAULT_MODEL, resolve_model
 from jaxserve.serve.app import create_app
+from jaxserve.serve.lora_routes import load_modules
 from jaxserve.serve.options import ServerConfig, Settings
 from jaxserve.serve.page import WithoutPolls
 from jaxserve.serve.state import ServerState
@@ -180,9 +181,10 @@ class Process:
         if engine is not None:
             if engine.num_unfinished:
                 say(f"stopping: {engine.num_unfinished} completions may go on for {timeout:g} s")
-            if not await engine.drain(timeout):
+            if not (await engine.drain(timeout) and await self.state.idle(FLUSH_S)):
                 await self.state.abort()
-                await engine.drain(FLUSH_S)
+                await self.state.give_up_calls()
+                await self.state.idle(FLUSH_S)
         self._server.should_exit = True
 
 
@@ -202,4 +204,10 @@ def _make_engine(settings: Settings, name: str) -> "AsyncLLM":
         source = resolve_model(name, revision=settings.engine.model.revision)
     from jaxserve.engine.async_engine import AsyncLLM  # noqa: PLC0415  loads JAX, which takes long
 
-    return AsyncLLM(source, config=settings.engine, progress=True)
+    engine = AsyncLLM(source, config=settings.engine, progress=True)
+    try:
+        load_modules(engine, settings.server.api)
+    except BaseException:
+        engine.close()
+        raise
+    return engine

@@ -1,24 +1,44 @@
 """What all requests share: the engine once it is there, the model's names, the load."""
 
+import asyncio
 import logging
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Coroutine, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.clock import WallClock
-from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError, did_you_mean
+from jaxserve.core.errors import (
+    CapacityError,
+    ConfigError,
+    EngineDeadError,
+    RequestError,
+    UnsupportedError,
+    did_you_mean,
+)
 from jaxserve.serve.options import ServerConfig
 from jaxserve.serve.source import EventSource
 from jaxserve.serve.sse import close_all
 from jaxserve.serve.translate import Job
 
 if TYPE_CHECKING:
+    from jaxserve.core.lora import Adapter, LoRARequest
     from jaxserve.engine.async_engine import AsyncLLM
 
 logger = logging.getLogger("jaxserve.serve")
 
 STARTING_RETRY_S = 5.0
 DRAINING_RETRY_S = 10.0
+POLL_S = 0.05
+
+
+def _stopping() -> CapacityError:
+    return CapacityError("The server is stopping; use another one.", retry_after_s=DRAINING_RETRY_S)
+
+
+def _is_cancelled() -> bool:
+    """Tell whether the caller itself is being cancelled, and not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class ServerState:
@@ -36,6 +56,7 @@ class ServerState:
         is_draining: Whether new requests are refused because the server is about to stop.
         load: Generating requests that are being answered.
         clock: Where `created` comes from.
+        lora_lock: Held while an adapter is loaded or unloaded.
     """
 
     def __init__(
@@ -48,7 +69,9 @@ class ServerState:
         self.load = 0
         self.clock = WallClock()
         self.model = model
+        self.lora_lock = asyncio.Lock()
         self._open: set[EventSource] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._started = int(self.clock.unix())
 
     @property
@@ -57,6 +80,11 @@ class ServerState:
         if self.config.api.served_model_name:
             return self.config.api.served_model_name
         return (self.model,)
+
+    @property
+    def lora_requests(self) -> "list[LoRARequest]":
+        """Adapters that requests may use by their names."""
+        return [] if self.engine is None else self.engine.lora_requests
 
     @property
     def started(self) -> int:
@@ -75,9 +103,7 @@ class ServerState:
             RequestError: If the model is not used for the task.
         """
         if self.is_draining:
-            raise CapacityError(
-                "The server is stopping; use another one.", retry_after_s=DRAINING_RETRY_S
-            )
+            raise _stopping()
         if self.engine is None or not self.engine.is_ready:
             if self.engine is not None:
                 self.engine.check_health()
@@ -107,6 +133,8 @@ class ServerState:
         if name is None:
             return names[0]
         if name not in names:
+            names += tuple(known.lora_name for known in self.lora_requests)
+        if name not in names:
             raise RequestError(
                 f"The model {name[:200]!r} does not exist here; this server has "
                 f"{', '.join(map(repr, names))}.{did_you_mean(name, names)}",
@@ -114,6 +142,26 @@ class ServerState:
                 param="model",
             )
         return name
+
+    async def adapter(self, engine: "AsyncLLM", model: str) -> "Adapter | None":
+        """Return the adapter that a model's name stands for, its weights read if need be.
+
+        Args:
+            engine: Where it will be used.
+            model: A name that `checked_model` has returned.
+
+        Raises:
+            RequestError: If it can no longer be read.
+        """
+        if model in self.model_names:
+            return None
+        known = next((one for one in self.lora_requests if one.lora_name == model), None)
+        if known is None:  # unloaded meanwhile
+            self.checked_model(model)
+        try:
+            return await engine.get_adapter(known)
+        except (ConfigError, UnsupportedError) as error:
+            raise RequestError(str(error), param="model") from error
 
     async def open(self, engine: "AsyncLLM", job: Job) -> list[EventSource]:
         """Hand a job's requests to the engine.
@@ -153,6 +201,47 @@ class ServerState:
         for source in found:
             await source.abort()
         return len(found)
+
+    async def give_up_calls(self) -> None:
+        """End what is being embedded and scored; its clients are told to ask another server."""
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def call[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Do work that `give_up_calls` may end.
+
+        Raises:
+            CapacityError: If it did.
+        """
+        task = asyncio.ensure_future(work)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self.is_draining and task.cancelled() and not _is_cancelled():
+                raise _stopping() from None
+            raise
+        finally:
+            task.cancel()
+
+    async def idle(self, timeout_s: float) -> bool:
+        """Wait until every request has been answered.
+
+        Args:
+            timeout_s: Longest wait in seconds.
+
+        Returns:
+            Whether that was so in time.
+        """
+        limit = self.clock.now() + timeout_s
+        while self.load:
+            if self.clock.now() >= limit:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
 
     def _log(self, job: Job) -> None:
         if not self.config.log.enable_log_requests:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.errors import RequestError
+from jaxserve.core.lora import Adapter
 from jaxserve.core.request import Request, RequestId, SamplingParams, new_request_id
 from jaxserve.core.structured import StructuredOutputsParams
 from jaxserve.parsers.reader import ReaderPlan
@@ -30,6 +31,7 @@ from jaxserve.serve.structure import (
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
+    from jaxserve.engine.host import Prompt
     from jaxserve.engine.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
@@ -130,7 +132,13 @@ def _is_good_id(text: str) -> bool:
 
 
 async def completion_job(
-    engine: "AsyncLLM", body: CompletionBody, *, response_id: str, model: str, options: ApiOptions
+    engine: "AsyncLLM",
+    body: CompletionBody,
+    *,
+    response_id: str,
+    model: str,
+    options: ApiOptions,
+    adapter: Adapter | None = None,
 ) -> Job:
     """Translate the body of `POST /v1/completions`.
 
@@ -168,7 +176,9 @@ async def completion_job(
         tokens = await _encode(engine, prompt, add_special_tokens=body.add_special_tokens)
         text = prompt if isinstance(prompt, str) else None
         tokens = _truncated(engine, tokens, body)
-        requests.append(_request(engine, body, tokens, text, sampling, f"{response_id}-{number}"))
+        known = tokens if text is None else {"prompt_token_ids": tokens, "prompt": text}
+        name = f"{response_id}-{number}"
+        requests.append(_request(engine, body, known, sampling, name, adapter))
         if not echo:
             prefixes.append("")
         elif text is None or body.truncate_prompt_tokens is not None:
@@ -189,7 +199,13 @@ async def completion_job(
 
 
 async def chat_job(
-    engine: "AsyncLLM", body: ChatBody, *, response_id: str, model: str, options: ApiOptions
+    engine: "AsyncLLM",
+    body: ChatBody,
+    *,
+    response_id: str,
+    model: str,
+    options: ApiOptions,
+    adapter: Adapter | None = None,
 ) -> Job:
     """Translate the body of `POST /v1/chat/completions`.
 
@@ -222,7 +238,7 @@ async def chat_job(
         structure=structure,
         keep_special=keep_special,
     )
-    request = _request(engine, body, tokens, None, sampling, response_id)
+    request = _request(engine, body, tokens, sampling, response_id, adapter)
     last = body.messages[-1]
     role = last.role if body.continue_final_message else options.response_role
     prefix = _plain(last) if body.echo and last.role == role else ""
@@ -333,16 +349,13 @@ _OPTIONAL = (
 def _request(
     engine: "AsyncLLM",
     body: GenerationBody,
-    tokens: list[int],
-    text: str | None,
+    prompt: "Prompt",
     sampling: SamplingParams,
     name: str,
+    adapter: Adapter | None,
 ) -> Request:
     _check_salt(body.cache_salt)
     unique = RequestId(f"{name}-{new_request_id()[:8]}")  # clients may repeat their ids
-    prompt: dict[str, Any] = {"prompt_token_ids": tokens}
-    if text is not None:
-        prompt["prompt"] = text
     request = engine.make_request(
         prompt,
         sampling,
@@ -351,6 +364,7 @@ def _request(
         cache_salt=body.cache_salt or "",
         output_token_ids=body.output_token_ids or (),
         slo=None if body.slo is None else body.slo.model_dump(exclude_unset=True),
+        lora_request=adapter,
     )
     left = engine.max_model_len - len(request.prompt_token_ids)
     wanted = request.sampling.max_tokens
