@@ -14,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -40,6 +40,7 @@ from jaxserve.engine.intake import Intake
 from jaxserve.engine.logprobs import HostLogprobs
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooled import Pooled, chunk_bounds, collect
+from jaxserve.engine.results import Pending, judge
 from jaxserve.engine.runner import Runner, StepResult
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.sequence import Phase, SequenceState
@@ -64,38 +65,6 @@ class _RequestState:
     sequences: list[SequenceState]
     num_unfinished: int
     slo: SloOutcome | None = None
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Pending:
-    """A step on the device."""
-
-    items: list[Item]
-    result: StepResult
-    wants_logprobs: bool
-    wants_candidates: bool
-    num_rows: int
-    prompt_scores: list[tuple[Item, Sampled]] = field(default_factory=list)
-    pooled: Pooled | None = None
-
-    @property
-    def has_drafts(self) -> bool:
-        """Whether it may bring some sequence more than one token."""
-        return any(item.drafts for item in self.items)
-
-    def places(self, item: Item, tokens: np.ndarray) -> list[int]:
-        """List where an item's new tokens lie: its own, and one behind each accepted draft.
-
-        Args:
-            item: One of the step's.
-            tokens: What was drawn in each place.
-        """
-        places = [item.row]
-        for index, draft in enumerate(item.drafts):
-            if tokens[places[-1]] != draft:
-                break
-            places.append(self.num_rows + item.draft_start + index)
-        return places
 
 
 def _param(problem: Exception) -> str | None:
@@ -183,7 +152,7 @@ class Engine(Inbox):
         self._rows: list[SequenceState | None] = [None] * spec.max_num_seqs
         self._table = RowTable(spec.max_num_seqs)
         self._dirty_bias: set[int] = set()
-        self._in_flight: _Pending | None = None
+        self._in_flight: Pending | None = None
         self._events: list[tuple[Sink, TokenEvent]] = []
         self._idle_calls: list[Callable[[], None]] = []
         self._generation = 0
@@ -310,7 +279,7 @@ class Engine(Inbox):
         """Take output of an interrupted run in; it may have been complete already."""
         for token in sequence.request.output_token_ids:
             sequence.token_ids.append(token)
-            reason, stop_reason, _text = self._judge(sequence, token)
+            reason, stop_reason, _text = judge(sequence, token, self._eos)
             if reason is not None:
                 self._send(sequence, reason=reason, stop_reason=stop_reason)
                 return
@@ -389,7 +358,7 @@ class Engine(Inbox):
 
     # Carrying a plan out -----------------------------------------------------------------------
 
-    def _launch(self, plan: StepPlan, before: _Pending | None = None) -> _Pending | None:
+    def _launch(self, plan: StepPlan, before: Pending | None = None) -> Pending | None:
         for seq_id in plan.preempt:
             self._preempt(self._sequences[seq_id])
         for seq_id in plan.admit:
@@ -416,7 +385,7 @@ class Engine(Inbox):
         # Only reading that token and writing masks happens while the device has nothing to do;
         # planning is done by now, and committing follows when this step runs.
         stuck = self.constraints.fill(packed, items, lambda: self._drawn(before))
-        pending = _Pending(
+        pending = Pending(
             items=items,
             result=self.runner.run(packed),
             wants_logprobs=bool(packed.fields["any_logprobs"]),
@@ -432,7 +401,7 @@ class Engine(Inbox):
             self._send_failure(sequence, problem)
         return pending
 
-    def _drawn(self, pending: _Pending | None) -> dict[int, int]:
+    def _drawn(self, pending: Pending | None) -> dict[int, int]:
         """Wait for a step and tell the token of each sequence that drew one."""
         if pending is None:
             return {}
@@ -623,7 +592,7 @@ class Engine(Inbox):
         for item in items:
             item.row = item.sequence.row
 
-    def _advance(self, item: Item, pending: _Pending) -> None:
+    def _advance(self, item: Item, pending: Pending) -> None:
         sequence = item.sequence
         if sequence.wants_prompt_logprobs and item.prefill_start >= 0:
             pending.prompt_scores.append((item, self._score_prompt(item, pending.result)))
@@ -690,7 +659,7 @@ class Engine(Inbox):
 
     # Results -----------------------------------------------------------------------------------
 
-    def _commit(self, pending: _Pending | None) -> None:
+    def _commit(self, pending: Pending | None) -> None:
         if pending is None:
             return
         start = time.perf_counter()
@@ -735,7 +704,7 @@ class Engine(Inbox):
         stop_reason: int | str | None = None
         for token in tokens:
             sequence.token_ids.append(token)
-            reason, stop_reason, piece = self._judge(sequence, token)
+            reason, stop_reason, piece = judge(sequence, token, self._eos)
             text += piece
             if reason is not None:
                 break
@@ -775,32 +744,6 @@ class Engine(Inbox):
         surplus = sequence.pages[needed:]
         del sequence.pages[needed:]
         self.pool.release(surplus)
-
-    def _judge(
-        self, sequence: SequenceState, token: int
-    ) -> tuple[FinishReason | None, int | str | None, str]:
-        """Tell whether a new token ends its sequence, and what text it brings."""
-        sampling, detokenizer = sequence.sampling, sequence.detokenizer
-        is_stop = token in sequence.stop_ids and sequence.num_output > sampling.min_tokens
-        # Where a grammar allows the end, it means it, whatever else the request says.
-        is_stop |= sequence.grammar is not None and token in self._eos
-        text = ""
-        if detokenizer is not None and (not is_stop or sampling.include_stop_str_in_output):
-            text = detokenizer.push((token,))
-            if detokenizer.matched_stop is not None:
-                return FinishReason.STOP, detokenizer.matched_stop, text
-        reason: FinishReason | None = None
-        stop_reason: int | str | None = None
-        if is_stop:
-            reason = FinishReason.STOP
-            stop_reason = token if token in sampling.stop_token_ids else None
-        elif len(sequence.token_ids) >= sequence.max_total_len:
-            reason = FinishReason.LENGTH
-        if reason is not None and detokenizer is not None:
-            text += detokenizer.finish()
-            if detokenizer.matched_stop is not None:
-                return FinishReason.STOP, detokenizer.matched_stop, text
-        return reason, stop_reason, text
 
     def _commit_prompt_scores(self, item: Item, scores: Sampled) -> None:
         sequence = item.sequence
