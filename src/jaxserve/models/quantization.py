@@ -69,7 +69,7 @@ class Quantization:
             Those that become narrow.
 
         Raises:
-            ConfigError: If an entry of `ignore` fits no layer.
+            ConfigError: If an entry of `ignore` fits no layer, or all of them fit all layers.
         """
         found = set(paths)
         unused = {"embed_tokens.embedding"} if "lm_head.kernel" in found else set[str]()
@@ -85,6 +85,11 @@ class Quantization:
                     f"expression.{did_you_mean(entry, [*names, *linear.values()])}"
                 )
             kept |= fitting
+        if kept == linear.keys():
+            raise ConfigError(
+                "quantization_config.ignore leaves no layer to quantise; shorten it, or leave "
+                "quantization out."
+            )
         return frozenset(linear.keys() - kept)
 
 
