@@ -64,6 +64,7 @@ bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are
 	@$(BIN)/python -m benchmarks.golden
 	@$(BIN)/python -m benchmarks.steady
 	@$(BIN)/python -m benchmarks.structured
+	@$(BIN)/python -m benchmarks.lora
 	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
 
 # Where a GPU is, JAX for it is too: with a Python that has JAX and Flax nothing is installed and no
