@@ -18,8 +18,8 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-oldest check format docs notebooks bench gpu oracles constraints \
-  clean
+.PHONY: help setup serve test test-slow test-oldest check format docs notebooks bench robustness gpu \
+  oracles constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,10 +31,13 @@ serve: $(VENV)/.stamp-serve ## serve a model on PORT: make serve [MODEL=...] [PO
 	@exec $(BIN)/python -m jaxserve.serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.stamp-dev ## run the tests: make test [TESTS='tests/unit -k name'] [JOBS=2]
-	@$(BIN)/python $(PYTEST) $(TESTS)
+	@$(BIN)/python $(PYTEST) -m "not slow" $(TESTS)
 
-test-oldest: $(OLDEST)/.stamp-dev ## run the engine and model tests on the oldest supported JAX
-	@$(OLDEST)/bin/python $(PYTEST) $(or $(TESTS),tests/engine tests/models)
+test-slow: $(VENV)/.stamp-dev ## run the tests that take long
+	@$(BIN)/python $(PYTEST) -m slow $(TESTS)
+
+test-oldest: $(OLDEST)/.stamp-dev ## run the engine tests on the oldest supported JAX
+	@$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(or $(TESTS),tests/engine)
 
 check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
 	@$(BIN)/ruff format --check .
@@ -64,8 +67,13 @@ bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are
 	@$(BIN)/python -m benchmarks.golden
 	@$(BIN)/python -m benchmarks.steady
 	@$(BIN)/python -m benchmarks.structured
+	@$(BIN)/python -m benchmarks.speculation
 	@$(BIN)/python -m benchmarks.lora
 	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
+
+robustness: $(VENV)/.stamp-dev ## try four Python clients, and what bad ones can do; downloads them into build/environments
+	@$(BIN)/python -m benchmarks.clients
+	@$(BIN)/python -m benchmarks.robustness
 
 # Where a GPU is, JAX for it is too: with a Python that has JAX and Flax nothing is installed and no
 # package index is needed. Only a machine without them gets .venv, to be told what would be done.

@@ -71,14 +71,14 @@ async def stream(
         status = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)[0]
         if b" 200 " not in status + b" ":
             raise ClientError(f"{status.decode()}: {(await reader.read(500)).decode()}")
-        async for line in _lines(reader):
+        async for line in lines_of(reader):
             if line.startswith(b"data: ") and line != b"data: [DONE]":
                 yield json.loads(line[6:])
     finally:
         writer.close()
 
 
-async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+async def lines_of(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     """Undo the chunked transfer coding and split into lines."""
     rest = b""
     while size := int((await reader.readline()).split(b";")[0] or b"0", 16):

@@ -78,7 +78,8 @@ def commit() -> str:
 def command_line() -> str:
     """Return the command that runs this program, paths reduced to their last part."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    name = f"-m {module.name}" if module else Path(sys.argv[0]).name
+    called = module and module.name.removesuffix(".__main__")
+    name = f"-m {called}" if called else Path(sys.argv[0]).name
     shown = [Path(arg).name if arg.startswith(("/", "~", ".")) else arg for arg in sys.argv[1:]]
     return " ".join(["python", name, *shown])
 

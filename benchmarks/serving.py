@@ -13,13 +13,10 @@ Only ratios of one run count: figures of a shared machine move by a factor of tw
 import argparse
 import asyncio
 import contextlib
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,16 +26,15 @@ from typing import Any
 from benchmarks import client
 from benchmarks.child import (
     PEER_MODULES,
-    ROOT,
     Child,
     Load,
     LoadMeter,
     PeerError,
     oracle_python,
-    quiet_environment,
     random_prompts,
 )
 from benchmarks.record import Recorder, machine, summary, table
+from benchmarks.server import Server
 
 OURS = "jaxserve"
 PREFILL_LEN = 512
@@ -93,71 +89,6 @@ class Results:
     keys: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-
-
-class Server:
-    """`python -m jaxserve.serve` as a child process.
-
-    Args:
-        model: Name or path.
-        dtype: Precision.
-        log: Where its output goes.
-        settings: Further flags.
-    """
-
-    def __init__(self, model: str, dtype: str, log: Path, settings: Sequence[str]) -> None:
-        """Start it; `wait` returns when it is ready."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = log
-        command = [sys.executable, "-m", "jaxserve.serve", model, "--port", str(port)]
-        with log.open("w") as output:
-            self._process = subprocess.Popen(
-                [*command, "--dtype", dtype, *settings],
-                cwd=ROOT,
-                env=quiet_environment(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    def wait(self, timeout_s: float) -> None:
-        """Wait until it answers `/health`.
-
-        Raises:
-            PeerError: If it ended, or was not ready in time.
-        """
-        limit = time.monotonic() + timeout_s
-        while time.monotonic() < limit:
-            if self._process.poll() is not None:
-                break
-            if self._answers():
-                return
-            time.sleep(0.2)
-        tail = self._log.read_text(errors="replace").strip().splitlines()[-3:]
-        raise PeerError(f"the server is not ready: {' | '.join(tail)}")
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:  # noqa: S310
-                return answer.status == 200
-        except OSError:  # refused, or answered with an error status
-            return False
-
-    def close(self) -> None:
-        """Ask it to end, and see that it does."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 class Comparison:

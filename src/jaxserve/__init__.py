@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Logprob,
         RequestOutput,
         SloOutcome,
+        SpecDecodeMetrics,
         TokenEvent,
     )
     from jaxserve.core.lora import LoRARequest
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
     from jaxserve.engine.export import export, load_params
     from jaxserve.engine.llm import LLM
+    from jaxserve.models.quantization import dequantize
 
 __version__ = "0.1.0"
 
@@ -58,10 +60,12 @@ __all__ = [
     "SamplingParams",
     "Slo",
     "SloOutcome",
+    "SpecDecodeMetrics",
     "StructuredOutputsParams",
     "TokenEvent",
     "UnsupportedError",
     "__version__",
+    "dequantize",
     "export",
     "load_params",
 ]
@@ -71,6 +75,7 @@ _HOMES = {
     "AsyncLLM": "jaxserve.engine.async_engine",
     "export": "jaxserve.engine.export",
     "load_params": "jaxserve.engine.export",
+    "dequantize": "jaxserve.models.quantization",
     "EngineConfig": "jaxserve.core.config",
     "CompletionOutput": "jaxserve.core.event",
     "FinishReason": "jaxserve.core.event",
@@ -82,6 +87,7 @@ _HOMES = {
     "SamplingParams": "jaxserve.core.request",
     "Slo": "jaxserve.core.request",
     "SloOutcome": "jaxserve.core.event",
+    "SpecDecodeMetrics": "jaxserve.core.event",
     "StructuredOutputsParams": "jaxserve.core.structured",
 }
 

@@ -49,7 +49,11 @@ def commands(path: Path) -> list[tuple[str, str]]:
 def with_any(select):
     """Return README and the pages for which `select` finds something, named."""
     return [
-        pytest.param(path, id=str(path.relative_to(ROOT)))
+        pytest.param(
+            path,
+            id=str(path.relative_to(ROOT)),
+            marks=() if path.name in ("README.md", "library.md", "server.md") else pytest.mark.slow,
+        )
         for path in [ROOT / "README.md", *PAGES]
         if select(path)
     ]
@@ -79,7 +83,6 @@ def url(default_model: Path) -> Iterator[str]:
             engine.close()
 
 
-@pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("path", with_any(lambda path: blocks(path, "python")))
 def test_python_runs(path: Path, url: str):
@@ -89,7 +92,6 @@ def test_python_runs(path: Path, url: str):
         exec(compile(code, str(path), "exec"), names)  # noqa: S102  the documents are ours
 
 
-@pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("path", with_any(commands))
 def test_curl_is_answered_as_shown(path: Path, url: str):

@@ -242,9 +242,49 @@ def test_a_matcher_that_fails_ends_its_sequence_alone(folder):
     sequence = next(s for s in bench.engine._sequences.values() if s.request.request_id == bad)
     sequence.matcher.error = "too complex"
     bench.run()
-    assert bench.errors(bad) == ["too complex"]
+    assert bench.errors(bad) == [
+        "the grammar cannot be followed beyond 1 output tokens: too complex. Send a simpler one."
+    ]
     assert len(bench.outputs[good].outputs[0].text) == 50
     bench.assert_idle()
+
+
+def test_a_grammar_that_outgrows_its_limits_ends_its_request_alone(folder):
+    many = {"type": "object", "properties": {f"key{i}": {} for i in range(600)}}
+    good = constrained(regex="[ab]{30}", temperature=0)
+    alone = Bench(folder)
+    wanted = alone.submit(PROMPT, good)
+    alone.run(steps=10**9)
+    bench = Bench(folder)
+    bad = bench.submit(PROMPT, constrained(json=many))
+    others = [bench.submit(PROMPT, good), bench.submit(PROMPT, SamplingParams(max_tokens=30))]
+    bench.run(steps=10**9)
+    (last,) = [event for event in bench.events[bad] if event.finish_reason is not None]
+    assert last.error_param == "structured_outputs"
+    assert "beyond 0 output tokens" in last.error or "beyond 1 output tokens" in last.error
+    assert "items" in last.error
+    assert "non-verbose" not in last.error
+    assert bench.outputs[others[0]].outputs[0].text == alone.outputs[wanted].outputs[0].text
+    assert bench.outputs[others[1]].outputs[0].finish_reason in ("stop", "length")
+    bench.assert_idle()
+
+
+def test_a_resumed_constrained_completion_goes_on(folder):
+    sampling = constrained(regex="[a-z]{3}[0-9]{5}", other={"seed": 4})
+    with LLM(folder, max_model_len=512, max_num_seqs=2) as llm:
+        whole = llm.generate(PROMPT, sampling, use_tqdm=False)[0].outputs[0]
+        for cut in (1, 4, len(whole.token_ids)):
+            prompt = {"prompt_token_ids": PROMPT, "output_token_ids": whole.token_ids[:cut]}
+            rest = llm.generate(prompt, sampling, use_tqdm=False)[0].outputs[0]
+            assert rest.token_ids == whole.token_ids[cut:]
+            assert whole.text.endswith(rest.text)
+        ids = llm.host.tokenizer.encode("abc1x2")
+        broken = {"prompt_token_ids": PROMPT, "output_token_ids": ids}
+        match = f"does not allow token {ids[4]} at position 4"
+        with pytest.raises(RequestError, match=match) as caught:
+            llm.generate(broken, sampling, use_tqdm=False)
+        assert caught.value.param == "output_token_ids"
+        assert llm.host.engine.pool.num_held == 0
 
 
 def test_nothing_compiles_late_and_free_steps_carry_no_mask(folder):

@@ -38,9 +38,9 @@ def expected(module):
     "settings",
     [
         {},
-        {"kv_layout": "pages"},
+        pytest.param({"kv_layout": "pages"}, marks=pytest.mark.slow),
         {"batch_invariant": True, "kv_layout": "pages"},
-        {"batch_invariant": True},
+        pytest.param({"batch_invariant": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

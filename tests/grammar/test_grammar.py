@@ -290,3 +290,38 @@ def test_a_schema_of_great_depth_is_refused():
         StructuredOutputsParams.from_mapping([])
     with pytest.raises(RequestError, match="got 'regexp'"):
         StructuredOutputsParams.from_mapping({"regexp": "a"})
+
+
+@pytest.mark.parametrize("count", [2, 2500, 10_000])
+def test_any_permitted_number_of_choices_can_be_followed(count):
+    compiler = _shared()
+    matcher = matcher_of(compiler, choice=[f"word {i}" for i in range(count)])
+    assert matcher.follow([*f"word {count - 1}".encode()])
+    assert matcher.is_accepting
+    assert not matcher.error
+
+
+@given(st.lists(st.text(min_size=1, max_size=6).filter(str.isprintable), min_size=1, max_size=4))
+@settings(max_examples=40)
+def test_a_choice_allows_its_strings_and_no_other(choices):
+    matcher = matcher_of(_shared(), choice=choices)
+    other = next(text for text in ("zz", "z", "q") if not any(c.startswith(text) for c in choices))
+    for text in choices:
+        path = matcher.copy()
+        assert path.follow([*text.encode()]), text
+        assert path.is_accepting
+    assert not matcher.copy().follow([*other.encode()])
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\t", "a/b", "/", "[x]+", "\\", "\\d", '"', "\x00", "é "])
+def test_choices_are_not_patterns(text):
+    matcher = matcher_of(_shared(), choice=[text])
+    assert matcher.follow([*text.encode()])
+    assert matcher.is_accepting
+
+
+@pytest.mark.parametrize("pattern", ["\\", "ab\\", "a\\\\\\"])
+def test_a_pattern_that_ends_in_an_escape_is_refused(pattern):
+    with pytest.raises(RequestError, match="ends with a backslash that escapes nothing"):
+        matcher_of(_shared(), regex=pattern)
+    assert matcher_of(_shared(), regex=pattern + "\\")

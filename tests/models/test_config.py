@@ -218,7 +218,10 @@ def test_dtype_is_read_in_both_spellings():
         ({"model_type": "lama"}, "found model_type 'lama'.*Did you mean 'llama'"),
         ({"model_type": None}, "found model_type None, expected one of llama"),
         ({"hidden_act": "gelu"}, "found hidden_act 'gelu', expected 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "found quantization_config, expected unquantised"),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "quant_method 'awq', expected unquantised safetensors.*--quantization int8 or fp8",
+        ),
         ({"partial_rotary_factor": 0.5}, "found partial_rotary_factor 0.5, expected 1.0"),
         ({"use_bidirectional_attention": True}, "found use_bidirectional_attention true"),
         (

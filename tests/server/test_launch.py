@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from jaxserve.core.errors import ConfigError
 from jaxserve.serve.launch import address_of, bind
 from jaxserve.serve.options import ListenOptions, ServerConfig
+from tests.bert import BERT
 
 ARGS = ["--warmup", "lazy", "--max-num-batched-tokens", "64", "--max-num-seqs", "4"]
 
@@ -192,6 +194,30 @@ def test_sigterm_refuses_new_requests_and_finishes_running_ones(start, tiny_fold
         ends[reason] = json.loads(lines[-2][6:])["choices"][0]["finish_reason"]
         assert "Traceback" not in server.text
     assert ends == {"length": "length", "abort": "abort"}
+
+
+def test_embeddings_under_way_at_the_end_get_a_503(start, tmp_path: Path):
+    folder = shutil.copytree(BERT / "plain", tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}  # some work
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--port", "0", "--shutdown-timeout", "0", "--warmup", "lazy"]
+    server = start(str(folder), "--load-format", "dummy", *flags)
+    url = server.ready_url()
+    body = {"input": [[1 + i % 50] * 60 for i in range(4096)], "truncate_prompt_tokens": -1}
+    answers: list[httpx.Response] = []
+    client = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=60))
+    )
+    client.start()
+    while not httpx.get(f"{url}/load").json()["server_load"]:
+        time.sleep(0.005)
+    server.process.send_signal(signal.SIGTERM)
+    client.join(60)
+    assert server.exit_code() == 0, server.text
+    assert answers[0].status_code == 503
+    assert int(answers[0].headers["retry-after"]) >= 1
+    assert "Traceback" not in server.text
 
 
 def test_sigterm_while_loading_stops_at_once(start, tiny_folder: Path):

@@ -73,6 +73,11 @@ def test_openapi_schema_describes_the_bodies():
     schema = ask("GET", "/openapi.json").json()
     assert "/v1/chat/completions" in schema["paths"]
     assert "top_k" in schema["components"]["schemas"]["ChatBody"]["properties"]
+    for path, ways in schema["paths"].items():
+        for way in ways.values():
+            assert set(way["responses"]) == {"200", "4XX", "503"}, path
+    reply = schema["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert set(reply) == {"application/json", "text/event-stream"}
     assert ask("GET", "/openapi.json", {"disable_fastapi_docs": True}).status_code == 404
 
 
@@ -81,6 +86,9 @@ def test_unknown_path_and_wrong_method():
     wrong = ask("GET", "/v1/completions")
     assert wrong.status_code == 405
     assert "use POST" in error_of(wrong)["message"]
+    both = ask("OPTIONS", "/ping")
+    assert both.headers["allow"] == "GET, POST"
+    assert "use GET, POST" in error_of(both)["message"]
 
 
 @pytest.mark.parametrize(

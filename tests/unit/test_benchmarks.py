@@ -9,8 +9,15 @@ import pytest
 
 from benchmarks import child, client, embeddings, record, serving, structured
 from benchmarks.child import Child, Load, PeerError
+from benchmarks.clients import checks
 from benchmarks.peers import protocol
 
+REFERENCE = checks.Reference(
+    text="hi there", finish_reason="stop", num_prompt=3, num_output=2,
+    vectors=[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]],
+)  # fmt: skip
+ENTRIES = [["hi", -0.1, [-0.1, -3.0, -4.0]], [" there", -0.2, [-0.2, -2.5, -5.0]]]
+GOOD_CALL = {"name": "get_weather", "arguments": '{"city": "Paris", "unit": "celsius"}'}
 QUIET = Load(measured=2.0, idle=0.0, foreign=0.0)
 BUSY = Load(measured=1.0, idle=0.0, foreign=0.9)
 
@@ -223,3 +230,53 @@ def test_descriptions_of_functions_become_bounded_schemas() -> None:
         "required": ["n"],
         "additionalProperties": False,
     }
+
+
+def test_clients_that_are_right_pass() -> None:
+    checks.check_stream({"pieces": ["hi", " there"], "finish_reason": "stop"}, REFERENCE)
+    checks.check_logprobs({"text": "hi there", "entries": ENTRIES}, REFERENCE)
+    checks.check_embeddings({"vectors": REFERENCE.vectors}, REFERENCE)
+    checks.check_json({"text": '{"name": "Ann", "age": 40, "role": "author"}'})
+    checks.check_calls({"calls": [GOOD_CALL]}, name="get_weather", city="Paris")
+
+
+@pytest.mark.parametrize(
+    ("check", "facts", "message"),
+    [
+        (checks.check_stream, {"pieces": ["hi"], "finish_reason": "stop"}, "joined deltas"),
+        (checks.check_stream, {"pieces": ["hi", " there"], "finish_reason": None}, "finish_reason"),
+        (checks.check_logprobs, {"text": "hi there", "entries": ENTRIES[:1]}, "1 entries for 2"),
+        (
+            checks.check_logprobs,
+            {"text": "hi there", "entries": [["hi", 0.1, [0.1, -3, -4]], ENTRIES[1]]},
+            "log-probability of 'hi' is 0.1",
+        ),
+        (
+            checks.check_logprobs,
+            {"text": "hi there", "entries": [["hi", -3, [-0.1, -3, -4]], ENTRIES[1]]},
+            "greedy token",
+        ),
+        (checks.check_embeddings, {"vectors": [[1, 0], [0, 1], [0, 1]]}, "equal texts differ"),
+        (checks.check_embeddings, {"vectors": [[1, 0, 0]] * 3}, "shape"),
+        (checks.check_embeddings, {"vectors": [[1, 0]] * 3}, "different texts agree"),
+    ],
+)
+def test_clients_that_are_wrong_fail(check, facts, message: str) -> None:
+    with pytest.raises(checks.WrongAnswerError, match=message):
+        check(facts, REFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ([], "no tool was called"),
+        ([GOOD_CALL | {"arguments": "{"}], "is no JSON"),
+        ([GOOD_CALL | {"name": "other"}], "does not satisfy"),
+        ([GOOD_CALL | {"arguments": '{"city": "Paris", "unit": "kelvin"}'}], "does not satisfy"),
+        ([{"name": "get_time", "arguments": '{"zone": "UTC"}'}], "instead of 'get_weather'"),
+        ([GOOD_CALL | {"arguments": '{"city": "Rome", "unit": "celsius"}'}], "called with 'Rome'"),
+    ],
+)
+def test_wrong_calls_fail(calls, message: str) -> None:
+    with pytest.raises(checks.WrongAnswerError, match=message):
+        checks.check_calls({"calls": calls}, name="get_weather", city="Paris")

@@ -89,6 +89,8 @@ def test_overlap_can_be_switched_off_in_the_other_engines_words():
 def test_short_names():
     assert parse(["-tp", "2"], {}).engine.runner.tensor_parallel_size == 2
     assert parse(["--tp", "2"], {}).engine.runner.tensor_parallel_size == 2
+    assert parse(["-q", "int8"], {}).engine.model.quantization == "int8"
+    assert parse(["--quantization", "none"], {}).engine.model.quantization is None
 
 
 def test_model_is_positional_or_a_flag():

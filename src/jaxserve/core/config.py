@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.core.speculative import SpeculativeConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationScheme = Literal["int8", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 WarmupMode = Literal["none", "lazy", "background", "full"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
@@ -22,6 +24,13 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 ContentFormat = Literal["auto", "string", "openai"]
 GrammarBackend = Literal["auto", "llguidance", "guidance", "none"]
 RunnerType = Literal["auto", "generate", "pooling"]
+
+
+_STORED_SCHEMES: tuple[str, ...] = (
+    "auto-round", "awq", "awq_marlin", "bitblas", "bitsandbytes", "compressed-tensors", "gguf",
+    "gptq", "gptq_marlin", "modelopt", "mxfp4", "quark", "torchao", "w8a8_fp8", "w8a8_int8",
+)  # fmt: skip
+"""Words of other engines for checkpoints that come quantised."""
 
 
 def option(
@@ -65,6 +74,17 @@ class ModelOptions:
         "Precision of weights and activations. auto: the checkpoint's; for quantised files "
         "bfloat16, on CPUs without bfloat16 instructions float32.",
     )
+    quantization: QuantizationScheme | None = option(
+        None,
+        "Narrow weights, made of the checkpoint's as they are loaded: int8 or fp8 (float8_e4m3fn) "
+        "with a scale per output channel. Activations keep their precision.",
+        "q",
+    )
+    quantization_config: Mapping[str, Any] | None = option(
+        None,
+        "JSON object with ignore, a list of layers that keep their precision: names such as "
+        "lm_head or model.layers.0.mlp.down_proj, or re: and a regular expression.",
+    )
     max_model_len: int | None = option(
         None,
         "Most tokens of prompt and output together. Default: the model's, as far as memory allows.",
@@ -87,6 +107,40 @@ class ModelOptions:
         """Check the values."""
         _one_of(self, dtype=Dtype, load_format=LoadFormat)
         _at_least(self, 2, "max_model_len")
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        if self.quantization in _STORED_SCHEMES:
+            raise ConfigError(
+                f"quantization {self.quantization!r} reads checkpoints that were quantised before, "
+                "which is not supported; give the original model, and int8 or fp8 to quantise it "
+                "as it is loaded, or a GGUF file."
+            )
+        if self.quantization is not None:
+            _one_of(self, quantization=QuantizationScheme)
+        settings = self.quantization_config
+        if settings is None:
+            return
+        if self.quantization is None:
+            raise ConfigError(
+                "quantization_config needs quantization, found none; give int8 or fp8."
+            )
+        for key in settings:
+            if key != "ignore":
+                raise ConfigError(
+                    f"quantization_config has no key {key!r}.{did_you_mean(key, ['ignore'])} "
+                    "Known: ignore."
+                )
+        names = settings.get("ignore", [])
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(
+                f"quantization_config.ignore must be a list of names of layers, got {names!r}."
+            )
+
+    @property
+    def unquantized_layers(self) -> tuple[str, ...]:
+        """Layers that keep their precision."""
+        return tuple((self.quantization_config or {}).get("ignore", ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +368,51 @@ class PoolingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeOptions:
+    """Several tokens per step, where they can be guessed."""
+
+    speculative_config: Mapping[str, Any] | None = option(
+        None,
+        "JSON object that switches speculative decoding on: method (ngram or draft_model), model "
+        "(a smaller checkpoint with the same vocabulary), num_speculative_tokens, "
+        "prompt_lookup_min, prompt_lookup_max; single keys also as --speculative-config.KEY.",
+        "sc",
+    )
+    spec_method: str | None = option(None, "The method in speculative-config.")
+    spec_model: str | None = option(None, "The model in speculative-config.")
+    spec_tokens: int | None = option(None, "The num_speculative_tokens in speculative-config.")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _ = self.speculation
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """The checked settings; None if nothing is drafted.
+
+        Raises:
+            ConfigError: If they are no good.
+        """
+        whole = self.speculative_config
+        if whole is not None and not isinstance(whole, Mapping):
+            raise ConfigError(
+                "speculative_config must be a mapping such as "
+                '{"method": "ngram", "num_speculative_tokens": 5}, got '
+                f"{whole!r}."
+            )
+        given = dict(whole or {})
+        flags = {
+            "method": self.spec_method,
+            "model": self.spec_model,
+            "num_speculative_tokens": self.spec_tokens,
+        }
+        given |= {key: value for key, value in flags.items() if value is not None}
+        if whole is None and not given:
+            return None
+        return SpeculativeConfig.from_mapping(given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions:
     """Low-rank adapters."""
 
@@ -358,6 +457,7 @@ class EngineConfig:
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     structured: StructuredOptions = field(default_factory=StructuredOptions)
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
+    speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
 
     @classmethod

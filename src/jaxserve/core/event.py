@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from jaxserve.core.errors import EngineDeadError, RequestError
 from jaxserve.core.lora import LoRARequest
 
 if TYPE_CHECKING:
@@ -89,6 +90,54 @@ class SloOutcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpecDecodeMetrics:
+    """What speculative decoding did for one completion.
+
+    Attributes:
+        num_drafts: Steps that verified drafts.
+        num_draft_tokens: Draft tokens verified.
+        num_accepted_tokens: Those of them that became output.
+        acceptance_histogram: How many of these steps accepted 0, 1, 2, ... tokens.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    acceptance_histogram: tuple[int, ...] = ()
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Share of the draft tokens that were accepted; 0 without any."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Mean number of tokens that a step with drafts brought; 1 without any.
+
+        >>> SpecDecodeMetrics().plus(3, 2).plus(3, 0).mean_acceptance_length
+        2.0
+        """
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    def plus(self, num_draft_tokens: int, num_accepted: int) -> "SpecDecodeMetrics":
+        """Return the figures after one more step.
+
+        Args:
+            num_draft_tokens: Tokens verified in it.
+            num_accepted: Those accepted.
+        """
+        counts = [*self.acceptance_histogram, *[0] * (num_accepted + 1)]
+        counts = counts[: max(len(self.acceptance_histogram), num_accepted + 1)]
+        counts[num_accepted] += 1
+        return SpecDecodeMetrics(
+            num_drafts=self.num_drafts + 1,
+            num_draft_tokens=self.num_draft_tokens + num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens + num_accepted,
+            acceptance_histogram=tuple(counts),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
     """Times of one completion, in seconds of the engine's clock.
 
@@ -100,6 +149,7 @@ class RequestMetrics:
         finished_time: When it ended.
         num_preemptions: How often it lost its pages and was recomputed.
         slo: Which objectives it kept, once it has ended; None if it had none.
+        spec_decode: What speculative decoding did for it; None where that is switched off.
     """
 
     arrival_time: float
@@ -109,6 +159,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     slo: SloOutcome | None = None
+    spec_decode: SpecDecodeMetrics | None = None
 
 
 @dataclass(slots=True)
@@ -167,6 +218,7 @@ class TokenEvent:
         weight_version: Version of the weights that produced the tokens; empty without tokens.
         metrics: Times, on the last event.
         error: What went wrong, when `finish_reason` is ERROR.
+        error_param: The field of the request that is to blame for it; None if the engine is.
         pooled: The pooled state of the prompt, float32, on the last event, if asked for.
     """
 
@@ -183,7 +235,18 @@ class TokenEvent:
     weight_version: str = ""
     metrics: RequestMetrics | None = None
     error: str | None = None
+    error_param: str | None = None
     pooled: "np.ndarray | None" = None
+
+
+def failure_of(event: TokenEvent) -> RequestError | EngineDeadError | None:
+    """Return the exception for an event that reports a failure; None for any other."""
+    if event.finish_reason is not FinishReason.ERROR:
+        return None
+    message = event.error or "the engine failed at this request"
+    if event.error_param is not None:
+        return RequestError(message, param=event.error_param)
+    return EngineDeadError(message)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -199,6 +262,8 @@ class CompletionOutput:
         finish_reason: `stop`, `length` or `abort`; None while it runs.
         stop_reason: The stop string or id that ended it.
         weight_versions: Which version of the weights produced which tokens, in order.
+        spec_decode_metrics: What speculative decoding did for it, once it has ended; None where
+            that is switched off.
     """
 
     index: int = 0
@@ -209,6 +274,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     weight_versions: list[WeightSpan] = field(default_factory=list[WeightSpan])
+    spec_decode_metrics: SpecDecodeMetrics | None = None
 
     def finished(self) -> bool:
         """Tell whether this completion has ended."""
@@ -263,6 +329,8 @@ class RequestOutput:
             self.finished = all(o.finished() for o in self.outputs)
             if event.index == 0:
                 self.metrics = event.metrics
+            if event.metrics is not None:
+                out.spec_decode_metrics = event.metrics.spec_decode
             if event.metrics is not None and event.metrics.slo is not None:
                 outcome = event.metrics.slo
                 self.slo = outcome if self.slo is None else self.slo.both(outcome)

@@ -10,7 +10,8 @@ class Work:
     Attributes:
         seq_id: The sequence.
         num_tokens: Tokens to compute: 1 for a decode, more for a chunk of a prefill.
-        num_draft: Draft tokens to verify besides.
+        num_draft: Draft tokens to verify besides, at most as many as the view offers. Only decodes
+            have drafts, and only steps without prefill.
     """
 
     seq_id: int

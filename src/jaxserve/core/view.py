@@ -20,7 +20,10 @@ class SequenceView:
         num_pages: Pages it holds.
         is_running: Whether it holds a row of the batch; otherwise it waits.
         num_cached: Prompt tokens that the prefix cache can supply, while it waits.
-        num_draft: Draft tokens that could be verified in the next step.
+        num_draft: Draft tokens that could be verified in the next step. If a token is in flight,
+            those that could be if the step under way were waited for.
+        draft_acceptance: Chance that a draft token is right if all before it are, by what became
+            of the request's latest ones.
         is_decoding: Whether its latest token was drawn and waits on the device.
         slo: How soon its tokens are wanted; None leaves that open.
         first_token_time: Clock time in seconds at which its first output token was known.
@@ -38,6 +41,7 @@ class SequenceView:
     is_running: bool
     num_cached: int = 0
     num_draft: int = 0
+    draft_acceptance: float = 1.0
     is_decoding: bool = False
     slo: Slo | None = None
     first_token_time: float | None = None

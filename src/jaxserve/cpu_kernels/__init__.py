@@ -25,8 +25,15 @@ _KERNELS = {
 }
 """Which module holds which kernel."""
 
-_FASTER_ROWS = {"float32": (2, 32), "bfloat16": (1, 12)}
+_FASTER_ROWS = {
+    "float32": (2, 32),
+    "bfloat16": (1, 12),
+    "int8": (1, 16),
+    "float8_e4m3fn": (1, 16),
+}
 """Numbers of rows for which `multiply` beat XLA on two cores of Zen 4, by dtype of the weights."""
+_CACHED = ("float32", "bfloat16")
+"""Types of keys and values that the attention kernels read."""
 
 
 @functools.cache
@@ -41,17 +48,24 @@ def is_available() -> bool:
 
 def supports_slots(head_dim: int, capacity: int, dtype: str) -> bool:
     """Tell whether the attention kernels can work with slots of this form."""
-    if not is_available() or dtype not in _FASTER_ROWS:
+    if not is_available() or dtype not in _CACHED:
         return False
-    from jaxserve.cpu_kernels import decode_attention  # noqa: PLC0415  llvmlite is optional
+    from jaxserve.cpu_kernels import heads  # noqa: PLC0415  llvmlite is optional
 
-    return decode_attention.supports(head_dim, capacity)
+    return heads.supports(head_dim, capacity)
 
 
 def pays(rows: int, dtype: str) -> bool:
     """Tell whether products of so many rows are faster here than through XLA."""
     least, most = _FASTER_ROWS.get(dtype, (1, 0))
-    return least <= rows <= most
+    return least <= rows <= most and (dtype != "float8_e4m3fn" or _reads_float8())
+
+
+def _reads_float8() -> bool:
+    """Tell whether the processor widens float16, through which a float8 goes."""
+    from jaxserve.cpu_kernels import ffi  # noqa: PLC0415  llvmlite is optional
+
+    return ffi.host().has_float16
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  the form of a module's hook

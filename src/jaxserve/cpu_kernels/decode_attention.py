@@ -5,7 +5,6 @@ A row's result does not depend on its neighbours. Source: the running softmax of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -19,31 +18,10 @@ from jaxserve.cpu_kernels.emit import (
     ITEM_BYTES,
     Emitter,
     Value,
-    WeightType,
     const,
     weight_type,
 )
-
-KEY_BLOCK = 64
-"""Keys between two updates of the running softmax; slots hold a multiple of it."""
-_LOWEST = -1e30
-
-
-def supports(head_dim: int, capacity: int) -> bool:
-    """Tell whether heads fill whole vector registers and slots whole blocks."""
-    return head_dim % ffi.host().width == 0 and capacity % KEY_BLOCK == 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    kind: WeightType
-
-    @property
-    def group(self) -> int:
-        return self.q_heads // self.kv_heads
+from jaxserve.cpu_kernels.heads import KEY_BLOCK, LOWEST, Heads
 
 
 def decode(
@@ -72,7 +50,7 @@ def decode(
     """
     _, q_heads, head_dim = q.shape
     kind = weight_type(keys.dtype)
-    shape = _Shape(q_heads=q_heads, kv_heads=k.shape[1], head_dim=head_dim, kind=kind)
+    shape = Heads(q_heads=q_heads, kv_heads=k.shape[1], head_dim=head_dim, kind=kind)
     name = f"jaxserve_decode_{q_heads}_{k.shape[1]}_{head_dim}_{kind}"
     ffi.register(name, lambda: _kernel(name, shape))
     outs = [
@@ -88,7 +66,7 @@ def decode(
     return out, keys, values
 
 
-def _kernel(name: str, shape: _Shape) -> ffi.Kernel:
+def _kernel(name: str, shape: Heads) -> ffi.Kernel:
     def chunk(
         e: Emitter, buffers: Sequence[Value], sizes: Sequence[Value], index: Value, _parts: Value
     ) -> None:
@@ -128,7 +106,7 @@ class _Head:
         capacity: Tokens of a slot.
     """
 
-    def __init__(self, e: Emitter, shape: _Shape, index: Value, capacity: Value) -> None:
+    def __init__(self, e: Emitter, shape: Heads, index: Value, capacity: Value) -> None:
         self.e, self.shape, self.index = e, shape, index
         self.base = e.b.mul(e.b.mul(index, capacity), const(shape.head_dim))
         self.parts = shape.head_dim // e.width
@@ -149,7 +127,7 @@ class _Head:
     def attend(self, q: Value, keys: Value, values: Value, out: Value, length: Value) -> None:
         """Attend from the heads of the group to the first `length` keys."""
         e, b, group = self.e, self.e.b, self.shape.group
-        zero, lowest = e.splat_const(0.0), ir.Constant(F32, _LOWEST)
+        zero, lowest = e.splat_const(0.0), ir.Constant(F32, LOWEST)
         q_low = b.mul(self.index, const(group * self.shape.head_dim))
 
         def head_place(buffer: Value, g: int, part: int) -> Value:
@@ -213,7 +191,7 @@ class _Head:
         mask = e.lanes_below(b.sub(count, i))
         lanes = [products(lane) for lane in range(e.width)]
         for g, row in enumerate(zip(*lanes, strict=True)):
-            kept = b.select(mask, e.sum_vectors(row), e.splat_const(_LOWEST))
+            kept = b.select(mask, e.sum_vectors(row), e.splat_const(LOWEST))
             e.store(kept, e.at(scores[g], i, 4))
 
     def _soften(
@@ -221,7 +199,7 @@ class _Head:
     ) -> None:
         """Turn a block's scores into weights relative to the running maximum."""
         e, b = self.e, self.e.b
-        best = e.variable(e.vector, e.splat_const(_LOWEST))
+        best = e.variable(e.vector, e.splat_const(LOWEST))
         with e.loop(const(0), count, const(e.width)) as i:
             row = e.load(e.at(scores, i, 4), "float32")
             b.store(e.larger(b.load(best, typ=e.vector), row), best)

@@ -11,14 +11,15 @@ from llvmlite import ir
 Value = Any
 """A value of the program being built; llvmlite has no types for these."""
 
-WeightType = Literal["float32", "bfloat16"]
+WeightType = Literal["float32", "bfloat16", "int8", "float8_e4m3fn"]
 """Element types that kernels read from memory; arithmetic is always float32."""
 
-I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-F32 = ir.FloatType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
 POINTER = ir.PointerType()
 VOID = ir.VoidType()
-ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+_STORED = {"float32": F32, "bfloat16": I16, "int8": I8, "float8_e4m3fn": I8}
 
 
 def weight_type(dtype: np.dtype) -> WeightType:
@@ -90,7 +91,7 @@ class Emitter:
             kind: Element type in memory.
             mask: Lanes to load; the others read as zero.
         """
-        lanes = ir.VectorType(F32 if kind == "float32" else I16, self.width)
+        lanes = ir.VectorType(_STORED[kind], self.width)
         if mask is None:
             raw = self.b.load(place, align=ITEM_BYTES[kind], typ=lanes)
         else:
@@ -100,13 +101,28 @@ class Emitter:
                 lanes,
                 [place, ir.Constant(I32, ITEM_BYTES[kind]), mask, ir.Constant(lanes, None)],
             )
-        return raw if kind == "float32" else self.widen(raw)
+        return raw if kind == "float32" else self.widen(raw, kind)
 
-    def widen(self, raw: Value) -> Value:
-        """Turn bfloat16 bits into float32: they are its upper half."""
-        wide = ir.VectorType(I32, self.width)
-        shift = ir.Constant(wide, [16] * self.width)
-        return self.b.bitcast(self.b.shl(self.b.zext(raw, wide), shift), self.vector)
+    def widen(self, raw: Value, kind: WeightType) -> Value:
+        """Turn the bits of a narrower type into float32, exactly."""
+        b, wide = self.b, ir.VectorType(I32, self.width)
+        if kind == "int8":
+            return b.sitofp(b.sext(raw, wide), self.vector)
+        if kind == "float8_e4m3fn":
+            return self._widen_float8(raw)
+        shift = ir.Constant(wide, [16] * self.width)  # bfloat16 is the upper half
+        return b.bitcast(b.shl(b.zext(raw, wide), shift), self.vector)
+
+    def _widen_float8(self, raw: Value) -> Value:
+        """Lay the bits of a float8 into a float16, whose exponent counts from 15 instead of 7.
+
+        Numbers below the normal ones come out right too: processors never flush those of float16.
+        """
+        b, half = self.b, ir.VectorType(I16, self.width)
+        shift, sign = (ir.Constant(half, [number] * self.width) for number in (7, 0xBFFF))
+        bits = b.and_(b.shl(b.sext(raw, half), shift), sign)
+        small = b.fpext(b.bitcast(bits, ir.VectorType(F16, self.width)), self.vector)
+        return b.fmul(small, self.splat_const(2.0**8))
 
     def store(self, value: Value, place: Value, *, mask: Value | None = None) -> None:
         """Store a float32 vector; no alignment needed."""
@@ -298,4 +314,4 @@ def _mangle(kind: Value) -> str:
         return f"v{cast(Any, kind).count}{_mangle(cast(Any, kind).element)}"
     if isinstance(kind, ir.PointerType):
         return "p0"
-    return {"float": "f32", "i16": "i16", "i32": "i32", "i64": "i64"}[str(kind)]
+    return {"float": "f32"}.get(str(kind), str(kind))

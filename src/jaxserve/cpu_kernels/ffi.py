@@ -40,10 +40,12 @@ class Cpu:
     Attributes:
         width: Lanes of a vector register of float32.
         registers: Vector registers.
+        has_float16: Whether instructions turn float16 into float32.
     """
 
     width: int
     registers: int
+    has_float16: bool
 
 
 @functools.cache
@@ -51,10 +53,11 @@ def host() -> Cpu:
     """Look at this machine's processor."""
     features = binding.get_host_cpu_features()
     if features.get("avx512f"):
-        return Cpu(width=16, registers=32)
+        return Cpu(width=16, registers=32, has_float16=True)
     if features.get("avx2") and features.get("fma"):
-        return Cpu(width=8, registers=16)
-    return Cpu(width=4, registers=32)
+        return Cpu(width=8, registers=16, has_float16=bool(features.get("f16c")))
+    is_arm = binding.get_process_triple().startswith(("aarch64", "arm64"))
+    return Cpu(width=4, registers=32, has_float16=is_arm)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 Weights are read once, as they lie, and widened to float32 on the way. Each result is summed in one
 order whatever the number of rows and threads, so a row's result does not depend on its neighbours.
+Quantised weights are multiplied as the plain numbers that they are; scales come afterwards.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ _GROUPS = 8
 """Groups of weight rows that one tile of `x` meets before the next tile does."""
 _AHEAD = 1
 """Groups by which prefetching runs ahead."""
+_LINE = 64
+"""Bytes that one prefetch brings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,9 +185,9 @@ class _ColumnTile:
             columns = self._load(e, weight, b.add(b.mul(k, n), j))
             if first == 0:
                 ahead = b.add(b.mul(b.add(k, const(_DEPTH)), n), j)
-                for v in range(self.across):
-                    at = b.add(ahead, const(v * e.width))
-                    e.prefetch(e.at(weight, at, ITEM_BYTES[self.kind]))
+                item = ITEM_BYTES[self.kind]
+                for v in range(0, self.across, max(1, _LINE // (e.width * item))):
+                    e.prefetch(e.at(weight, b.add(ahead, const(v * e.width)), item))
             for r in range(count):
                 at = b.add(b.mul(k_size, const(first + r)), k)
                 factor = e.splat(b.load(e.at(x, at, 4), typ=F32))
@@ -210,7 +213,7 @@ def multiply(
 
     Args:
         x: The rows.
-        weights: Of equal dtype, float32 or bfloat16, as they lie in memory.
+        weights: Of equal dtype, one that `emit.WeightType` names, as they lie in memory.
 
     Returns:
         One float32 product per weight.
@@ -312,7 +315,7 @@ def multiply_transposed(
 
     Args:
         x: The rows.
-        weight: float32 or bfloat16, as it lies in memory.
+        weight: Of a dtype that `emit.WeightType` names, as it lies in memory.
     """
     rows, kind = x.shape[0], weight_type(weight.dtype)
     name = f"jaxserve_rows_{rows}_{kind}"

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 from llvmlite import ir
 
 from jaxserve.cpu_kernels import ffi
-from jaxserve.cpu_kernels.decode_attention import KEY_BLOCK
 from jaxserve.cpu_kernels.emit import (
     F32,
     I32,
@@ -22,43 +21,30 @@ from jaxserve.cpu_kernels.emit import (
     ITEM_BYTES,
     Emitter,
     Value,
-    WeightType,
     const,
     weight_type,
 )
+from jaxserve.cpu_kernels.heads import KEY_BLOCK, LOWEST, Heads
 
 _TOKENS = 32
 """Tokens of one chunk of work."""
 _PANEL = 4 * KEY_BLOCK
 """Keys that are transposed at once."""
-_LOWEST = -1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
+class _Shape(Heads):
     """Sizes that are fixed when the kernel is built.
 
     Attributes:
-        q_heads: Query heads.
-        kv_heads: Key-value heads.
-        head_dim: Size of a head.
         q_block: Most tokens of a prefill block.
-        kind: Element type of the slots.
         rows: Query rows that share a tile.
         across: Vectors of keys, or of the head, in a tile.
     """
 
-    q_heads: int
-    kv_heads: int
-    head_dim: int
     q_block: int
-    kind: WeightType
     rows: int
     across: int
-
-    @property
-    def group(self) -> int:
-        return self.q_heads // self.kv_heads
 
     @property
     def parts(self) -> int:
@@ -258,7 +244,7 @@ class _Chunk:
         """Emit everything."""
         e, b, shape = self.e, self.e.b, self.shape
         with e.loop(const(0), const(self.most), const(1)) as row:
-            b.store(ir.Constant(F32, _LOWEST), e.at(self.top, row, 4))
+            b.store(ir.Constant(F32, LOWEST), e.at(self.top, row, 4))
             b.store(ir.Constant(F32, 0.0), e.at(self.mass, row, 4))
         with e.loop(const(0), const(self.most * shape.head_dim), const(e.width)) as i:
             e.store(e.splat_const(0.0), e.at(self.sums, i, 4))
@@ -356,7 +342,7 @@ class _Chunk:
         ]
         masks = [e.lanes_below(b.sub(seen, const(v))) for v in range(0, KEY_BLOCK, e.width)]
         scores = [
-            b.select(mask, e.load(place, "float32"), e.splat_const(_LOWEST))
+            b.select(mask, e.load(place, "float32"), e.splat_const(LOWEST))
             for mask, place in zip(masks, places, strict=True)
         ]
         best = scores[0]

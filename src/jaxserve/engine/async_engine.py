@@ -9,12 +9,13 @@ from typing import Any
 import jax
 
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.errors import EngineDeadError, RequestError
-from jaxserve.core.event import CompletionOutput, FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.errors import RequestError
+from jaxserve.core.event import CompletionOutput, RequestOutput, TokenEvent, failure_of
 from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.constraints import check_resumed
 from jaxserve.engine.controls import AsyncControls
 from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
 from jaxserve.engine.host import EngineHost, Progress, Prompt, SloFields
@@ -335,11 +336,17 @@ class AsyncLLM(AsyncControls):
         Submit the request first: it then waits in its place, and holds nothing meanwhile.
 
         Raises:
-            RequestError: If the grammar does not compile, or not in time.
+            RequestError: If the grammar does not compile, or not in time, or does not allow the
+                output of an earlier run.
         """
         grammar = self._host.begin_grammar(request)
-        if grammar is not None and grammar.poll() is None:
+        if grammar is None:
+            return
+        if grammar.poll() is None:
             await asyncio.to_thread(grammar.wait)
+        matcher = grammar.poll()
+        if request.output_token_ids and matcher is not None:
+            await asyncio.to_thread(check_resumed, request, matcher)
 
     async def follow(
         self, request: Request, queue: "asyncio.Queue[TokenEvent]"
@@ -395,8 +402,9 @@ class AsyncLLM(AsyncControls):
         output = empty_output(request)
         async with contextlib.aclosing(self.events(request)) as events:
             async for event in events:
-                if event.finish_reason is FinishReason.ERROR:
-                    raise EngineDeadError(event.error or "the engine failed at this request")
+                failure = failure_of(event)
+                if failure is not None:
+                    raise failure
                 output.apply(event)
                 yield output
 

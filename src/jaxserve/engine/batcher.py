@@ -29,6 +29,9 @@ class Item:
         num_tokens: Tokens computed.
         is_sampled: Whether a new token is drawn.
         prefill_start: Where its chunk lies among the step's prefill tokens; -1 for a decode.
+        num_draft: Draft tokens for which it has pages.
+        drafts: Draft tokens that are verified behind a decode.
+        draft_start: Where these lie among the step's draft tokens.
     """
 
     sequence: SequenceState
@@ -37,13 +40,16 @@ class Item:
     num_tokens: int
     is_sampled: bool
     prefill_start: int = -1
+    num_draft: int = 0
+    drafts: tuple[int, ...] = ()
+    draft_start: int = -1
 
 
 class ShapeChooser(Protocol):
     """Picks a compiled shape."""
 
-    def __call__(self, *, rows: int, prefill: int) -> StepShape:
-        """Return a shape with at least so many rows and prefill tokens."""
+    def __call__(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
+        """Return a shape with at least so many rows, prefill tokens and draft tokens."""
         ...
 
 
@@ -107,16 +113,18 @@ def build(
     """Lay a step out in the smallest compiled shape that holds it.
 
     Args:
-        items: The step's work; sets `prefill_start` of those that are prefills.
+        items: The step's work; sets `prefill_start` of those that are prefills, and `draft_start`.
         table: Sampling parameters per row.
         shapes: The compiled shapes.
         choose: Picks a shape for so many rows and prefill tokens; the smallest by default.
     """
     prefills = [item for item in items if not item.sequence.has_device_token]
     num_prefill = sum(item.num_tokens for item in prefills)
+    num_drafts = sum(len(item.drafts) for item in items)
     rows = 1 + max(item.row for item in items)
-    packed = PackedStep((choose or shapes.shape)(rows=rows, prefill=num_prefill))
-    fields, shape = packed.fields, packed.shape
+    shape = (choose or shapes.shape)(rows=rows, prefill=num_prefill, drafts=num_drafts)
+    packed = PackedStep(shape)
+    fields = packed.fields
     table.fill(packed)
     fields["token_row"][...] = -1
     fields["sample_index"][...] = -1
@@ -134,6 +142,12 @@ def build(
             pages = item.sequence.pages
             fields["page_table"][row, : len(pages)] = pages
     offset = block = 0
+    for item in items:
+        if item.drafts:
+            item.draft_start = offset
+            _fill_drafts(packed, item, offset, block)
+            offset += len(item.drafts)
+            block += 1
     for item in prefills:
         item.prefill_start = offset
         _fill_prefill(packed, item, offset)
@@ -144,12 +158,35 @@ def build(
 
 
 def _fill_sampling(packed: PackedStep, item: Item) -> None:
-    sequence, row = item.sequence, item.row
-    position = sequence.num_output + sequence.num_in_flight
-    packed.fields["output_position"][row] = position
+    sequence = item.sequence
+    _fill_place(packed, item.row, sequence, sequence.num_output + sequence.num_in_flight)
+
+
+def _fill_place(packed: PackedStep, place: int, sequence: SequenceState, position: int) -> None:
+    """Say which output token is drawn in a place, and what it may not be."""
+    packed.fields["output_position"][place] = position
     if sequence.sampling.min_tokens > position:
         banned = sorted(sequence.stop_ids)[:MAX_BANNED]
-        packed.fields["banned"][row, : len(banned)] = banned
+        packed.fields["banned"][place, : len(banned)] = banned
+
+
+def _fill_drafts(packed: PackedStep, item: Item, offset: int, block: int) -> None:
+    """Lay drafts out as a block of prefill tokens behind the decode that they follow."""
+    fields, sequence, count = packed.fields, item.sequence, len(item.drafts)
+    fields["draft_token"][offset : offset + count] = item.drafts
+    fields["draft_row"][offset : offset + count] = item.row
+    fields["draft_index"][offset : offset + count] = np.arange(1, count + 1)
+    start, low = item.start + 1, packed.shape.rows + offset
+    fields["token_row"][low : low + count] = item.row
+    fields["token_position"][low : low + count] = np.arange(start, start + count)
+    fields["block_start"][block] = offset
+    fields["block_row"][block] = item.row
+    fields["block_position"][block] = start
+    fields["block_len"][block] = count
+    fields["block_context"][block] = start
+    fields["num_context_blocks"][...] = block + 1
+    for index in range(count):
+        _fill_place(packed, low + index, sequence, sequence.num_output + index + 1)
 
 
 def _fill_prefill(packed: PackedStep, item: Item, offset: int) -> None:

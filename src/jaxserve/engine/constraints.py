@@ -6,18 +6,18 @@ import numpy as np
 
 from jaxserve.core.config import StructuredOptions
 from jaxserve.core.errors import RequestError
-from jaxserve.core.request import SamplingParams
+from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.batcher import Item
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.sequence import Phase, SequenceState
 from jaxserve.engine.shapes import PackedStep, mask_words
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.grammar.compiler import GrammarCompiler, PendingGrammar, Vocabulary
-from jaxserve.grammar.matcher import MaskWriter, Matcher
+from jaxserve.grammar.matcher import MaskWriter, Matcher, shown
 from jaxserve.grammar.text import GrammarDefaults
 
-Failure = tuple[SequenceState, str]
-"""A sequence that cannot go on, and why."""
+Failure = tuple[SequenceState, Exception]
+"""A sequence that cannot go on, and why: a `RequestError` if its request is to blame."""
 
 
 class Constraints:
@@ -75,8 +75,11 @@ class Constraints:
                 continue
             try:
                 sequence.matcher = sequence.grammar.poll()
+                if sequence.matcher is not None:
+                    check_resumed(sequence.request, sequence.matcher)
             except Exception as error:  # noqa: BLE001  whatever it is, others go on
-                failures.append((sequence, str(error)))
+                sequence.matcher = None
+                failures.append((sequence, error))
                 del self.compiling[sequence.seq_id]
             if sequence.matcher is not None:
                 del self.compiling[sequence.seq_id]
@@ -112,13 +115,61 @@ class Constraints:
             if item.sequence.num_in_flight and not (matcher.error or matcher.has_ended):
                 matcher.take(drawn[item.sequence.seq_id])
             entries.append((matcher, item.row))
-        masks = np.full((packed.shape.rows, self._words), 0xFFFFFFFF, np.uint32)
+        masks = np.full((packed.shape.num_drawn, self._words), 0xFFFFFFFF, np.uint32)
         self._writer.write(entries, masks)
         packed.mask = masks
         packed.fields["any_mask"][...] = True
-        for item in rows:
+        for item, (matcher, _) in zip(rows, entries, strict=True):
             _lift_ban(packed, item.row)
-        return [(i.sequence, m.error) for i, (m, _) in zip(rows, entries, strict=True) if m.error]
+            if item.drafts:
+                self._mask_drafts(packed, item, matcher, masks)
+        return [
+            (item.sequence, _cannot_go_on(matcher))
+            for item, (matcher, _) in zip(rows, entries, strict=True)
+            if matcher.error
+        ]
+
+    def _mask_drafts(
+        self, packed: PackedStep, item: Item, matcher: Matcher, masks: np.ndarray
+    ) -> None:
+        """Write what may follow each draft token, up to the first that the grammar forbids."""
+        count = len(item.drafts)
+        own = np.full((count + 1, self._words), 0xFFFFFFFF, np.uint32)
+        self._writer.write_drafts(matcher, item.drafts, own)
+        low = packed.shape.rows + item.draft_start
+        masks[low : low + count] = own[1:]
+        for place in range(low, low + count):
+            _lift_ban(packed, place)
+
+
+def check_resumed(request: Request, matcher: Matcher) -> None:
+    """Follow the output that an interrupted run of a request has generated already.
+
+    Args:
+        request: What was asked for.
+        matcher: Stands at the start of its grammar, and behind that output afterwards.
+
+    Raises:
+        RequestError: If the grammar does not allow the output.
+    """
+    tokens = request.output_token_ids
+    if matcher.follow(tokens):
+        return
+    at = matcher.num_tokens - 1 if matcher.error else matcher.num_tokens
+    raise RequestError(
+        f"output_token_ids cannot have come from this request: its grammar does not allow token "
+        f"{tokens[at]} at position {at}. Send the ids as they were generated, with the same "
+        "constraint.",
+        param="output_token_ids",
+    )
+
+
+def _cannot_go_on(matcher: Matcher) -> RequestError:
+    return RequestError(
+        f"the grammar cannot be followed beyond {matcher.num_tokens} output tokens: "
+        f"{shown(matcher.error)}. Send a simpler one.",
+        param="structured_outputs",
+    )
 
 
 def _lift_ban(packed: PackedStep, row: int) -> None:

@@ -113,6 +113,11 @@ class EncoderHost:
                 "this model is an encoder, which embeds and scores but does not generate; use "
                 "--runner pooling or auto, or choose another model."
             )
+        if config.model.quantization is not None:
+            raise ConfigError(
+                f"this model is an encoder, whose weights cannot be quantised, but quantization is "
+                f"{config.model.quantization!r}; leave it out."
+            )
         model = _load(source, config, mesh, progress=progress)
         self.name = model.name
         self.model_config = model.config

@@ -2,7 +2,8 @@
 
 take -> view and plan -> run -> commit -> emit. With overlap, the step before is committed while the
 device already runs the next one: sampled tokens stay on the device and feed it, the view is one
-turn old, and a sequence that has just ended may compute one token too many, which is dropped.
+turn old, and a sequence that has just ended may compute one token too many, which is dropped. Where
+a plan holds drafts, the step before is committed first (`engine.speculation` says why).
 
 The scheduler decides, the engine obeys; the scheduler never sees a device array, the runner never
 sees a request. Nothing that a request can cause raises out of `step`.
@@ -19,7 +20,7 @@ from typing import cast
 import numpy as np
 
 from jaxserve.cache.pages import PageHash, PagePool, chain_hashes, salt_hash
-from jaxserve.core.errors import CapacityError, UnsupportedError
+from jaxserve.core.errors import CapacityError, RequestError
 from jaxserve.core.event import (
     FinishReason,
     RequestMetrics,
@@ -42,6 +43,7 @@ from jaxserve.engine.pooled import Pooled, chunk_bounds, collect
 from jaxserve.engine.runner import Runner, StepResult
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.sequence import Phase, SequenceState
+from jaxserve.engine.speculation import Speculator
 from jaxserve.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -72,8 +74,33 @@ class _Pending:
     result: StepResult
     wants_logprobs: bool
     wants_candidates: bool
+    num_rows: int
     prompt_scores: list[tuple[Item, Sampled]] = field(default_factory=list)
     pooled: Pooled | None = None
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether it may bring some sequence more than one token."""
+        return any(item.drafts for item in self.items)
+
+    def places(self, item: Item, tokens: np.ndarray) -> list[int]:
+        """List where an item's new tokens lie: its own, and one behind each accepted draft.
+
+        Args:
+            item: One of the step's.
+            tokens: What was drawn in each place.
+        """
+        places = [item.row]
+        for index, draft in enumerate(item.drafts):
+            if tokens[places[-1]] != draft:
+                break
+            places.append(self.num_rows + item.draft_start + index)
+        return places
+
+
+def _param(problem: Exception) -> str | None:
+    """Return the field to blame; None if the engine is to blame, and not the request."""
+    return problem.param or "request" if isinstance(problem, RequestError) else None
 
 
 class Engine(Inbox):
@@ -93,6 +120,7 @@ class Engine(Inbox):
         seed: Seeds the streams of requests without a seed.
         max_logprobs: Most candidates a request may ask for.
         constraints: Grammars of outputs; refuses them by default.
+        speculator: Drafts what may come next; None drafts nothing.
 
     Attributes:
         adapters: Low-rank adapters on the device.
@@ -121,6 +149,7 @@ class Engine(Inbox):
         seed: int = 0,
         max_logprobs: int = 20,
         constraints: Constraints | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """Start idle."""
         spec = runner.spec
@@ -141,6 +170,7 @@ class Engine(Inbox):
         self.is_frozen = False
         self.weight_version = FIRST_VERSION
         self._scheduler = scheduler
+        self._speculator = speculator
         self._tokenizer = tokenizer
         self._clock = clock
         self._eos = frozenset(eos_token_ids)
@@ -216,13 +246,22 @@ class Engine(Inbox):
 
     def _overlapped_turn(self) -> None:
         self._take()
+        if self._in_flight is not None and self._in_flight.has_drafts:
+            self._commit_in_flight()
         plan = self._plan()
+        if self._in_flight is not None and any(work.num_draft for work in plan.work):
+            self._commit_in_flight()
+            plan = self._plan()
         before, self._in_flight = self._in_flight, None
         try:
             launched = self._launch(plan, before)
         finally:
             self._commit(before)
         self._in_flight = launched
+
+    def _commit_in_flight(self) -> None:
+        pending, self._in_flight = self._in_flight, None
+        self._commit(pending)
 
     def _plan(self) -> StepPlan:
         return StepPlan() if self.is_frozen else self._scheduler.plan(self._view())
@@ -242,16 +281,17 @@ class Engine(Inbox):
             else:
                 self._answer_call(verb, cast(Callable[[], None], load))
         for sequence, problem in self.constraints.settle():
-            self._send(sequence, reason=FinishReason.ERROR, error=problem)
+            self._send_failure(sequence, problem)
 
     def _accept(self, request: Request, sink: Sink) -> None:
         if request.request_id in self._requests:
-            self._refuse(request, sink, f"request id {request.request_id!r} is already in use.")
+            message = f"request id {request.request_id!r} is already in use."
+            self._refuse(request, sink, RequestError(message, param="request_id"))
             return
         try:
             sequences = self._intake.make_sequences(request)
         except Exception as error:  # noqa: BLE001  one bad request must not end the others
-            self._refuse(request, sink, str(error))
+            self._refuse(request, sink, error)
             return
         self._requests[request.request_id] = _RequestState(
             request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
@@ -261,6 +301,8 @@ class Engine(Inbox):
             self._sequences[sequence.seq_id] = sequence
             self._waiting[sequence.seq_id] = sequence
             self.constraints.add(sequence)
+            if self._speculator is not None:
+                self._speculator.add(sequence)
             if request.output_token_ids:
                 self._replay(sequence)
 
@@ -273,7 +315,7 @@ class Engine(Inbox):
                 self._send(sequence, reason=reason, stop_reason=stop_reason)
                 return
 
-    def _refuse(self, request: Request, sink: Sink, message: str) -> None:
+    def _refuse(self, request: Request, sink: Sink, problem: Exception) -> None:
         """End a request that turned out to be impossible after it had been taken in."""
         self._close(request.sampling.n)
         for index in range(request.sampling.n):
@@ -282,7 +324,8 @@ class Engine(Inbox):
                 index=index,
                 finish_reason=FinishReason.ERROR,
                 num_prompt_tokens=len(request.prompt_token_ids),
-                error=message,
+                error=str(problem),
+                error_param=_param(problem),
             )
             self._events.append((sink, event))
 
@@ -298,7 +341,7 @@ class Engine(Inbox):
             waiting.append(sequence.view(num_cached=len(cached) * spec.page_size))
         return ReplicaView(
             now=self._clock.now(),
-            running=tuple(s.view() for s in running),
+            running=tuple(s.view(num_draft=self._num_draft(s)) for s in running),
             waiting=tuple(waiting),
             num_free_pages=self.pool.num_free,
             num_pages=self.pool.num_pages,
@@ -308,6 +351,9 @@ class Engine(Inbox):
             adapters=self.adapters.held,
             max_loras=self.adapters.max_loras,
         )
+
+    def _num_draft(self, sequence: SequenceState) -> int:
+        return 0 if self._speculator is None else self._speculator.offer(sequence)
 
     def _is_visible(self, sequence: SequenceState) -> bool:
         """Hide siblings until the first completion has computed the prompt that they share."""
@@ -351,19 +397,20 @@ class Engine(Inbox):
                 self._admit(self._sequences[seq_id])
         items: list[Item] = []
         for work in plan.work:
-            if work.num_draft:
-                raise UnsupportedError("this engine does not verify draft tokens.")
             sequence = self._sequences[work.seq_id]
             num_tokens = min(work.num_tokens, sequence.num_tokens - sequence.num_computed)
             if num_tokens > 0 and sequence.phase is Phase.RUNNING:
                 # Preempting a sequence frees only the pages that nobody shares. Work for which a
                 # plan thus found too few pages is left out; the next plan sees what is free.
                 with contextlib.suppress(CapacityError):
-                    items.append(self._reserve(sequence, num_tokens))
+                    items.append(self._reserve(sequence, num_tokens, work.num_draft))
+        if items:
+            self._compact(items)
+            if self._speculator is not None:
+                self._speculator.fill(items)
         self._record_step(items)
         if not items:
             return None
-        self._compact(items)
         packed = build(items, self._table, self.runner.spec.shapes, self.runner.choose_shape)
         # The mask of a constrained row hangs on the token that the step before has yet to draw.
         # Only reading that token and writing masks happens while the device has nothing to do;
@@ -374,6 +421,7 @@ class Engine(Inbox):
             result=self.runner.run(packed),
             wants_logprobs=bool(packed.fields["any_logprobs"]),
             wants_candidates=bool(packed.fields["any_top_logprobs"]),
+            num_rows=packed.shape.rows,
         )
         bounds = chunk_bounds(items, self.runner.spec.max_num_seqs)
         if bounds is not None:
@@ -381,7 +429,7 @@ class Engine(Inbox):
         for item in items:
             self._advance(item, pending)
         for sequence, problem in stuck:
-            self._send(sequence, reason=FinishReason.ERROR, error=problem)
+            self._send_failure(sequence, problem)
         return pending
 
     def _drawn(self, pending: _Pending | None) -> dict[int, int]:
@@ -408,8 +456,7 @@ class Engine(Inbox):
 
     def _settle(self) -> None:
         """Wait for the step on the device and send what it brings."""
-        pending, self._in_flight = self._in_flight, None
-        self._commit(pending)
+        self._commit_in_flight()
         self._emit()
 
     def run_idle_calls(self) -> None:
@@ -534,9 +581,14 @@ class Engine(Inbox):
         else:
             self._dirty_bias.discard(row)
 
-    def _reserve(self, sequence: SequenceState, num_tokens: int) -> Item:
+    def _reserve(self, sequence: SequenceState, num_tokens: int, num_draft: int) -> Item:
         end = sequence.num_computed + num_tokens
-        missing = -(-end // self.pool.page_size) - len(sequence.pages)
+        held = len(sequence.pages)
+        if num_draft:
+            room = (held + self.pool.num_free) * self.pool.page_size - end
+            known = 0 if sequence.num_in_flight else self._num_draft(sequence)
+            num_draft = max(0, min(num_draft, known, room))
+        missing = -(-(end + num_draft) // self.pool.page_size) - held
         if missing > 0:
             sequence.pages.extend(self.pool.take(missing))
         return Item(
@@ -546,6 +598,7 @@ class Engine(Inbox):
             num_tokens=num_tokens,
             is_sampled=end == len(sequence.token_ids) + sequence.num_in_flight
             and sequence.has_length_left,
+            num_draft=num_draft,
         )
 
     def _compact(self, items: list[Item]) -> None:
@@ -580,6 +633,8 @@ class Engine(Inbox):
             sequence.has_device_token = True
         if item.prefill_start >= 0:
             self._keep_prefix(sequence)
+            if self._speculator is not None:
+                self._speculator.read_prompt(sequence)
 
     def _score_prompt(self, item: Item, result: StepResult) -> Sampled:
         sequence = item.sequence
@@ -623,7 +678,7 @@ class Engine(Inbox):
             num_waiting=len(self._waiting),
             num_compiling=len(self.constraints.compiling),
             kv_usage=self.pool.num_held / self.pool.num_pages,
-            num_tokens=sum(item.num_tokens for item in items),
+            num_tokens=sum(item.num_tokens + len(item.drafts) for item in items),
         )
         if self.adapters.max_loras:
             self.metrics.adapters(
@@ -658,38 +713,68 @@ class Engine(Inbox):
             if sequence.request.pooling is not None:
                 self._send(sequence, reason=FinishReason.STOP, pooled=sequence.pooled)
                 continue
-            token = int(tokens[item.row])
-            entry = None
+            places = pending.places(item, tokens)
+            entries: list[TokenLogprobs] | None = None
             if logprobs is not None and sequence.sampling.logprobs is not None:
-                entry = logprobs.entry(item.row, token, sequence.sampling.logprobs, self._decoded)
-            self._commit_token(sequence, token, entry, now)
+                count = sequence.sampling.logprobs
+                entries = [logprobs.entry(i, int(tokens[i]), count, self._decoded) for i in places]
+            self._commit_tokens(item, [int(tokens[place]) for place in places], entries, now)
 
-    def _commit_token(
-        self, sequence: SequenceState, token: int, entry: TokenLogprobs | None, now: float
+    def _commit_tokens(
+        self, item: Item, tokens: list[int], entries: list[TokenLogprobs] | None, now: float
     ) -> None:
-        sequence.token_ids.append(token)
-        if sequence.first_token_time is None:
-            sequence.first_token_time = now
-            self.metrics.first_token(now - sequence.request.arrival)
-            self.metrics.tokens(1, None)
-        else:
-            self.metrics.tokens(1, now - (sequence.last_token_time or now))
-        sequence.last_token_time = now
-        if sequence.slo is not None:
-            sequence.slo.token(now)
-        reason, stop_reason, text = self._judge(sequence, token)
+        """Take in what a step brought: one token, or behind accepted drafts several."""
+        sequence, num_accepted = item.sequence, len(tokens) - 1
+        if self._speculator is not None:
+            self._speculator.learn(sequence, item.drafts, tokens)
+        sequence.num_computed += num_accepted
+        if item.num_draft:
+            self._drop_surplus_pages(sequence)
+        old_len, text = len(sequence.token_ids), ""
+        reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        for token in tokens:
+            sequence.token_ids.append(token)
+            reason, stop_reason, piece = self._judge(sequence, token)
+            text += piece
+            if reason is not None:
+                break
+        count = len(sequence.token_ids) - old_len
+        if self._speculator is not None and item.drafts:
+            self._speculator.count(sequence, len(item.drafts), min(count, num_accepted))
+        self._time_tokens(sequence, count, now)
         self._send(
             sequence,
-            token_ids=(token,),
+            token_ids=tuple(tokens[:count]),
             text=text,
-            logprobs=None if entry is None else (entry,),
+            logprobs=None if entries is None else tuple(entries[:count]),
             reason=reason,
             stop_reason=stop_reason,
         )
         # In pages a decode fills shareable pages as it goes; slots are copied out at the end.
-        has_new_page = len(sequence.token_ids) % self.pool.page_size == 1
+        size = self.pool.page_size
+        has_new_page = (len(sequence.token_ids) - 1) // size > (old_len - 1) // size
         if self.runner.spec.use_pages and has_new_page and sequence.row >= 0:
             self._keep_prefix(sequence)
+
+    def _time_tokens(self, sequence: SequenceState, count: int, now: float) -> None:
+        if sequence.first_token_time is None:
+            sequence.first_token_time = now
+            self.metrics.first_token(now - sequence.request.arrival)
+            self.metrics.tokens(count, None)
+        else:
+            self.metrics.tokens(count, now - (sequence.last_token_time or now))
+        sequence.last_token_time = now
+        if sequence.slo is not None:
+            for _ in range(count):
+                sequence.slo.token(now)
+
+    def _drop_surplus_pages(self, sequence: SequenceState) -> None:
+        """Give back the pages that only rejected drafts would have filled."""
+        needed = -(-sequence.num_computed // self.pool.page_size)
+        surplus = sequence.pages[needed:]
+        del sequence.pages[needed:]
+        self.pool.release(surplus)
 
     def _judge(
         self, sequence: SequenceState, token: int
@@ -754,6 +839,7 @@ class Engine(Inbox):
         reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        error_param: str | None = None,
         pooled: np.ndarray | None = None,
     ) -> None:
         state = self._requests[sequence.request.request_id]
@@ -776,9 +862,15 @@ class Engine(Inbox):
             weight_version=self.weight_version if token_ids else "",
             metrics=times,
             error=error,
+            error_param=error_param,
             pooled=pooled,
         )
         self._events.append((state.sink, event))
+
+    def _send_failure(self, sequence: SequenceState, problem: Exception) -> None:
+        param = _param(problem)
+        reason = FinishReason.ERROR
+        self._send(sequence, reason=reason, error=str(problem), error_param=param)
 
     def _finish(self, sequence: SequenceState, reason: FinishReason) -> RequestMetrics:
         if sequence.phase is Phase.RUNNING and reason is not FinishReason.ERROR:
@@ -802,6 +894,7 @@ class Engine(Inbox):
             finished_time=now,
             num_preemptions=sequence.num_preemptions,
             slo=self._judge_slo(sequence, state, now),
+            spec_decode=None if sequence.drafting is None else sequence.drafting.totals,
         )
         self.metrics.finished(
             reason=reason,

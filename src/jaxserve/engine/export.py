@@ -30,6 +30,7 @@ from jaxserve.models.hub import resolve_model
 from jaxserve.models.loading import check_tensors, hf_name, is_kernel
 from jaxserve.models.loading import load_params as read_params
 from jaxserve.models.orbax import OrbaxCheckpoint, save_orbax
+from jaxserve.models.quantization import dequantized, is_scale, scheme_of
 from jaxserve.models.registry import abstract_model, abstract_params
 from jaxserve.models.saving import save_safetensors
 from jaxserve.sharding.mesh import host_mesh
@@ -200,18 +201,20 @@ class _Live(_Origin):
         self._arrays = flatten_params(loaded.state)
 
     def own_dtype(self) -> str:
+        if scheme_of(self._arrays) is not None:
+            return "float32"
         return str(self._arrays["embed_tokens.embedding"].dtype)
 
     def num_params(self) -> int:
-        return sum(array.size for array in self._arrays.values())
+        return sum(array.size for path, array in self._arrays.items() if not is_scale(path))
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        for path, array in self._arrays.items():
+        for path, array in dequantized(self._arrays):
             value = np.asarray(array)
             yield hf_name(path), prepare_buffer(value, value.dtype, transpose=is_kernel(path))
 
     def params(self, dtype: str) -> dict[str, jax.Array]:
-        return {path: array.astype(dtype) for path, array in self._arrays.items()}
+        return {path: array.astype(dtype) for path, array in dequantized(self._arrays)}
 
     def close(self) -> None:
         """Keep the parameters; they are the caller's."""

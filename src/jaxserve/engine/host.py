@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxserve.core.clock import WallClock
@@ -28,8 +29,11 @@ from jaxserve.engine.setup import ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import CausalLM
 from jaxserve.models.peft import LoraAdapter
 from jaxserve.models.pooling import read_pooling
+from jaxserve.models.quantization import narrow_paths, quantized_model
+from jaxserve.models.registry import flatten_params
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +171,22 @@ class EngineHost:
             max_num_seqs=self.engine.runner.spec.max_num_seqs,
         )
         return TextPooling(pooler, self.tokenizer)
+
+    def graph_for(self, params: nnx.State) -> nnx.GraphDef[CausalLM]:
+        """Return the structure for weights: the served ones, or plain ones where these are narrow.
+
+        Args:
+            params: Weights.
+        """
+        is_plain = not narrow_paths(flatten_params(params))
+        return self._plain_graph if is_plain else self.graph
+
+    @functools.cached_property
+    def _plain_graph(self) -> nnx.GraphDef[CausalLM]:
+        runner = self.engine.runner
+        if not narrow_paths(runner.param_specs):
+            return self.graph
+        return quantized_model(self.graph, runner.described_params, None)[0]
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is under way; see `EngineThread.drain`."""

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from jaxserve.core.errors import CapacityError, EngineDeadError
+from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError
 from jaxserve.core.event import TokenEvent
 from jaxserve.core.request import Request
 from jaxserve.engine.intake import Intake
@@ -65,6 +65,12 @@ class Inbox:
         """
         self._intake.check(request)
         count = request.sampling.n
+        if self._max_queued is not None and count > self._max_queued:
+            raise RequestError(
+                f"n must be at most {self._max_queued}, the most completions that are accepted at "
+                f"once (--max-num-queued-reqs), got {count}.",
+                param="n",
+            )
         with self._admission:
             if self.dead is not None:
                 raise EngineDeadError(f"the engine has stopped: {self.dead}")

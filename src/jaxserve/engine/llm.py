@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
 from jaxserve.core.config import ContentFormat, EngineConfig
-from jaxserve.core.errors import EngineDeadError, RequestError
-from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
+from jaxserve.core.errors import RequestError
+from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent, failure_of
 from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
@@ -408,7 +408,8 @@ class LLM(Controls):
         """Score tokens: a pure function, safe under `jit`, `grad` and `vmap`.
 
         Args:
-            params: Weights, such as `llm.params`.
+            params: Weights, such as `llm.params`. Where quantised weights are served, plain ones
+                are taken too, and gradients want them: see `jaxserve.dequantize`.
             tokens: Token ids, padded on the right.
             mask: False entries score 0.
 
@@ -416,7 +417,7 @@ class LLM(Controls):
             Log-probability of each token given those before it; 0 for the first. Agrees with
             what sampling reports.
         """
-        return token_logprobs(self._host.graph, params, tokens, mask)
+        return token_logprobs(self._host.graph_for(params), params, tokens, mask)
 
     def forward(
         self,
@@ -441,9 +442,10 @@ class LLM(Controls):
         Raises:
             RequestError: If a name is unknown.
         """
+        weights = self.params if params is None else params
         return forward(
-            self._host.graph,
-            self.params if params is None else params,
+            self._host.graph_for(weights),
+            weights,
             tokens,
             return_hidden=return_hidden,
             hooks=hooks or {},
@@ -514,8 +516,9 @@ def _spread[T](value: T | Sequence[T] | None, count: int, name: str) -> list[T |
 
 
 def _raise_on_error(event: TokenEvent) -> None:
-    if event.finish_reason is FinishReason.ERROR:
-        raise EngineDeadError(event.error or "the engine failed at this request")
+    failure = failure_of(event)
+    if failure is not None:
+        raise failure
 
 
 def _show_rate(bar: "tqdm[Any]", outputs: Mapping[str, RequestOutput]) -> None:

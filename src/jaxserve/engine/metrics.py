@@ -125,6 +125,7 @@ class EngineMetrics:
         max_model_len: Bounds the buckets of the length histograms.
         cache_config: Facts about the cache (page size, number of pages, ...), published as labels.
         engine: Index of the engine, the value of the label `engine`.
+        num_speculative_tokens: Most tokens per draft; with 0, nothing is said about drafts.
 
     Attributes:
         num_running: Sequences that hold a row of the batch.
@@ -145,6 +146,10 @@ class EngineMetrics:
         num_weight_updates: How often they have been changed.
         weight_update_time: Seconds per change, from the call to the swap.
         sleep_state: `awake`, `weights_offloaded` or `discard_all`.
+        num_drafts: Drafts verified, one per sequence and step.
+        num_draft_tokens: Their tokens.
+        num_accepted_tokens: Draft tokens that became output.
+        accepted_per_position: Those of them per place in their draft, counted from 0.
         slo_attained: Requests that kept an objective, per (tier, objective). The objective
             `request` stands for all of a request's together.
         slo_missed: Requests that did not keep it, refused and aborted ones included.
@@ -158,6 +163,7 @@ class EngineMetrics:
         max_model_len: int = 8192,
         cache_config: Mapping[str, object] | None = None,
         engine: int = 0,
+        num_speculative_tokens: int = 0,
     ) -> None:
         """Start with everything at zero."""
         self._lock = threading.Lock()
@@ -184,6 +190,10 @@ class EngineMetrics:
         self.num_weight_updates = 0
         self.weight_update_time = Histogram(UPDATE_BUCKETS)
         self.sleep_state: SleepState = "awake"
+        self.num_drafts = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
+        self.accepted_per_position: list[int] = [0] * num_speculative_tokens
         self.slo_attained: Counter[tuple[str, str]] = Counter()
         self.slo_missed: Counter[tuple[str, str]] = Counter()
         self._tiers: set[str] = set()
@@ -322,6 +332,20 @@ class EngineMetrics:
         self.decode_time.observe(last - first)
         if output_len > 1:
             self.tpot.observe((last - first) / (output_len - 1))
+
+    def drafted(self, num_tokens: int, num_accepted: int) -> None:
+        """Record that a draft was verified.
+
+        Args:
+            num_tokens: Its tokens.
+            num_accepted: How many of them became output.
+        """
+        with self._lock:
+            self.num_drafts += 1
+            self.num_draft_tokens += num_tokens
+            self.num_accepted_tokens += num_accepted
+            for position in range(num_accepted):
+                self.accepted_per_position[position] += 1
 
     def compiled(self, seconds: float) -> None:
         """Record the compilation of one step shape."""
@@ -463,6 +487,8 @@ class EngineMetrics:
             [({"reason": reason}, n) for reason, n in self.rejections.items()],
             has_engine_label=False,
         )  # fmt: skip
+        if self.accepted_per_position:
+            yield from self._drafts()
         if self._adapters is not None:
             most, running, waiting, now = self._adapters
             labels = {
@@ -502,6 +528,19 @@ class EngineMetrics:
         yield many(
             "engine_sleep_state", "gauge", "1 for the state in which the weights are.",
             "sleep_state", {state: state == self.sleep_state for state in get_args(SleepState)},
+        )  # fmt: skip
+
+    def _drafts(self) -> Iterator[_Family]:
+        for name, text, value in (
+            ("drafts", "Drafts verified.", self.num_drafts),
+            ("draft_tokens", "Draft tokens verified.", self.num_draft_tokens),
+            ("accepted_tokens", "Draft tokens accepted.", self.num_accepted_tokens),
+        ):
+            yield _Family(f"spec_decode_num_{name}_total", "counter", text, [({}, value)])
+        yield _Family(
+            "spec_decode_num_accepted_tokens_per_pos_total", "counter",
+            "Draft tokens accepted, by their place in the draft.",
+            [({"position": str(i)}, n) for i, n in enumerate(self.accepted_per_position)],
         )  # fmt: skip
 
     def _histograms(self) -> Iterator[_Family]:

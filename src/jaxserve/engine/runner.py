@@ -19,7 +19,15 @@ from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.compiling import Programs
 from jaxserve.engine.pooled import Pooled, pool_chunks
-from jaxserve.engine.sampler import RowState, Sampled, SamplingInputs, report, sample
+from jaxserve.engine.sampler import (
+    Drafts,
+    RowState,
+    Sampled,
+    SamplingInputs,
+    accept,
+    report,
+    sample,
+)
 from jaxserve.engine.shapes import (
     FLAGS,
     FLOAT_FIELDS,
@@ -90,7 +98,7 @@ class StepResult:
     """Results of one step, still on their way from the device.
 
     Attributes:
-        sampled: Tokens and log-probabilities per row.
+        sampled: Tokens and log-probabilities per row, then per draft token.
         hidden: Final hidden states of the prefill tokens.
     """
 
@@ -146,31 +154,15 @@ class Runner:
         self._allocate()
         self.restore_adapters()
         # Programs are lowered against descriptions: live buffers may be donated meanwhile.
-        self._param_specs = jax.tree.map(_describe, self._params)
-        self._slot_specs = jax.tree.map(_describe, self.slots)
-        self._page_specs = jax.tree.map(_describe, self.pages)
-        self._row_specs = jax.tree.map(_describe, self._rows)
-        self._adapter_specs = jax.tree.map(_describe, self._adapters)
+        self._param_specs = jax.tree.map(describe, self._params)
+        self._slot_specs = jax.tree.map(describe, self.slots)
+        self._page_specs = jax.tree.map(describe, self.pages)
+        self._row_specs = jax.tree.map(describe, self._rows)
+        self._adapter_specs = jax.tree.map(describe, self._adapters)
 
     def _allocate(self) -> None:
-        spec, config = self.spec, self.spec.config
-        dtype = jnp.dtype(spec.dtype)
-        heads = config.num_kv_heads
-        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
-        split = TENSOR_AXIS if size and heads % size == 0 else None
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
-        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
-        self.slots: KvBuffers = ()
-        self.pages: KvBuffers = ()
-        if not spec.use_pages:
-            capacity = buffers.slot_capacity(
-                spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
-            )
-            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
-            self.slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
-        if spec.use_pages or spec.keep_store:
-            self.pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
-        rows, vocab = spec.max_num_seqs, config.vocab_size
+        self.slots, self.pages = self._allocate_cache(self.spec)
+        rows, vocab = self.spec.max_num_seqs, self.spec.config.vocab_size
         self._rows = jax.device_put(
             RowState(
                 last_token=jnp.zeros((rows,), jnp.int32),
@@ -180,6 +172,27 @@ class Runner:
             ),
             self._everywhere,
         )
+
+    def _allocate_cache(self, spec: RunnerSpec) -> tuple[KvBuffers, KvBuffers]:
+        """Allocate the slots and pages that a model needs."""
+        config = spec.config
+        dtype = jnp.dtype(spec.dtype)
+        heads = config.num_kv_heads
+        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
+        split = TENSOR_AXIS if size and heads % size == 0 else None
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
+        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
+        slots: KvBuffers = ()
+        pages: KvBuffers = ()
+        if not spec.use_pages:
+            capacity = buffers.slot_capacity(
+                spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
+            )
+            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
+            slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
+        if spec.use_pages or spec.keep_store:
+            pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
+        return slots, pages
 
     # Programs ---------------------------------------------------------------------------------
 
@@ -194,13 +207,16 @@ class Runner:
         self.programs.warm_up(self._all_programs(), on_progress)
 
     def warm_up_essentials(self) -> None:
-        """Compile the two step shapes that every mix of requests fits into.
+        """Compile the step shapes that every mix of requests fits into: two, or three with drafts.
 
         From then on `warm_up` may go on in the background; meanwhile steps run in the smallest
         shape that is ready.
         """
         shapes = self.spec.shapes
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=0))
+        if shapes.num_draft:
+            rows = self.spec.max_num_seqs
+            self._step_program(shapes.shape(rows=rows, prefill=0, drafts=shapes.max_draft))
         largest = shapes.prefill_buckets[-1]
         self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=largest))
         self.programs.takes_larger = True
@@ -218,14 +234,15 @@ class Runner:
             todo += [self._adapter_program]
         return todo
 
-    def choose_shape(self, *, rows: int, prefill: int) -> StepShape:
+    def choose_shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
         """Return the smallest shape that holds a step, or a larger one that is compiled already.
 
         Args:
             rows: Decode rows.
             prefill: Prefill tokens.
+            drafts: Draft tokens.
         """
-        exact = self.spec.shapes.shape(rows=rows, prefill=prefill)
+        exact = self.spec.shapes.shape(rows=rows, prefill=prefill, drafts=drafts)
         if not self.programs.takes_larger or ("step", exact) in self.programs:
             return exact
         ready = [
@@ -234,7 +251,9 @@ class Runner:
             if ("step", shape) in self.programs
             and shape.rows >= rows
             and shape.prefill >= prefill
+            and shape.drafts >= drafts
             and bool(shape.prefill) == bool(prefill)
+            and bool(shape.drafts) == bool(drafts)
         ]
         return min(ready, key=lambda shape: shape.num_tokens, default=exact)
 
@@ -242,7 +261,7 @@ class Runner:
         cache = self._page_specs if self.spec.use_pages else self._slot_specs
         fn = functools.partial(_step, self._graph, self._tree, self.spec, shape)
         packed = self._spec((packed_size(shape),))
-        mask = self._spec((shape.rows, mask_words(self.spec.config.vocab_size)), jnp.uint32)
+        mask = self._spec((shape.num_drawn, mask_words(self.spec.config.vocab_size)), jnp.uint32)
         return self.programs.get(
             ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask,
             self._adapter_specs,
@@ -268,28 +287,28 @@ class Runner:
         )
 
     def _save_program(self) -> Callable[..., Any]:
-        moves = [self._spec((MAX_MOVES,))] * 3
         return self.programs.get(
             "save",
             buffers.save_pages,
             (0,),
             self._page_specs,
             self._slot_specs,
-            self._spec(()),
-            *moves,
+            *self._move_specs(),
         )
 
     def _load_program(self) -> Callable[..., Any]:
-        moves = [self._spec((MAX_MOVES,))] * 3
         return self.programs.get(
             "load",
             buffers.load_pages,
             (0,),
             self._slot_specs,
             self._page_specs,
-            self._spec(()),
-            *moves,
+            *self._move_specs(),
         )
+
+    def _move_specs(self) -> list[jax.ShapeDtypeStruct]:
+        """Describe what `_batches` yields."""
+        return [self._spec(()), *[self._spec((MAX_MOVES,))] * 3]
 
     def _prompt_logprob_program(self) -> Callable[..., Any]:
         size = self.spec.shapes.prefill_buckets[-1]
@@ -333,7 +352,7 @@ class Runner:
         """Launch one step; returns at once, results follow when they are read."""
         program = self._step_program(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
-        mask = self._no_mask(packed.shape.rows) if packed.mask is None else packed.mask
+        mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
         sampled, hidden, cache, self._rows = program(
             self._params, cache, self._rows, packed.buffer, mask, self._adapters
         )
@@ -474,8 +493,12 @@ class Runner:
     @property
     def param_specs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and sharding of every weight by path, in the order of `set_params`."""
-        described = jax.tree.unflatten(self._tree, self._param_specs)
-        return flatten_params(described)
+        return flatten_params(self.described_params)
+
+    @property
+    def described_params(self) -> nnx.State:
+        """Shape, dtype and sharding of every weight in its place."""
+        return jax.tree.unflatten(self._tree, self._param_specs)
 
     def set_params(self, leaves: Sequence[jax.Array | None]) -> None:
         """Serve other weights from the next step on; nothing is compiled or copied.
@@ -528,27 +551,20 @@ class Runner:
         self._params = ()
 
 
-def _describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return what a program needs to know of an array when it is compiled."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def _step(
-    graph: nnx.GraphDef[CausalLM],
-    tree: Any,  # noqa: ANN401  jax exports no public type of a tree structure
-    spec: RunnerSpec,
-    shape: StepShape,
-    params: tuple[jax.Array, ...],
-    cache: KvBuffers,
-    rows: RowState,
-    packed: jax.Array,
-    mask: jax.Array,
-    adapters: tuple[LoraBuffers, ...],
-) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
-    """Embed, run all layers, sample. Donates `cache` and `rows`."""
-    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
-    part = unpack(packed, shape)
-    token_ids = jnp.concatenate([rows.last_token[: shape.rows], part["prefill_token"]])
-    plan = AttentionPlan(
+def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array]) -> AttentionPlan:
+    """Say what each token of a step sees.
+
+    Args:
+        spec: What is fixed.
+        shape: The step's shape.
+        part: Its packed buffer, taken apart.
+    """
+    return AttentionPlan(
         token_row=part["token_row"],
         token_position=part["token_position"],
         num_blocks=part["num_blocks"],
@@ -566,15 +582,45 @@ def _step(
         upcast=spec.upcast,
         batch_invariant=spec.batch_invariant,
     )
+
+
+def _step(
+    graph: nnx.GraphDef[CausalLM],
+    tree: Any,  # noqa: ANN401  jax exports no public type of a tree structure
+    spec: RunnerSpec,
+    shape: StepShape,
+    params: tuple[jax.Array, ...],
+    cache: KvBuffers,
+    rows: RowState,
+    packed: jax.Array,
+    mask: jax.Array,
+    adapters: tuple[LoraBuffers, ...],
+) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
+    """Embed, run all layers, sample. Donates `cache` and `rows`."""
+    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
+    part = unpack(packed, shape)
+    token_ids = jnp.concatenate(
+        [rows.last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
+    )
+    plan = attention_plan(spec, shape, part)
     positions = jnp.maximum(part["token_position"], 0)
     hidden, new_cache = model(
         token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)
     )
     index = part["sample_index"]
-    logits = model.logits(hidden[jnp.maximum(index, 0)], plan)
+    drafts: Drafts | None = None
+    places = jnp.maximum(index, 0)
+    per_row = {name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, "seed")}
+    if shape.drafts:
+        drafts = Drafts(row=part["draft_row"], index=part["draft_index"], token=part["draft_token"])
+        places = jnp.concatenate([places, shape.rows + jnp.arange(shape.drafts)])
+        owner = jnp.concatenate([jnp.arange(shape.rows), drafts.row])
+        per_row = {name: values[owner] for name, values in per_row.items()}
+    logits = model.logits(hidden[places], plan)
     inputs = SamplingInputs(
         mask=mask,
-        **{name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, *FLAGS, "seed", "banned")},
+        **per_row,
+        **{name: part[name] for name in (*FLAGS, "banned", "output_position")},
     )
     with jax.named_scope("sample"):
         sampled = sample(
@@ -583,20 +629,30 @@ def _step(
             rows,
             num_candidates=spec.num_candidates,
             mode=spec.logprobs_mode,
+            drafts=drafts,
         )
-    is_new = index >= 0
-    row = jnp.arange(shape.rows)
-    last = jnp.where(is_new, sampled.token, rows.last_token[: shape.rows])
-    rows = RowState(
-        last_token=rows.last_token.at[: shape.rows].set(last),
-        counts=rows.counts.at[row, sampled.token].add(is_new.astype(jnp.int32)),
-        prompt_seen=rows.prompt_seen,
-        bias=rows.bias,
-    )
+        rows = _take_tokens(rows, sampled.token, index >= 0, drafts)
     # Padded to one size, so that one program scores the prompts of all shapes.
     longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
-    prefill = jnp.pad(hidden[shape.rows :], ((0, max(0, longest - shape.prefill)), (0, 0)))
+    prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
     return sampled, prefill, cast(KvBuffers, new_cache), rows
+
+
+def _take_tokens(
+    rows: RowState, token: jax.Array, is_drawn: jax.Array, drafts: Drafts | None
+) -> RowState:
+    """Make each row's latest token what has been drawn for it, and count what has been kept."""
+    size = is_drawn.shape[0]
+    drawn = token[:size]
+    last = rows.last_token.at[:size].set(jnp.where(is_drawn, drawn, rows.last_token[:size]))
+    counts = rows.counts.at[jnp.arange(size), drawn].add(is_drawn.astype(jnp.int32))
+    if drafts is not None:
+        accepted, is_last = accept(token, drafts)
+        behind = token[size:]
+        nowhere = rows.last_token.shape[0]
+        last = last.at[jnp.where(is_last, drafts.row, nowhere)].set(behind, mode="drop")
+        counts = counts.at[drafts.row, behind].add(accepted.astype(jnp.int32))
+    return RowState(last_token=last, counts=counts, prompt_seen=rows.prompt_seen, bias=rows.bias)
 
 
 def _step_lora(

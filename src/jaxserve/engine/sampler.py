@@ -109,6 +109,22 @@ class Sampled:
     top_logprob: Float[Array, "rows candidates"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Drafts:
+    """Draft tokens of one step; those of one sequence lie side by side, in order.
+
+    Attributes:
+        row: Sequence row of each.
+        index: Which of its sequence's drafts it is, from 1; 0 is padding.
+        token: What is supposed to come.
+    """
+
+    row: Int[Array, " drafts"]
+    index: Int[Array, " drafts"]
+    token: Int[Array, " drafts"]
+
+
 def sample(
     logits: Float[Array, "rows vocab"],
     inputs: SamplingInputs,
@@ -116,6 +132,7 @@ def sample(
     *,
     num_candidates: int,
     mode: LogprobsMode,
+    drafts: Drafts | None = None,
 ) -> Sampled:
     """Draw one token per row.
 
@@ -125,22 +142,30 @@ def sample(
         state: Token counts and biases of the first `rows` rows.
         num_candidates: Most candidates reported per row.
         mode: Whether raw or processed values are reported, and as logits or log-probabilities.
+        drafts: Draft tokens; behind the sequence rows, `logits` and `inputs` then have a further
+            row for each, which draws the token that would follow it.
 
     Source: the order of vLLM: bias and bans, penalties, grammar, temperature, min-p, top-k, top-p.
     """
-    rows = logits.shape[0]
+    rows = logits.shape[0] if drafts is None else logits.shape[0] - drafts.token.shape[0]
+
+    def of_rows(x: Array) -> Array:
+        return x[:rows] if drafts is None else jnp.concatenate([x[:rows], x[drafts.row]])
+
     processed = lax.cond(
         inputs.any_bias,
-        lambda x: _ban(x + state.bias[:rows], inputs.banned),
+        lambda x: _ban(x + of_rows(state.bias), inputs.banned),
         lambda x: x,
         logits,
     )
-    processed = lax.cond(
-        inputs.any_penalty,
-        lambda x: penalize(x, inputs, state.counts[:rows], state.prompt_seen[:rows]),
-        lambda x: x,
-        processed,
-    )
+
+    def with_penalties(x: Array) -> Array:
+        counts = of_rows(state.counts)
+        if drafts is not None:
+            counts = add_drafts(counts, drafts)
+        return penalize(x, inputs, counts, of_rows(state.prompt_seen))
+
+    processed = lax.cond(inputs.any_penalty, with_penalties, lambda x: x, processed)
     processed = lax.cond(inputs.any_mask, lambda x: forbid(x, inputs.mask), lambda x: x, processed)
     greedy = _argmax(processed)
 
@@ -164,6 +189,50 @@ def sample(
         num_candidates=num_candidates,
         normalize=mode.endswith("logprobs"),
     )
+
+
+def add_drafts(
+    counts: Int[Array, "rows_and_drafts vocab"], drafts: Drafts
+) -> Int[Array, "rows_and_drafts vocab"]:
+    """Count, in the row behind each draft token, it and the drafts of its sequence before it."""
+    size = drafts.token.shape[0]
+    first = counts.shape[0] - size
+    order = jnp.arange(size)
+    seen = (drafts.row[:, None] == drafts.row[None, :]) & (order[:, None] >= order[None, :])
+    seen &= drafts.index[None, :] > 0
+    return counts.at[first + order[:, None], drafts.token[None, :]].add(seen.astype(counts.dtype))
+
+
+def accept(
+    token: Int[Array, " rows_and_drafts"], drafts: Drafts
+) -> tuple[Bool[Array, " drafts"], Bool[Array, " drafts"]]:
+    """Accept draft tokens for as long as each is the token that was drawn in its place.
+
+    A proposal that is certain of its token `d` is accepted, in exact rejection sampling, with the
+    target's probability of `d`, and otherwise replaced by a draw from the target without `d`.
+    Drawing from the target and comparing does the same: it hits `d` just as often, and a draw that
+    misses is one without `d`. Moreover it uses the row's random number of that position and no
+    other, so that a seed gives the tokens that it gives without drafts.
+
+    Args:
+        token: Drawn tokens: one per row, then one behind each draft.
+        drafts: The drafts.
+
+    Returns:
+        Which drafts are accepted, and which of these are the last ones of their sequences.
+
+    Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding, theorem 3.5
+        and appendix A.1, for a proposal of probability 1.
+    """
+    size = drafts.token.shape[0]
+    rows = token.shape[0] - size
+    before = jnp.where(drafts.index > 1, rows - 1 + jnp.arange(size), drafts.row)
+    is_hit = (token[before] == drafts.token) & (drafts.index > 0)
+    misses = jnp.cumsum(~is_hit)
+    first = jnp.arange(size) - drafts.index + 1
+    accepted = is_hit & is_hit[first] & (misses == misses[first])
+    following = jnp.append(accepted[1:] & (drafts.index[1:] > 1), jnp.zeros((1,), bool))
+    return accepted, accepted & ~following
 
 
 def report(

@@ -95,7 +95,8 @@ def forward(
 
 
 def _dtype(params: nnx.State) -> jnp.dtype:
-    return jax.tree.leaves(params)[0].dtype
+    """Return the precision of the activations; that of a norm, which is never quantised."""
+    return jax.tree.leaves(params["norm"])[0].dtype
 
 
 def _state_name(key: int | str, known: Sequence[str]) -> str:

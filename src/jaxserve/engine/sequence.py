@@ -9,6 +9,7 @@ from jaxserve.cache.pages import PageHash
 from jaxserve.core.event import FinishReason, TokenLogprobs
 from jaxserve.core.request import Request, SamplingParams
 from jaxserve.core.view import SequenceView
+from jaxserve.engine.drafts import DraftState
 from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer
 from jaxserve.grammar.compiler import PendingGrammar
@@ -56,6 +57,7 @@ class SequenceState:
         are_prompt_logprobs_sent: Whether they have been handed out.
         pooled: What has been gathered for a prompt that is pooled.
         slo: Judges its service-level objectives; None if it has none.
+        drafting: What is remembered for drafting; None if nothing is ever drafted for it.
         lora_slot: Where its adapter lies on the device while it runs; 0 is none.
     """
 
@@ -91,6 +93,7 @@ class SequenceState:
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
     slo: SloTracker | None = None
+    drafting: DraftState | None = None
     lora_slot: int = 0
 
     @property
@@ -123,7 +126,7 @@ class SequenceState:
             and not self.are_prompt_logprobs_sent
         )
 
-    def view(self, num_cached: int = 0) -> SequenceView:
+    def view(self, *, num_cached: int = 0, num_draft: int = 0) -> SequenceView:
         """Freeze what a scheduler may see."""
         return SequenceView(
             seq_id=self.seq_id,
@@ -136,6 +139,8 @@ class SequenceState:
             num_pages=len(self.pages),
             is_running=self.phase is Phase.RUNNING,
             num_cached=num_cached,
+            num_draft=num_draft,
+            draft_acceptance=1.0 if self.drafting is None else self.drafting.acceptance,
             is_decoding=self.has_device_token,
             slo=self.request.slo,
             first_token_time=self.first_token_time,

@@ -17,7 +17,7 @@ from jaxserve.engine.sampler import MAX_BANNED
 
 _SMALLEST_PREFILL = 32
 
-INT_FIELDS = ("top_k", "output_position")
+INT_FIELDS = ("top_k",)
 FLOAT_FIELDS = (
     "temperature",
     "top_p",
@@ -46,6 +46,8 @@ class StepShape:
         prefill: Prefill tokens, padding included; 0 for a pure decode.
         q_block: Tokens per prefill block.
         pages_per_row: Width of the page table; 0 with dense slots.
+        drafts: Draft tokens behind the decode rows, padding included. They attend as prefill
+            tokens do, but each has a token drawn behind it.
         has_lora: Whether rows say which adapter they use.
     """
 
@@ -53,22 +55,32 @@ class StepShape:
     prefill: int
     q_block: int
     pages_per_row: int
+    drafts: int = 0
     has_lora: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Packed tokens of the step."""
-        return self.rows + self.prefill
+        return self.rows + self.drafts + self.prefill
+
+    @property
+    def num_drawn(self) -> int:
+        """Places at which a token can be drawn: the rows, then the drafts."""
+        return self.rows + self.drafts
 
     @property
     def num_blocks(self) -> int:
         """Most prefill blocks: full ones, and one shorter one per sequence."""
-        return 0 if not self.prefill else -(-self.prefill // self.q_block) + self.rows
+        size = self.drafts + self.prefill
+        return 0 if not size else -(-size // self.q_block) + self.rows
 
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name every part of the packed buffer with its shape, in order."""
-        rows, blocks = self.rows, self.num_blocks
+        rows, blocks, drafts = self.rows, self.num_blocks, self.drafts
         fields: dict[str, tuple[int, ...]] = {
+            "draft_token": (drafts,),
+            "draft_row": (drafts,),
+            "draft_index": (drafts,),
             "prefill_token": (self.prefill,),
             "token_row": (self.num_tokens,),
             "token_position": (self.num_tokens,),
@@ -82,7 +94,8 @@ class StepShape:
             "page_table": (rows, self.pages_per_row),
             "sample_index": (rows,),
             "seed": (rows, 2),
-            "banned": (rows, MAX_BANNED),
+            "banned": (self.num_drawn, MAX_BANNED),
+            "output_position": (self.num_drawn,),
         }
         fields.update(dict.fromkeys((*INT_FIELDS, *FLOAT_FIELDS), (rows,)))
         fields.update(dict.fromkeys(FLAGS, ()))
@@ -115,8 +128,9 @@ class PackedStep:
     """Views into one host buffer, by field name; floats are views of the same bits.
 
     Attributes:
-        mask: Tokens that each row may draw, one bit per token, (rows, words) uint32; None where no
-            row is constrained. Large, and in most steps absent, so not a part of the buffer.
+        mask: Tokens that may be drawn in each place, one bit per token, (num_drawn, words) uint32;
+            None where no row is constrained. Large, and in most steps absent, so not a part of the
+            buffer.
     """
 
     def __init__(self, shape: StepShape) -> None:
@@ -163,6 +177,9 @@ class ShapeTable:
         extents: Numbers of keys that attention is compiled for, ascending.
         q_block: Tokens per prefill block.
         pages_per_row: Width of the page table; 0 with dense slots.
+        draft_row_buckets: Numbers of rows of steps with drafts.
+        num_draft: Most draft tokens per sequence; 0 without speculation.
+        max_draft: Most draft tokens per step.
         has_lora: Whether rows say which adapter they use.
     """
 
@@ -172,6 +189,9 @@ class ShapeTable:
     q_block: int
     kv_tile: int
     pages_per_row: int
+    draft_row_buckets: tuple[int, ...] = ()
+    num_draft: int = 0
+    max_draft: int = 0
     has_lora: bool = False
 
     @classmethod
@@ -187,6 +207,7 @@ class ShapeTable:
         kv_tile: int,
         batch_invariant: bool,
         min_rows: int = 1,
+        num_draft: int = 0,
         has_lora: bool = False,
     ) -> "ShapeTable":
         """Choose buckets: powers of two, ending at the limits themselves.
@@ -202,6 +223,7 @@ class ShapeTable:
             batch_invariant: One shape for all decodes and one for all prefills.
             min_rows: Fewest decode rows; XLA's CPU library has no fast path for bfloat16 products
                 of fewer than four rows.
+            num_draft: Most draft tokens per sequence; 0 without speculation.
             has_lora: Whether rows say which adapter they use.
         """
         rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
@@ -221,11 +243,46 @@ class ShapeTable:
             pages_per_row=-(-(max_model_len + q_block) // kv_tile) * (kv_tile // page_size)
             if use_pages
             else 0,
+            # Drafts are rows of products too, so that one sequence with some is never a single row.
+            draft_row_buckets=_powers(1, max_num_seqs) if num_draft else (),
+            num_draft=num_draft,
+            max_draft=min(num_draft * max_num_seqs, max_num_batched_tokens),
             has_lora=has_lora,
         )
 
-    def shape(self, *, rows: int, prefill: int) -> StepShape:
-        """Return the smallest shape that holds so many rows and prefill tokens."""
+    def draft_buckets(self, rows: int) -> tuple[int, ...]:
+        """List the numbers of draft tokens that steps of so many rows are compiled for.
+
+        Args:
+            rows: One of `draft_row_buckets`.
+
+        Returns:
+            What suffices if all sequences draft as much as they may, a half and a quarter of them.
+        """
+        whole = min(rows * self.num_draft, self.max_draft)
+        parts = {max(1, rows // part) * self.num_draft for part in (4, 2)}
+        return tuple(sorted({whole, *(part for part in parts if part < whole)}))
+
+    def shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
+        """Return the smallest shape that holds so many rows and tokens; no shape has both kinds.
+
+        Args:
+            rows: Decode rows.
+            prefill: Prefill tokens.
+            drafts: Draft tokens.
+        """
+        if drafts:
+            if prefill:
+                raise AssertionError("a step with drafts has no prefill")
+            rows = _ceil_to(rows, self.draft_row_buckets)
+            return StepShape(
+                rows=rows,
+                prefill=0,
+                q_block=self.num_draft,
+                pages_per_row=self.pages_per_row,
+                drafts=_ceil_to(drafts, self.draft_buckets(rows)),
+                has_lora=self.has_lora,
+            )
         buckets = self.mixed_row_buckets if prefill else self.row_buckets
         tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
         return StepShape(
@@ -244,7 +301,12 @@ class ShapeTable:
             for p in self.prefill_buckets
             for r in self.mixed_row_buckets
         ]
-        return sorted([*decodes, *mixed], key=lambda s: (s.rows, s.prefill))
+        drafted = [
+            self.shape(rows=r, prefill=0, drafts=d)
+            for r in self.draft_row_buckets
+            for d in self.draft_buckets(r)
+        ]
+        return sorted([*decodes, *mixed, *drafted], key=lambda s: (s.rows, s.prefill, s.drafts))
 
     def row_bucket(self, rows: int) -> int:
         """Return the number of rows that a pure decode with `rows` rows runs with."""

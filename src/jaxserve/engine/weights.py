@@ -15,7 +15,16 @@ from flax import nnx
 from jaxserve.core.errors import ConfigError
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.loading import hf_name, load_params
+from jaxserve.models.loading import hf_name, is_kernel, load_params
+from jaxserve.models.quantization import (
+    is_finite,
+    is_scale,
+    not_finite,
+    output_axis,
+    quantize_array,
+    quantize_rows,
+    scale_path,
+)
 from jaxserve.models.registry import flatten_params
 
 logger = logging.getLogger(__name__)
@@ -60,7 +69,8 @@ def prepare_weights(
     """Check new weights as a whole, then bring them into the form of those being served.
 
     An array whose dtype and sharding agree is used as it is; others are cast and moved, one at a
-    time.
+    time. Where narrow weights are served, plain ones are quantised as they were at the start, and
+    narrow ones are taken together with their scales.
 
     Args:
         params: An `nnx` module, an `nnx.State`, or a mapping, nested or by dotted path.
@@ -74,7 +84,8 @@ def prepare_weights(
     """
     given = _given(params)
     turned = names == "hf"
-    wanted = {hf_name(path): path for path in specs} if turned else {path: path for path in specs}
+    weights = [path for path in specs if not is_scale(path)]
+    wanted = {hf_name(path) if turned else path: path for path in weights}
     if turned:
         given = {
             name: leaf
@@ -82,23 +93,41 @@ def prepare_weights(
             if not name.endswith(_COMPUTED) and (name != _HF_OUTPUT or name in wanted)
         }
     arrays = {name: _as_array(leaf) for name, leaf in given.items()}
+    if not turned:
+        # Weights of the narrow type are no numbers without their scales.
+        wanted |= {
+            scale_path(path): scale_path(path)
+            for path in weights
+            if scale_path(path) in specs and _is_narrow(arrays.get(path), specs[path])
+        }
     expected = {
-        name: _turned(specs[path].shape) if turned and _is_kernel(path) else specs[path].shape
+        name: _turned(specs[path].shape) if turned and is_kernel(path) else specs[path].shape
         for name, path in wanted.items()
     }
     _check(arrays, given, expected, partial=partial)
     by_path = {wanted[name]: array for name, array in arrays.items() if array is not None}
+    _check_kinds(by_path, specs)
     tally = _Tally()
-    leaves = [
-        None
-        if path not in by_path
-        else _fit(by_path.pop(path), spec, tally, turn=turned and _is_kernel(path), donate=donate)
-        for path, spec in specs.items()
+    made: dict[str, jax.Array] = {}
+    for path in specs:
+        if path not in by_path:
+            continue
+        array, turn = by_path.pop(path), turned and is_kernel(path)
+        if scale_path(path) in specs and not _is_narrow(array, specs[path]):
+            made |= _quantize(path, array, specs, tally, turn=turn, donate=donate)
+        else:
+            made[path] = _fit(array, specs[path], tally, turn=turn, donate=donate)
+    broken = [
+        path
+        for path in weights
+        if scale_path(path) in made and not is_finite(made[scale_path(path)])
     ]
+    if broken:
+        raise ConfigError(f"{not_finite(broken)} Nothing was changed.")
     for (before, after), count in tally.casts.items():
         logger.info("cast %d weights from %s to %s", count, before, after)
     return NewWeights(
-        leaves=tuple(leaves),
+        leaves=tuple(made.get(path) for path in specs),
         num_shared=tally.num_shared,
         num_moved=tally.num_moved,
         num_cast=sum(tally.casts.values()),
@@ -210,8 +239,62 @@ def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[::-1])
 
 
-def _is_kernel(path: str) -> bool:
-    return path.endswith(".kernel")
+def _is_narrow(array: jax.Array | np.ndarray | None, spec: jax.ShapeDtypeStruct) -> bool:
+    return array is not None and array.dtype == spec.dtype
+
+
+def _check_kinds(arrays: Mapping[str, jax.Array | np.ndarray], specs: Specs) -> None:
+    """Refuse numbers that quantisation cannot start from: those of another scheme."""
+    wrong = [
+        f"{path} {array.dtype}"
+        for path, array in arrays.items()
+        if scale_path(path) in specs
+        and not _is_narrow(array, specs[path])
+        and (array.dtype.itemsize == 1 or not jnp.issubdtype(array.dtype, jnp.floating))
+    ]
+    if wrong:
+        kind = next(spec.dtype for path, spec in specs.items() if scale_path(path) in specs)
+        raise ConfigError(
+            f"the new weights do not fit the model, nothing was changed; of a wrong type: "
+            f"{_some(wrong)}; expected {kind} with scales, or floating-point numbers of two bytes "
+            "or more."
+        )
+
+
+def _quantize(
+    path: str,
+    array: jax.Array | np.ndarray,
+    specs: Specs,
+    tally: _Tally,
+    *,
+    turn: bool,
+    donate: bool,
+) -> dict[str, jax.Array]:
+    """Make narrow weights and scales of plain weights."""
+    spec, scale_spec = specs[path], specs[scale_path(path)]
+    axis = output_axis(path)
+    kinds = (str(array.dtype), str(spec.dtype))
+    tally.casts[kinds] = tally.casts.get(kinds, 0) + 1
+    if isinstance(array, jax.Array):
+        source, is_near = array, array.sharding.device_set == spec.sharding.device_set
+        if not is_near:
+            source = jax.device_put(array.T if turn else array, spec.sharding)
+            tally.num_moved += 1
+        made = quantize_array(source, spec, scale_spec, axis, turn=turn and is_near)
+        if donate:
+            jax.block_until_ready(made)
+            array.delete()
+        return dict(zip((path, scale_path(path)), made, strict=True))
+    rows = array if turn or axis == 0 else array.T
+    try:
+        stored, scale = quantize_rows(rows, spec.dtype)
+    except ValueError:
+        raise ConfigError(f"{not_finite([path])} Nothing was changed.") from None
+    narrow = np.ascontiguousarray(stored.T) if axis else stored
+    return {
+        path: jax.device_put(narrow, spec.sharding),
+        scale_path(path): jax.device_put(scale, scale_spec.sharding),
+    }
 
 
 def _fit(

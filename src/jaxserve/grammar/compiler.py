@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.core.errors import RequestError
 from jaxserve.core.structured import StructuredOutputsParams
-from jaxserve.grammar.matcher import Matcher
+from jaxserve.grammar.matcher import Matcher, shown
 from jaxserve.grammar.text import GrammarDefaults, grammar_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ MAX_KEPT = 256
 request waits for or uses are kept besides."""
 NUM_THREADS = 2
 _POLL_S = 0.05
-_MAX_MESSAGE = 1500
 _PARAM = "structured_outputs"
 
 
@@ -187,10 +186,8 @@ class GrammarCompiler:
         if not problem and matcher is not None:
             pending.future.set_result(matcher)
             return
-        lines = [line.rstrip() for line in problem.strip().splitlines()]
-        shown = "\n".join(line for line in lines if line and line != "<non-verbose/>")
         pending.future.set_exception(
-            RequestError(f"the grammar does not compile: {shown[:_MAX_MESSAGE]}", param=_PARAM)
+            RequestError(f"the grammar does not compile: {shown(problem)}", param=_PARAM)
         )
 
     def _words(self, pending: PendingGrammar) -> "llguidance.LLTokenizer":

@@ -12,6 +12,15 @@ import numpy as np
 if TYPE_CHECKING:
     import llguidance
 
+MAX_MESSAGE = 1500
+"""Most characters of a problem to repeat."""
+
+
+def shown(problem: str) -> str:
+    """Return what the grammar engine says, without the lines that say nothing."""
+    lines = [line.rstrip() for line in problem.strip().splitlines()]
+    return "\n".join(line for line in lines if line and line != "<non-verbose/>")[:MAX_MESSAGE]
+
 
 class Matcher:
     """Follows one sequence through a grammar.

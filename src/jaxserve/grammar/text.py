@@ -16,6 +16,7 @@ WHITESPACE = r"[ ]{1,2}|\r?\n[ \t]{0,40}"
 """White space of JSON unless a request names another: without a bound, a small model may write
 spaces until it runs out of tokens."""
 
+MAX_ASCII = 127
 _PARAM = "structured_outputs"
 
 
@@ -61,8 +62,9 @@ def _parts(params: StructuredOutputsParams, defaults: GrammarDefaults) -> list[d
     if params.regex is not None:
         return [{"name": "inner", "lark_grammar": _regex(params.regex)}]
     if params.choice is not None:
-        options = " | ".join(dict.fromkeys(map(quoted, params.choice)))
-        return [{"name": "inner", "lark_grammar": f"start: {options}"}]
+        # One expression: a rule with as many alternatives as a choice may have is too complex.
+        options = "|".join(dict.fromkeys(map(_literal, params.choice)))
+        return [{"name": "inner", "lark_grammar": f"start: /({options})/"}]
     if params.grammar is not None:
         return [{"name": "inner", "lark_grammar": _lark(params.grammar)}]
     return [{"name": "inner", "lark_grammar": _tags(params.structural_tag or "", params, defaults)}]
@@ -110,9 +112,26 @@ def closed(schema: Any) -> Any:  # noqa: ANN401  any JSON value
     return made
 
 
+def _literal(text: str) -> str:
+    r"""Write text as a regular expression that matches it alone.
+
+    >>> _literal("a/b é")
+    'a\\x{2f}b\\x{20}é'
+    """
+    return "".join(
+        char if char.isalnum() or ord(char) > MAX_ASCII else f"\\x{{{ord(char):x}}}"
+        for char in text
+    )
+
+
 def _regex(pattern: str) -> str:
     from llguidance import LLMatcher  # noqa: PLC0415  loaded when the first grammar comes
 
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise RequestError(
+            "the regular expression cannot be used: it ends with a backslash that escapes nothing.",
+            param=_PARAM,
+        )
     try:
         return json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0]["lark_grammar"]
     except (ValueError, KeyError, IndexError) as error:

@@ -217,8 +217,12 @@ def _refuse_variations(values: Fields, model_type: str) -> None:
         name = "hidden_act" if expected == "silu" else "hidden_activation"
         _refuse(f"{name} {act!r}", repr(expected), model_type)
     if values.get("quantization_config") is not None:
-        found, wanted = "quantization_config", "unquantised safetensors, or a GGUF file"
-        _refuse(found, wanted, model_type)
+        method = (values.table("quantization_config") or {}).get("quant_method")
+        raise UnsupportedError(
+            f"config.json: found quantization_config with quant_method {method!r}, expected "
+            "unquantised safetensors, or a GGUF file; get the original model, and quantise it as "
+            "it is loaded with --quantization int8 or fp8."
+        )
     if values.flag("use_bidirectional_attention"):
         _refuse("use_bidirectional_attention true", "false (causal attention)", model_type)
     if family == "llama" and values.flag("use_sliding_window"):

@@ -114,11 +114,21 @@ class Linear(nnx.Module):
         scale = 1 / math.sqrt(in_size)
         kernel = jax.random.normal(rngs.params(), (in_size, out_size), dtype) * scale
         self.kernel = param(kernel.astype(dtype), *axes)
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias = param(jnp.zeros((out_size,), dtype), axes[1]) if use_bias else None
 
     def __call__(self, x: Float[Array, "*tokens in_size"]) -> Float[Array, "*tokens out_size"]:
         """Multiply."""
-        y = jnp.matmul(x, self.kernel[...])
+        if self.kernel_scale is None:
+            return self.finish(jnp.matmul(x, self.kernel[...]), x.dtype)
+        x, kernel = widened(x, self.kernel[...])
+        return self.finish(jnp.matmul(x, kernel, preferred_element_type=jnp.float32), x.dtype)
+
+    def finish(
+        self, product: Float[Array, "*tokens out_size"], dtype: jnp.dtype
+    ) -> Float[Array, "*tokens out_size"]:
+        """Turn the product with the kernel into the layer's result."""
+        y = scaled(product, self.kernel_scale).astype(dtype)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -127,13 +137,27 @@ def project(
 ) -> list[Float[Array, "*tokens out_size"]]:
     """Apply linear layers to one input: together, in one kernel, where the plan allows it."""
     kernels = [layer.kernel[...] for layer in layers]
+    if len({kernel.dtype for kernel in kernels}) > 1:  # some are quantised, others not
+        return [project(x, (layer,), plan)[0] for layer in layers]
     if not _use_cpu_kernels(x, kernels[0], plan):
         return [layer(x) for layer in layers]
-    products = [y.astype(x.dtype) for y in cpu_kernels.multiply(x, kernels)]
-    return [
-        y if layer.bias is None else y + layer.bias[...]
-        for y, layer in zip(products, layers, strict=True)
-    ]
+    products = cpu_kernels.multiply(x, kernels)
+    return [layer.finish(y, x.dtype) for y, layer in zip(products, layers, strict=True)]
+
+
+def widened(x: Array, weight: Array) -> tuple[Array, Array]:
+    """Prepare a quantised weight, without its scales, for a product with `x`; exact.
+
+    XLA for a CPU would else widen the weights of all layers before it begins with the first, into
+    memory as large as the model was before. On a GPU the conversion becomes a part of the product.
+    """
+    x, weight = lax.optimization_barrier((x, weight))
+    return x, weight.astype(x.dtype)
+
+
+def scaled(product: Float[Array, "*tokens out_size"], scale: nnx.Param | None) -> Array:
+    """Apply the scales of a quantised weight to a product with it."""
+    return product if scale is None else product * scale[...]
 
 
 def _use_cpu_kernels(x: Array, weight: Array, plan: Plan | None) -> bool:
@@ -151,19 +175,28 @@ class Embedding(nnx.Module):
         """Draw the table from a normal distribution of deviation 0.02."""
         table = jax.random.normal(rngs.params(), (vocab_size, size), dtype) * 0.02
         self.embedding = param(table.astype(dtype), "vocab", "hidden")
+        self.embedding_scale: nnx.Param | None = nnx.data(None)
+        self.dtype = dtype
 
     def __call__(self, token_ids: Int[Array, "*tokens"]) -> Float[Array, "*tokens size"]:
         """Look tokens up."""
-        return jnp.take(self.embedding[...], token_ids, axis=0, mode="clip")
+        found = jnp.take(self.embedding[...], token_ids, axis=0, mode="clip")
+        if self.embedding_scale is None:
+            return found
+        scale = jnp.take(self.embedding_scale[...], token_ids, mode="clip")
+        return (found.astype(jnp.float32) * scale[..., None]).astype(self.dtype)
 
     def attend(
         self, hidden: Float[Array, "*tokens size"], plan: Plan | None = None
     ) -> Float[Array, "*tokens vocab"]:
         """Score every token of the vocabulary."""
-        table = self.embedding[...]
+        table, scale = self.embedding[...], self.embedding_scale
         if _use_cpu_kernels(hidden, table, plan):
-            return cpu_kernels.multiply_transposed(hidden, table)
-        return jnp.einsum("...m,vm->...v", hidden, table, preferred_element_type=jnp.float32)
+            return scaled(cpu_kernels.multiply_transposed(hidden, table), scale)
+        if scale is not None:
+            hidden, table = widened(hidden, table)
+        scores = jnp.einsum("...m,vm->...v", hidden, table, preferred_element_type=jnp.float32)
+        return scaled(scores, scale)
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -398,15 +431,18 @@ class CausalLM(nnx.Module):
             if self.lm_head is None:
                 scores = self.embed_tokens.attend(hidden, plan)
             else:
-                scores = _score(hidden, self.lm_head.kernel[...], plan)
+                scores = _score(hidden, self.lm_head, plan)
             cap = self.config.final_soft_cap
             return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def _score(hidden: Array, kernel: Array, plan: Plan | None) -> Array:
+def _score(hidden: Array, head: Linear, plan: Plan | None) -> Array:
+    kernel, scale = head.kernel[...], head.kernel_scale
     if _use_cpu_kernels(hidden, kernel, plan):
-        return cpu_kernels.multiply(hidden, [kernel])[0]
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return scaled(cpu_kernels.multiply(hidden, [kernel])[0], scale)
+    if scale is not None:
+        hidden, kernel = widened(hidden, kernel)
+    return scaled(jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32), scale)
 
 
 def _keep(name: str, value: Array) -> Array:  # noqa: ARG001  the form of a hook

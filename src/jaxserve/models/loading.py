@@ -19,6 +19,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
 from jaxserve.models.fused import Slice, slices_of
+from jaxserve.models.quantization import is_scale, quantize_rows, scale_path
 
 INDEX_FILE = "model.safetensors.index.json"
 """Says which file holds which tensor, where there are several."""
@@ -300,6 +301,7 @@ def check_tensors(source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStr
     expected = {
         hf_name(path): tuple(spec.shape[::-1] if is_kernel(path) else spec.shape)
         for path, spec in abstract.items()
+        if not is_scale(path)
     }
     found = {name: shape for name, shape in found.items() if not name.endswith(_BUFFERS)}
     # An output projection beside a tied embedding is a copy of it.
@@ -357,7 +359,7 @@ def load_params(
     dtype: DTypeLike | None = None,
     progress: bool = False,
 ) -> dict[str, jax.Array]:
-    """Read every parameter of a model onto its devices.
+    """Read every parameter of a model onto its devices, quantised where it has scales there.
 
     A few tensors are on their way at a time, so the host never holds a second copy of the model.
     On a CPU the arrays are the memory they were read into.
@@ -365,32 +367,43 @@ def load_params(
     Args:
         checkpoint: Where the weights are.
         abstract: Shape, dtype and, optionally, sharding of each parameter, by path.
-        dtype: Element type of all parameters; None takes that of `abstract`.
+        dtype: Element type of all parameters that are not quantised; None takes that of
+            `abstract`.
         progress: Show a progress bar on stderr.
 
     Returns:
         The parameters by path, in the order of `abstract`.
 
     Raises:
-        CheckpointError: If a tensor is missing, extra, of a wrong shape, or damaged; names it.
+        CheckpointError: If a tensor is missing, extra, of a wrong shape, or damaged, or cannot be
+            quantised; names it.
     """
     if dtype is not None:
         abstract = {
-            path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=spec.sharding)
+            path: spec
+            if is_scale(path) or scale_path(path) in abstract
+            else jax.ShapeDtypeStruct(spec.shape, dtype, sharding=spec.sharding)
             for path, spec in abstract.items()
         }
     if isinstance(checkpoint, DeviceSource):
         return checkpoint.load(abstract)
     check_tensors(checkpoint, abstract)
     order = {name: place for place, name in enumerate(checkpoint.tensor_shapes())}
-    paths = sorted(abstract, key=lambda path: order[hf_name(path)])
+    weights = [path for path in abstract if not is_scale(path)]
+    paths = sorted(weights, key=lambda path: order[hf_name(path)])
 
-    def load(path: str) -> jax.Array:
-        spec = abstract[path]
+    def load(path: str) -> dict[str, jax.Array]:
         value = checkpoint.read(hf_name(path))
-        value = prepare_buffer(value, spec.dtype, transpose=is_kernel(path))
-        array = jax.device_put(value, spec.sharding)
-        return array.block_until_ready()  # so that buffers of running transfers do not pile up
+        parts = {path: value}
+        if scale_path(path) in abstract:
+            try:
+                parts[path], parts[scale_path(path)] = quantize_rows(value, abstract[path].dtype)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {hf_name(path)!r}: {error}, so it cannot be "
+                    f"quantised; {AGAIN}"
+                ) from error
+        return {name: _place(name, part, abstract[name]) for name, part in parts.items()}
 
     with (
         ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "load") as pool,
@@ -398,10 +411,16 @@ def load_params(
     ):
         loaded: dict[str, jax.Array] = {}
         try:
-            for path, array in zip(paths, pool.map(load, paths), strict=True):
-                loaded[path] = array
+            for arrays in pool.map(load, paths):
+                loaded |= arrays
                 bar.update()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return {path: loaded[path] for path in abstract}
+
+
+def _place(path: str, value: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    buffer = prepare_buffer(value, spec.dtype, transpose=is_kernel(path))
+    # Blocks, so that buffers of running transfers do not pile up.
+    return jax.device_put(buffer, spec.sharding).block_until_ready()

@@ -20,6 +20,13 @@ from jaxserve.core.errors import CheckpointError, ModelNotFoundError, did_you_me
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.files import AGAIN, read_json
 from jaxserve.models.loading import hf_name, is_kernel, read_generation_config, report_mismatch
+from jaxserve.models.quantization import (
+    is_finite,
+    is_scale,
+    output_axis,
+    quantize_array,
+    scale_path,
+)
 from jaxserve.sharding.mesh import host_mesh
 
 PARAMS_FOLDER = "params"
@@ -147,7 +154,8 @@ class OrbaxCheckpoint:
         """Read every parameter straight onto its devices; each host reads only its own shards.
 
         Args:
-            abstract: Shape, dtype and sharding of each parameter, by path.
+            abstract: Shape, dtype and sharding of each parameter, by path; weights that have scales
+                beside them are quantised, a group at a time.
 
         Returns:
             The parameters by path, in the order of `abstract`.
@@ -160,10 +168,41 @@ class OrbaxCheckpoint:
             str(self._folder),
             "leaves",
             {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()},
-            {name: tuple(spec.shape) for name, spec in abstract.items()},
+            {name: tuple(spec.shape) for name, spec in abstract.items() if not is_scale(name)},
             ignored={_OUTPUT},
         )
+        if any(map(is_scale, abstract)):
+            loaded = self._quantized(abstract)
+            return {name: loaded[name] for name in abstract}
         return self._read(abstract)
+
+    def _quantized(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        loaded: dict[str, jax.Array] = {}
+        for group in self._groups([name for name in abstract if not is_scale(name)]):
+            wanted = {name: self._as_read(name, abstract) for name in group}
+            for name, array in self._read(wanted).items():
+                if scale_path(name) not in abstract:
+                    loaded[name] = array
+                    continue
+                scale_spec = abstract[scale_path(name)]
+                stored, scale = quantize_array(array, abstract[name], scale_spec, output_axis(name))
+                if not is_finite(scale):
+                    raise CheckpointError(
+                        f"{self._folder}: leaf {name!r}: found a value that is not a finite "
+                        f"number, so it cannot be quantised; {AGAIN}"
+                    )
+                loaded[name], loaded[scale_path(name)] = stored, scale
+        return loaded
+
+    def _as_read(
+        self, name: str, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> jax.ShapeDtypeStruct:
+        """Describe a leaf as it comes from the files: what is quantised comes as it was stored."""
+        spec = abstract[name]
+        if scale_path(name) not in abstract:
+            return spec
+        stored = self._leaves[name][1].dtype
+        return jax.ShapeDtypeStruct(spec.shape, stored, sharding=spec.sharding)
 
     def _read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         from orbax.checkpoint import v1 as ocp  # noqa: PLC0415  takes a second to import

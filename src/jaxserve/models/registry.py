@@ -18,6 +18,15 @@ from jaxserve.models.layers import CausalLM
 from jaxserve.models.llama import Llama
 from jaxserve.models.mistral import Mistral
 from jaxserve.models.phi3 import Phi3
+from jaxserve.models.quantization import (
+    KINDS,
+    Quantization,
+    is_scale,
+    output_axis,
+    quantize_array,
+    quantized_model,
+    scale_path,
+)
 from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
 from jaxserve.models.smollm3 import SmolLM3
@@ -40,11 +49,24 @@ def path_name(path: tuple[object, ...]) -> str:
 
 
 def abstract_model(
-    config: ModelConfig, *, dtype: jnp.dtype
+    config: ModelConfig, *, dtype: jnp.dtype, quantization: Quantization | None = None
 ) -> tuple[nnx.GraphDef[CausalLM], nnx.State]:
-    """Describe a model without allocating it: its structure, and shapes for weights."""
+    """Describe a model without allocating it: its structure, and shapes for weights.
+
+    Args:
+        config: Its shape.
+        dtype: Precision of weights and activations.
+        quantization: Which weights are narrower.
+
+    Raises:
+        ConfigError: If the quantisation ignores a layer that the model does not have.
+    """
     cls = FAMILIES[config.model_type]
-    return nnx.split(nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    if quantization is None:
+        return graph, state
+    chosen = quantization.choose(flatten_params(state))
+    return quantized_model(graph, state, KINDS[quantization.scheme], chosen)
 
 
 def abstract_params(
@@ -120,15 +142,25 @@ def draw_params(
     key = jax.random.key(seed)
     drawn: dict[str, jax.Array] = {}
     for index, (name, spec) in enumerate(described.items()):
+        if is_scale(name):
+            continue
         kind = name.rpartition(".")[2]
+        scale_spec = described.get(scale_path(name))
         deviation = {"embedding": 0.02, "scale": 0.0, "offset": 0.0, "bias": 0.0}.get(kind)
         if deviation is None:
             deviation = 1 / math.sqrt(spec.shape[0])
         # One small program per distinct shape: a single program over all weights of a deep model
         # takes half a minute to compile.
-        draw = _draw_program(spec.shape, spec.dtype, spec.sharding)
+        dtype = spec.dtype if scale_spec is None else jnp.dtype("float32")
+        draw = _draw_program(spec.shape, dtype, spec.sharding)
         mean = 1.0 if kind == "scale" else 0.0
-        drawn[name] = draw(jax.random.fold_in(key, index), mean, deviation)
+        value = draw(jax.random.fold_in(key, index), mean, deviation)
+        if scale_spec is None:
+            drawn[name] = value
+        else:
+            drawn[name], drawn[scale_path(name)] = quantize_array(
+                value, spec, scale_spec, output_axis(name)
+            )
     return drawn
 
 

@@ -16,6 +16,7 @@ class JsonToolParser(ToolParser):
     def __init__(self, tools: Sequence[Tool] = ()) -> None:
         """Stand at the beginning of a text."""
         super().__init__(tools)
+        self._state = "text"
         self._call = JsonCall()
         self._is_announced = False
 
@@ -40,6 +41,22 @@ class JsonToolParser(ToolParser):
             return "failed"
         return "done" if call.is_done else "more"
 
+    def _advance_text(self, mark: str, *, final: bool) -> bool:
+        """Pass text on until a mark says that a call follows."""
+        if self._text_until([mark], final=final) is None:
+            return False
+        self._start_call(mark)
+        self._state = "call"
+        return True
+
+    def _advance_call(self, following: str) -> bool:
+        """Read on in a call; `following` is the state after it."""
+        outcome = self._read_call()
+        if outcome == "more":
+            return False
+        self._state = "text" if outcome == "failed" else following
+        return True
+
 
 class HermesParser(JsonToolParser):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them.
@@ -50,11 +67,6 @@ class HermesParser(JsonToolParser):
     open_mark: ClassVar[str] = "<tool_call>"
     close_mark: ClassVar[str] = "</tool_call>"
 
-    def __init__(self, tools: Sequence[Tool] = ()) -> None:
-        """Stand at the beginning of a text."""
-        super().__init__(tools)
-        self._state = "text"
-
     @classmethod
     def structure(cls, name: str) -> tuple[str, str]:
         """Return what stands before and behind the arguments."""
@@ -63,17 +75,9 @@ class HermesParser(JsonToolParser):
 
     def _advance(self, *, final: bool) -> bool:
         if self._state == "text":
-            if self._text_until([self.open_mark], final=final) is None:
-                return False
-            self._start_call(self.open_mark)
-            self._state = "call"
-            return True
+            return self._advance_text(self.open_mark, final=final)
         if self._state == "call":
-            outcome = self._read_call()
-            if outcome == "more":
-                return False
-            self._state = "text" if outcome == "failed" else "close"
-            return True
+            return self._advance_call("close")
         return self._skip_close(final=final)
 
     def _skip_close(self, *, final: bool) -> bool:
@@ -106,17 +110,9 @@ class Llama3Parser(JsonToolParser):
         if self._state == "start":
             return self._advance_start(final=final)
         if self._state == "text":
-            if self._text_until([self.mark], final=final) is None:
-                return False
-            self._start_call(self.mark)
-            self._state = "call"
-            return True
+            return self._advance_text(self.mark, final=final)
         if self._state == "call":
-            outcome = self._read_call()
-            if outcome == "more":
-                return False
-            self._state = "text" if outcome == "failed" else "next"
-            return True
+            return self._advance_call("next")
         return self._advance_next(final=final)
 
     def _advance_start(self, *, final: bool) -> bool:
@@ -177,7 +173,7 @@ class MistralParser(JsonToolParser):
                 self._state = "text" if self._value.is_done else "arguments"
                 return self._value.is_done
             case "list":
-                return self._advance_list()
+                return self._advance_call("next")
             case _:
                 return self._advance_next(final=final)
 
@@ -212,13 +208,6 @@ class MistralParser(JsonToolParser):
             self._raw += head
             self._say_raw()
             self._state = "text"
-        return True
-
-    def _advance_list(self) -> bool:
-        outcome = self._read_call()
-        if outcome == "more":
-            return False
-        self._state = "text" if outcome == "failed" else "next"
         return True
 
     def _advance_next(self, *, final: bool) -> bool:

@@ -21,6 +21,18 @@ from jaxserve.serve.openai_api import (
 )
 from jaxserve.serve.page import page_router
 from jaxserve.serve.replies import Answer, TokenWriter, chat_reply, completion_reply
+from jaxserve.serve.reply_models import (
+    ERRORS,
+    ChatReply,
+    CompletionReply,
+    Detokenized,
+    Load,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Version,
+    replies,
+)
 from jaxserve.serve.sse import (
     STATUS_CLIENT_GONE,
     ClientGoneError,
@@ -43,6 +55,16 @@ if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncLLM
 
 router = APIRouter()
+
+_HEALTH: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Requests are taken."},
+    503: {"description": "They are not."},
+    "4XX": ERRORS["4XX"],
+}
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    **ERRORS,
+}
 
 
 def _state(request: Request) -> ServerState:
@@ -78,7 +100,7 @@ async def _counted(state: ServerState, events: AsyncGenerator[bytes]) -> AsyncGe
                 yield event
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=replies(ChatReply, is_streamed=True))
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     state = _state(request)
@@ -95,7 +117,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     return await _generate(request, job)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=replies(CompletionReply, is_streamed=True))
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue one or more prompts."""
     state = _state(request)
@@ -128,7 +150,7 @@ def _card(state: ServerState, engine: "AsyncLLM", name: str) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=replies(ModelList))
 async def models(request: Request) -> Response:
     """List the names under which the model and its adapters are served."""
     state = _state(request)
@@ -137,7 +159,7 @@ async def models(request: Request) -> Response:
     return _json({"object": "list", "data": [_card(state, engine, name) for name in names]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=replies(ModelCard))
 async def model(name: str, request: Request) -> Response:
     """Describe the model of one name."""
     state = _state(request)
@@ -145,7 +167,7 @@ async def model(name: str, request: Request) -> Response:
     return _json(_card(state, engine, state.checked_model(name)))
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=replies(Tokenized))
 @router.post("/v1/tokenize", include_in_schema=False)
 async def tokenize_text(body: TokenizeBody, request: Request) -> Response:
     """Turn a prompt, or messages, into token ids."""
@@ -155,7 +177,7 @@ async def tokenize_text(body: TokenizeBody, request: Request) -> Response:
     return _json(await tokenize(engine, body, state.config.api))
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=replies(Detokenized))
 @router.post("/v1/detokenize", include_in_schema=False)
 async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     """Turn token ids into text."""
@@ -172,37 +194,37 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     return _json({"prompt": text})
 
 
-@router.get("/health")
+@router.get("/health", response_class=Response, responses=_HEALTH)
 async def health(request: Request) -> Response:
     """Answer 200 when requests are taken: the model is warm and the server is not stopping."""
     return Response(status_code=200 if _state(request).is_healthy() else 503)
 
 
-@router.get("/ping")
+@router.get("/ping", response_class=Response, responses=_HEALTH)
 async def ping(request: Request) -> Response:
     """Answer like `GET /health`."""
     return await health(request)
 
 
-@router.post("/ping")
+@router.post("/ping", response_class=Response, responses=_HEALTH)
 async def ping_post(request: Request) -> Response:
     """Answer like `GET /health`, for platforms that probe with POST."""
     return await health(request)
 
 
-@router.get("/version")
+@router.get("/version", responses=replies(Version))
 async def version() -> Response:
     """Tell the server's version."""
     return _json({"version": __version__})
 
 
-@router.get("/load")
+@router.get("/load", responses=replies(Load))
 async def load(request: Request) -> Response:
     """Tell how many generating requests are being answered."""
     return _json({"server_load": _state(request).load})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses=_METRICS)
 async def metrics(request: Request) -> Response:
     """Tell everything that Prometheus scrapes."""
     state = _state(request)

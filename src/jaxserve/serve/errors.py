@@ -20,6 +20,7 @@ from jaxserve.core.errors import (
     RequestError,
     UnsupportedError,
 )
+from jaxserve.serve.paths import methods_of, route_path
 from jaxserve.serve.sse import encode_json
 
 logger = logging.getLogger("jaxserve.serve")
@@ -153,7 +154,16 @@ def log_failure(what: str, error: BaseException) -> None:
         logger.error("%s failed", what, exc_info=error)
 
 
+def _with_all_methods(error: HTTPException, request: Request) -> HTTPException:
+    """Name every method that the path takes; the router knows those of one route only."""
+    named = {word.strip() for word in (error.headers or {}).get("Allow", "").split(",")} - {""}
+    methods = named | methods_of(request.app, route_path(request.scope))
+    return HTTPException(405, headers={"Allow": ", ".join(sorted(methods))})
+
+
 async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error = _with_all_methods(error, request)
     problem = problem_of(error)
     if problem.status == 500 and isinstance(error, _OURS):
         log_failure(request.url.path, error)  # of others uvicorn prints the traceback

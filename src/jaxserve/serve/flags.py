@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Union
 
 from jaxserve.core.config import EngineConfig, iter_options
 from jaxserve.core.errors import ConfigError, MissingExtraError, did_you_mean
@@ -40,6 +40,7 @@ GROUPS = {
     "runner": "execution",
     "structured": "structured outputs",
     "pooling": "embeddings and scores",
+    "speculative": "speculative decoding",
     "lora": "adapters",
 }
 
@@ -102,8 +103,9 @@ class Flag:
         """
         if value is None and self.kind == "list":
             return ()
+        has_absent = self.kind == "int" or bool(self.choices)
         if self.is_optional and (
-            value is None or (self.kind == "int" and str(value).strip().lower() in _ABSENT)
+            value is None or (has_absent and str(value).strip().lower() in _ABSENT)
         ):
             return None
         return _READERS[self.kind](self, value)
@@ -191,7 +193,8 @@ _READERS: Mapping[Kind, Callable[[Flag, object], object]] = {
 def _kind_of(annotation: object) -> tuple[Kind, tuple[str, ...], bool]:
     """Return how to read a value of this type, its choices, and whether None is one."""
     arguments = typing.get_args(annotation)
-    if isinstance(annotation, types.UnionType) and type(None) in arguments:
+    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is Union
+    if is_union and type(None) in arguments:
         (inner,) = (arg for arg in arguments if arg is not type(None))
         kind, choices, _ = _kind_of(inner)
         return kind, choices, True

@@ -10,22 +10,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.core.units import format_bytes
 from jaxserve.serve.errors import Problem
+from jaxserve.serve.paths import route_path
 from jaxserve.serve.translate import MAX_ID_LEN
 
 GUARDED = "/v1"
 REQUEST_ID = "x-request-id"
 GUARDED_BY_ROUTE = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Administration that has its place below /v1; these routes look at keys by themselves."""
-
-
-def route_path(scope: Scope) -> str:
-    """Return a request's path below the server's root path, the way routes are matched."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if not root or not path.startswith(root):
-        return path
-    below = path[len(root) :]
-    return below if below.startswith("/") or not below else path
 
 
 class ApiKeys:

@@ -5,11 +5,12 @@ and the others be warned about once.
 """
 
 import logging
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxserve.core.errors import RequestError
+from jaxserve.core.request import MAX_N, MAX_STOP_STRINGS
 
 logger = logging.getLogger("jaxserve.serve")
 
@@ -60,9 +61,23 @@ REFUSED = {
 
 
 class Body(BaseModel):
-    """A request body that tolerates unknown fields."""
+    """A request body that tolerates unknown fields, but no value of another type.
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    Numbers without a fraction are integers, however they are written, as JSON itself has it.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, body: object) -> object:
+        if not isinstance(body, dict):
+            return body
+        given = cast("dict[str, object]", body)
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in given.items()
+        }
 
     def check_extra(self) -> None:
         """Refuse what would change the answer; warn of the rest once per name.
@@ -83,6 +98,8 @@ class Body(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream tells besides the text."""
 
+    model_config = ConfigDict(strict=True)
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -93,7 +110,7 @@ class SloBody(BaseModel):
     Unknown names are kept, to be refused by name: a misspelt objective must not be lost.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -102,32 +119,40 @@ class SloBody(BaseModel):
     on_decline: Literal["best_effort", "reject", "asap"] | None = None
 
 
+def _shown(**bounds: object) -> Any:  # noqa: ANN401  pydantic's own idiom
+    """Describe what the engine checks, whose messages are better, without checking it here."""
+    return Field(default=None, json_schema_extra=cast("dict[str, Any]", bounds))
+
+
+_INT64 = {"minimum": -(2**63), "maximum": 2**63 - 1}
+
+
 class GenerationBody(Body):
     """Fields that both generating endpoints share; None is "the server's default"."""
 
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    n: int | None = _shown(minimum=1, maximum=MAX_N)
+    temperature: float | None = _shown(minimum=0, maximum=2)
+    top_p: float | None = _shown(exclusiveMinimum=0, maximum=1)
+    top_k: int | None = _shown(minimum=-1)
+    min_p: float | None = _shown(minimum=0, maximum=1)
+    presence_penalty: float | None = _shown(minimum=-2, maximum=2)
+    frequency_penalty: float | None = _shown(minimum=-2, maximum=2)
+    repetition_penalty: float | None = _shown(exclusiveMinimum=0)
+    seed: int | None = _shown(**_INT64)
+    stop: str | list[str] | None = _shown(minLength=1, maxItems=MAX_STOP_STRINGS)
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int = 0
-    max_tokens: int | None = None
-    logit_bias: dict[int, float] | None = None
+    min_tokens: int = Field(default=0, json_schema_extra={"minimum": 0})
+    max_tokens: int | None = _shown(minimum=0)
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     allowed_token_ids: list[int] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = _shown(minimum=-1)
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
@@ -140,8 +165,8 @@ class GenerationBody(Body):
         "min_tokens and max_tokens count from the first of them. The answer holds what is new.",
     )
     priority: int = Field(default=0, ge=-(2**63), lt=2**63)
-    cache_salt: str | None = None
-    request_id: str | None = None
+    cache_salt: str | None = _shown(minLength=1, maxLength=128)
+    request_id: str | None = _shown(minLength=1, maxLength=128, pattern="^[ -~]+$")
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     slo: SloBody | None = None
@@ -161,7 +186,7 @@ class CompletionBody(GenerationBody):
 class ChatMessage(BaseModel):
     """One message; fields besides these reach the chat template unchanged."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     role: str = Field(min_length=1)
     content: str | list[dict[str, Any]] | None = None

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from jaxserve import __version__
 from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError
+from jaxserve.serve.reply_models import Live, replies
 from jaxserve.serve.sse import encode_json
 from jaxserve.serve.state import ServerState
 
@@ -135,7 +136,7 @@ def page_router(state: ServerState) -> APIRouter:
             headers={"Vary": "Accept"},
         )
 
-    @router.get(LIVE)
+    @router.get(LIVE, responses=replies(Live))
     async def live() -> Response:
         """Tell how busy the engine is; a cheap extract of `/metrics` for the page."""
         return Response(

@@ -58,7 +58,7 @@ class ScoreBody(PoolingBody):
 class Document(BaseModel):
     """A document that is more than its text; the other fields come back unchanged."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     text: str
 

@@ -19,6 +19,7 @@ from jaxserve.serve.pooling_api import (
     RerankBody,
     ScoreBody,
 )
+from jaxserve.serve.reply_models import EmbeddingReply, RerankReply, ScoreReply, replies
 from jaxserve.serve.sse import (
     STATUS_CLIENT_GONE,
     ClientGoneError,
@@ -42,9 +43,10 @@ def _state(request: Request) -> "ServerState":
 
 async def _answer(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     """Do the work, unless the client goes away first."""
-    with _state(request).working():
+    state = _state(request)
+    with state.working():
         try:
-            reply = await until_disconnect(request.receive, work)
+            reply = await until_disconnect(request.receive, state.call(work))
         except ClientGoneError:
             return Response(status_code=STATUS_CLIENT_GONE)
     return Response(encode_json(reply), media_type="application/json")
@@ -83,7 +85,7 @@ def _head(state: "ServerState", request: Request, body: PoolingBody, prefix: str
     }
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", responses=replies(EmbeddingReply))
 async def embeddings(body: EmbeddingBody, request: Request) -> Response:
     """Turn texts into vectors."""
     state = _state(request)
@@ -148,7 +150,7 @@ def _embedding_reply(
     return {**head, "data": data, "usage": _usage(used)}
 
 
-@router.post("/v1/score")
+@router.post("/v1/score", responses=replies(ScoreReply))
 @router.post("/score", include_in_schema=False)
 async def score(body: ScoreBody, request: Request) -> Response:
     """Say how well pairs of texts go together."""
@@ -206,7 +208,7 @@ def _used(outputs: "Sequence[ScoringRequestOutput]") -> int:
     return sum(len(output.prompt_token_ids) for output in outputs)
 
 
-@router.post("/v1/rerank")
+@router.post("/v1/rerank", responses=replies(RerankReply))
 @router.post("/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
 async def rerank(body: RerankBody, request: Request) -> Response:

@@ -181,9 +181,10 @@ class Process:
         if engine is not None:
             if engine.num_unfinished:
                 say(f"stopping: {engine.num_unfinished} completions may go on for {timeout:g} s")
-            if not await engine.drain(timeout):
+            if not (await engine.drain(timeout) and await self.state.idle(FLUSH_S)):
                 await self.state.abort()
-                await engine.drain(FLUSH_S)
+                await self.state.give_up_calls()
+                await self.state.idle(FLUSH_S)
         self._server.should_exit = True
 
 

@@ -5,13 +5,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import __version__
+from jaxserve.core.errors import RequestError
 from jaxserve.core.event import (
     FinishReason,
     Logprob,
+    SloOutcome,
     TokenEvent,
     TokenLogprobs,
     WeightSpan,
     extend_spans,
+    failure_of,
 )
 from jaxserve.parsers.base import Delta
 from jaxserve.parsers.reader import OutputReader
@@ -123,13 +126,19 @@ class Choice:
 
 
 def check_event(event: TokenEvent) -> None:
-    """Turn the engine's own failure into an exception.
+    """Turn a failure into an exception.
 
     Raises:
-        GenerationFailedError: If the event reports one.
+        RequestError: If the event reports one for which the request is to blame.
+        GenerationFailedError: If it reports one of the engine's own.
     """
-    if event.finish_reason is FinishReason.ERROR:
-        raise GenerationFailedError(event.error or "the engine gave no reason")
+    match failure_of(event):
+        case None:
+            return
+        case RequestError() as error:
+            raise error
+        case error:
+            raise GenerationFailedError(str(error))
 
 
 class TokenWriter:
@@ -244,6 +253,9 @@ class Answer:
         usage: Token counts.
         prompt_logprobs: Those of each prompt, once known.
         weight_versions: Which weights produced which tokens, by completion; if asked for.
+        slo: Which objectives the completions that have ended kept, all of them alike; None if
+            there were none.
+        num_open: Completions that have not ended.
     """
 
     job: Job
@@ -252,6 +264,8 @@ class Answer:
     usage: Usage = field(init=False)
     prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = field(init=False)
     weight_versions: dict[int, list[WeightSpan]] = field(init=False)
+    slo: SloOutcome | None = field(init=False, default=None)
+    num_open: int = field(init=False)
     _cached: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -264,6 +278,7 @@ class Answer:
         self.usage = Usage(prompt=sum(len(r.prompt_token_ids) for r in self.job.requests))
         self.prompt_logprobs = {}
         self.weight_versions = {}
+        self.num_open = self.job.num_choices
         self._cached = {}
 
     def add(self, position: int, event: TokenEvent) -> None:
@@ -295,9 +310,20 @@ class Answer:
             self._cached[position] = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[position] = event.prompt_logprobs
+        if event.finish_reason is not None:
+            self.num_open -= 1
+            outcome = None if event.metrics is None else event.metrics.slo
+            if outcome is not None:
+                self.slo = outcome if self.slo is None else self.slo.both(outcome)
         if self.job.reader is not None and self.job.reader.reasoning is not None:
             readers = [c.reader for c in self.choices if c.reader is not None]
             self.usage.reasoning = sum(reader.num_reasoning_tokens for reader in readers)
+
+    def metrics_fields(self) -> dict[str, Any]:
+        """Return how the objectives of the whole answer were kept, once that is known."""
+        if self.slo is None or self.num_open:
+            return {}
+        return {"metrics": {"slo": {"attained": self.slo.attained, **self.slo.readings()}}}
 
     def version_fields(self, index: int) -> dict[str, Any]:
         """Return the spans of one completion, if they were asked for."""
@@ -344,7 +370,7 @@ def chat_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
         "usage": answer.usage.to_json(),
         "system_fingerprint": FINGERPRINT,
     }
-    return {**reply, **prompt_fields(answer, writer, 0)}
+    return {**reply, **answer.metrics_fields(), **prompt_fields(answer, writer, 0)}
 
 
 def _message(job: Job, choice: Choice, content: str) -> dict[str, Any]:
@@ -387,6 +413,7 @@ def completion_reply(answer: Answer, writer: TokenWriter) -> dict[str, Any]:
         "choices": choices,
         "usage": answer.usage.to_json(),
         "system_fingerprint": FINGERPRINT,
+        **answer.metrics_fields(),
     }
 
 

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Coroutine, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.clock import WallClock
 from jaxserve.core.errors import (
@@ -28,6 +28,17 @@ logger = logging.getLogger("jaxserve.serve")
 
 STARTING_RETRY_S = 5.0
 DRAINING_RETRY_S = 10.0
+POLL_S = 0.05
+
+
+def _stopping() -> CapacityError:
+    return CapacityError("The server is stopping; use another one.", retry_after_s=DRAINING_RETRY_S)
+
+
+def _is_cancelled() -> bool:
+    """Tell whether the caller itself is being cancelled, and not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class ServerState:
@@ -60,6 +71,7 @@ class ServerState:
         self.model = model
         self.lora_lock = asyncio.Lock()
         self._open: set[EventSource] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._started = int(self.clock.unix())
 
     @property
@@ -91,9 +103,7 @@ class ServerState:
             RequestError: If the model is not used for the task.
         """
         if self.is_draining:
-            raise CapacityError(
-                "The server is stopping; use another one.", retry_after_s=DRAINING_RETRY_S
-            )
+            raise _stopping()
         if self.engine is None or not self.engine.is_ready:
             if self.engine is not None:
                 self.engine.check_health()
@@ -191,6 +201,47 @@ class ServerState:
         for source in found:
             await source.abort()
         return len(found)
+
+    async def give_up_calls(self) -> None:
+        """End what is being embedded and scored; its clients are told to ask another server."""
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def call[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Do work that `give_up_calls` may end.
+
+        Raises:
+            CapacityError: If it did.
+        """
+        task = asyncio.ensure_future(work)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self.is_draining and task.cancelled() and not _is_cancelled():
+                raise _stopping() from None
+            raise
+        finally:
+            task.cancel()
+
+    async def idle(self, timeout_s: float) -> bool:
+        """Wait until every request has been answered.
+
+        Args:
+            timeout_s: Longest wait in seconds.
+
+        Returns:
+            Whether that was so in time.
+        """
+        limit = self.clock.now() + timeout_s
+        while self.load:
+            if self.clock.now() >= limit:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
 
     def _log(self, job: Job) -> None:
         if not self.config.log.enable_log_requests:

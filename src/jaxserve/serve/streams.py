@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+from jaxserve.core.errors import RequestError
 from jaxserve.core.event import TokenEvent, TokenLogprobs
 from jaxserve.parsers.base import Delta
 from jaxserve.parsers.reader import ReaderPlan
@@ -31,6 +32,7 @@ async def gather(answer: Answer, sources: Sequence[EventSource]) -> None:
         sources: Events of each of the job's requests; closed at the end.
 
     Raises:
+        RequestError: If a completion cannot go on because of what was asked for.
         GenerationFailedError: If the engine gave up on a completion.
     """
     try:
@@ -68,7 +70,8 @@ async def stream(
         if answer.job.include_usage:
             yield chunks.usage()
     except Exception as error:  # noqa: BLE001  told to the client, whatever it is
-        log_failure(f"stream {answer.job.response_id}", error)
+        if not isinstance(error, RequestError):
+            log_failure(f"stream {answer.job.response_id}", error)
         yield frame(problem_of(error).body())
     finally:
         await close_all(sources)
@@ -107,6 +110,8 @@ class _Chunks(abc.ABC):
     def write(self, choice: dict[str, Any], **fields: object) -> bytes:
         """Write one chunk around a choice."""
         chunk = {**self.answer.head(self.kind), "choices": [choice], **fields}
+        if choice["finish_reason"] is not None:
+            chunk |= self.answer.metrics_fields()
         if self.job.continuous_usage:
             chunk["usage"] = self.answer.usage.to_json()
         return frame(chunk)
