@@ -68,6 +68,7 @@ bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are
 	@$(BIN)/python -m benchmarks.steady
 	@$(BIN)/python -m benchmarks.structured
 	@$(BIN)/python -m benchmarks.speculation
+	@$(BIN)/python -m benchmarks.lora
 	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
 
 robustness: $(VENV)/.stamp-dev ## try four Python clients, and what bad ones can do; downloads them into build/environments

@@ -116,7 +116,9 @@ _LABEL = re.compile(r'(\w+)="')
 
 def metrics() -> str:
     """List every metric of `/metrics` with its kind, its labels and its meaning."""
-    page = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1).render("model")
+    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1)
+    made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
+    page = made.render("model")
     rows: list[tuple[str, str, str, str]] = []
     kinds, texts, labels = _read_page(page)
     for name, kind in kinds.items():

@@ -27,14 +27,12 @@ def load_modules(engine: "AsyncLLM", options: ApiOptions) -> None:
     Raises:
         ConfigError: If one cannot be loaded.
     """
-    for number, word in enumerate(options.lora_modules, start=1):
-        module = lora_module(word)
+    store = engine.host.adapters
+    for module in map(lora_module, options.lora_modules):
         if module.name in options.served_model_name:
             raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself.")
-        request = LoRARequest(
-            module.name, number, module.path, base_model_name=module.base_model_name
-        )
-        engine.host.adapters.add(request)
+        base = module.base_model_name
+        store.add(LoRARequest(module.name, store.free_id(), module.path, base_model_name=base))
 
 
 def _state(request: Request) -> ServerState:
@@ -85,17 +83,17 @@ async def _load(body: LoadLoraBody, request: Request) -> ServerState:
             param="lora_name",
         )
     async with state.lora_lock:
-        known = next((one for one in state.lora_requests if one.lora_name == name), None)
+        store = engine.host.adapters
+        known = store.named(name)
         if known is not None and not body.load_inplace:
             raise RequestError(
                 f"The lora adapter {name!r} has already been loaded. Set load_inplace to true to "
                 "put the new one in its place.",
                 param="lora_name",
             )
-        number = 1 + max((one.lora_int_id for one in state.lora_requests), default=0)
         wanted = LoRARequest(
             name,
-            number if known is None else known.lora_int_id,
+            store.free_id() if known is None else known.lora_int_id,
             body.lora_path,
             base_model_name=body.base_model_name,
             load_inplace=body.load_inplace,
@@ -121,7 +119,7 @@ async def _unload(body: UnloadLoraBody, request: Request) -> ServerState:
     state = _state(request)
     engine = state.ready_engine()
     async with state.lora_lock:
-        known = next((o for o in state.lora_requests if o.lora_name == body.lora_name), None)
+        known = engine.host.adapters.named(body.lora_name)
         if known is None or body.lora_int_id not in (None, known.lora_int_id):
             raise RequestError(
                 f"The lora adapter {body.lora_name!r} cannot be found; this server has "
