@@ -69,7 +69,9 @@ def test_defaults_of_flags_are_shown_as_they_are_written():
 
 
 def test_metrics_are_those_of_the_page():
-    page = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1).render("m")
+    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1)
+    made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
+    page = made.render("m")
     families = {
         family.name + ("_total" if family.type == "counter" else ""): family
         for family in text_string_to_metric_families(page)

@@ -122,7 +122,9 @@ def test_flags_and_variables_that_documents_name_exist(document):
 
 
 def test_metrics_that_pages_name_exist():
-    page = EngineMetrics(cache_config={"block_size": 16}).render("m")
+    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1)
+    made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
+    page = made.render("m")
     known = set(re.findall(r"# HELP (\S+)", page))
     for document in PAGES:
         named = set(re.findall(r"`(jaxserve:\w+)`", (ROOT / document).read_text()))
