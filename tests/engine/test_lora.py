@@ -271,6 +271,19 @@ def test_host_memory_keeps_the_latest_and_folders_are_read_again(module, tmp_pat
     assert [known.lora_name for known in bench.store.requests()] == ["1", "2"]
 
 
+def test_host_memory_keeps_pinned_adapters(module, requests):
+    store = LoraBench(module, requests, store=1).store
+    for name in "abc":
+        store.get(requests[name])
+        if name == "a":
+            store.pin(1)
+    assert [known.lora_name for known in store.requests()] == ["a", "c"]
+    store.remove(1)
+    store.get(requests["a"])
+    store.get(requests["b"])
+    assert [known.lora_name for known in store.requests()] == ["b"]
+
+
 def test_metrics_name_the_adapters_in_use(module, requests):
     bench = LoraBench(module, requests, max_loras=1)
     bench.ask("a")

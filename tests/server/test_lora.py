@@ -258,3 +258,12 @@ def test_an_adapter_that_cannot_be_loaded_stops_the_start(engine, folders):
         load("gone=/nowhere/at/all")
     with pytest.raises(ConfigError, match="the name of the model itself"):
         load(f"tiny={folders['sql']}", served_model_name=("tiny",))
+
+
+def test_a_model_that_only_embeds_takes_no_adapters():
+    class Encoder:
+        tasks = frozenset({"pooling"})
+
+    load_modules(Encoder(), ServerConfig().api)
+    with pytest.raises(ConfigError, match="only embeds and scores takes no adapters"):
+        load_modules(Encoder(), ServerConfig.from_settings({"lora_modules": ("a=b",)}).api)

@@ -35,8 +35,8 @@ class AdapterStore:
     """The adapters that requests may use.
 
     Host memory holds the weights of the most recently used ones; others, if they came from a
-    folder, are read again when they are asked for. Adapters of unfinished requests stay in memory
-    in any case.
+    folder, are read again when they are asked for. Pinned adapters and those of unfinished requests
+    stay in memory in any case.
 
     Args:
         read: Reads an adapter; None refuses them all.
@@ -49,6 +49,7 @@ class AdapterStore:
         self._max_loaded = max_cpu_loras
         self._known: dict[int, LoRARequest] = {}
         self._loaded: OrderedDict[int, LoraAdapter] = OrderedDict()
+        self._pinned: set[int] = set()
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # so that nothing is read twice
 
@@ -148,10 +149,15 @@ class AdapterStore:
         for number in list(self._loaded):
             if len(self._loaded) <= self._max_loaded:
                 return
-            if number != newest:
+            if number != newest and number not in self._pinned:
                 del self._loaded[number]
                 if not self._known[number].lora_path:
                     del self._known[number]  # nobody could read it again
+
+    def pin(self, lora_int_id: int) -> None:
+        """Keep the weights of a known adapter in memory until it is removed."""
+        with self._lock:
+            self._pinned.add(lora_int_id)
 
     def remove(self, lora_int_id: int) -> LoRARequest | None:
         """Forget an adapter; requests that have it finish with it.
@@ -160,6 +166,7 @@ class AdapterStore:
             What was forgotten; None if there was no such adapter.
         """
         with self._lock:
+            self._pinned.discard(lora_int_id)
             self._loaded.pop(lora_int_id, None)
             return self._known.pop(lora_int_id, None)
 

@@ -64,6 +64,7 @@ class _Levers(abc.ABC):
         host = self._host
         adapter = host.adapters.get(host.adapters.known(lora_id))
         host.thread.call(lambda: host.engine.adapters.pin(adapter)).result()
+        host.adapters.pin(lora_id)
         return True
 
 

@@ -27,6 +27,12 @@ def load_modules(engine: "AsyncLLM", options: ApiOptions) -> None:
     Raises:
         ConfigError: If one cannot be loaded.
     """
+    if not options.lora_modules:
+        return
+    if "generate" not in engine.tasks:
+        raise ConfigError(
+            "lora_modules: a model that only embeds and scores takes no adapters; leave it out."
+        )
     store = engine.host.adapters
     for module in map(lora_module, options.lora_modules):
         if module.name in options.served_model_name:
