@@ -231,7 +231,7 @@ class Bench:
         engine = self.engine
         assert engine.num_unfinished == 0
         assert engine.pool.num_free == engine.pool.num_pages
-        assert all(row is None for row in engine._rows)
+        assert not engine.placement.running
         assert not engine._requests
         assert not engine._sequences
         assert not engine._waiting

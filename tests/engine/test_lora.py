@@ -90,7 +90,7 @@ def test_three_adapters_and_none_take_turns_on_one_slot(
     held, preempted = set(), set()
     while bench.engine.has_work:
         bench.engine.step()
-        used = {s.adapter_key for s in bench.engine._rows if s is not None} - {""}
+        used = {s.adapter_key for s in bench.engine.placement.running} - {""}
         assert len(used) <= 1
         held |= used
         preempted |= {s.adapter_key for s in bench.engine._waiting.values() if s.num_preemptions}

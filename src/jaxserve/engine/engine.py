@@ -19,7 +19,7 @@ from typing import cast
 
 import numpy as np
 
-from jaxserve.cache.pages import PageHash, PagePool, chain_hashes, salt_hash
+from jaxserve.cache.pages import PagePool
 from jaxserve.core.errors import CapacityError, RequestError
 from jaxserve.core.event import (
     FinishReason,
@@ -33,12 +33,13 @@ from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView
 from jaxserve.engine.adapters import AdapterSlots
-from jaxserve.engine.batcher import Item, RowTable, build
+from jaxserve.engine.batcher import Item, build
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.inbox import Inbox, Sink
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.logprobs import HostLogprobs
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.placement import Placement
 from jaxserve.engine.pooled import Pooled, chunk_bounds, collect
 from jaxserve.engine.results import Pending, judge
 from jaxserve.engine.runner import Runner, StepResult
@@ -92,9 +93,8 @@ class Engine(Inbox):
         speculator: Drafts what may come next; None drafts nothing.
 
     Attributes:
-        adapters: Low-rank adapters on the device.
         constraints: Grammars of outputs.
-        pool: Page book-keeping.
+        placement: Rows, pages, and slots for adapters.
         host_times: Seconds of host work in recent steps, waiting for the device not counted.
         is_frozen: Whether no step is planned: what runs and what waits stays as it is. Set between
             steps only.
@@ -133,8 +133,7 @@ class Engine(Inbox):
         )
         super().__init__(intake, metrics, max_num_queued_reqs=max_num_queued_reqs)
         self.runner = runner
-        self.adapters = AdapterSlots(runner)
-        self.pool = PagePool(spec.num_pages, spec.page_size)
+        self.placement = Placement(runner, enable_prefix_caching=enable_prefix_caching)
         self.host_times: deque[float] = deque(maxlen=_HOST_TIME_WINDOW)
         self.is_frozen = False
         self.weight_version = FIRST_VERSION
@@ -144,20 +143,25 @@ class Engine(Inbox):
         self._clock = clock
         self._eos = frozenset(eos_token_ids)
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._caching = enable_prefix_caching
         self._overlap = overlap
         self._requests: dict[RequestId, _RequestState] = {}
         self._sequences: dict[int, SequenceState] = {}
         self._waiting: dict[int, SequenceState] = {}
-        self._rows: list[SequenceState | None] = [None] * spec.max_num_seqs
-        self._table = RowTable(spec.max_num_seqs)
-        self._dirty_bias: set[int] = set()
         self._in_flight: Pending | None = None
         self._events: list[tuple[Sink, TokenEvent]] = []
         self._idle_calls: list[Callable[[], None]] = []
-        self._generation = 0
         self._num_failures = 0
         self._waited = 0.0
+
+    @property
+    def pool(self) -> PagePool:
+        """Page book-keeping."""
+        return self.placement.pool
+
+    @property
+    def adapters(self) -> AdapterSlots:
+        """Low-rank adapters on the device."""
+        return self.placement.adapters
 
     @property
     def has_work(self) -> bool:
@@ -266,7 +270,7 @@ class Engine(Inbox):
             request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
         )
         for sequence in sequences:
-            sequence.root_hash = self._root(sequence)
+            self.placement.set_root(sequence)
             self._sequences[sequence.seq_id] = sequence
             self._waiting[sequence.seq_id] = sequence
             self.constraints.add(sequence)
@@ -299,14 +303,14 @@ class Engine(Inbox):
             self._events.append((sink, event))
 
     def _view(self) -> ReplicaView:
-        running = [s for s in self._rows if s is not None]
+        running = self.placement.running
         spec = self.runner.spec
         num_rows_free = spec.max_num_seqs - len(running)
         waiting = []
         for sequence in self._waiting.values():
             if not self._is_visible(sequence):
                 continue
-            cached = self._match(sequence) if len(waiting) < num_rows_free else []
+            cached = self.placement.match(sequence) if len(waiting) < num_rows_free else []
             waiting.append(sequence.view(num_cached=len(cached) * spec.page_size))
         return ReplicaView(
             now=self._clock.now(),
@@ -330,31 +334,8 @@ class Engine(Inbox):
             return False
         if sequence.num_in_flight:
             return False  # preempted with a token on its way: known after the next commit
-        if sequence.index == 0 or not self._caching:
-            return True
-        if sequence.prompt_len <= self.pool.page_size:
-            return True
         first = self._requests[sequence.request.request_id].sequences[0]
-        return first.phase is Phase.FINISHED or first.num_computed >= first.prompt_len
-
-    def _match(self, sequence: SequenceState) -> list[int]:
-        """Find cached pages for a waiting sequence; at least one token is left to compute."""
-        if not self._caching or sequence.wants_prompt_logprobs:
-            return []
-        if sequence.request.pooling == "mean":
-            return []  # the cache holds keys and values, not the states to be summed
-        self._hash(sequence)
-        usable = (len(sequence.token_ids) - 1) // self.pool.page_size
-        return self.pool.match(sequence.hashes[:usable])
-
-    def _hash(self, sequence: SequenceState) -> None:
-        if len(sequence.hashes) < len(sequence.token_ids) // self.pool.page_size:
-            sequence.hashes = chain_hashes(
-                sequence.token_ids,
-                self.pool.page_size,
-                root=sequence.root_hash,
-                parents=sequence.hashes,
-            )
+        return not self.placement.is_worth_waiting(sequence, first)
 
     # Carrying a plan out -----------------------------------------------------------------------
 
@@ -374,13 +355,15 @@ class Engine(Inbox):
                 with contextlib.suppress(CapacityError):
                     items.append(self._reserve(sequence, num_tokens, work.num_draft))
         if items:
-            self._compact(items)
+            self.placement.compact(items)
             if self._speculator is not None:
                 self._speculator.fill(items)
         self._record_step(items)
         if not items:
             return None
-        packed = build(items, self._table, self.runner.spec.shapes, self.runner.choose_shape)
+        packed = build(
+            items, self.placement.table, self.runner.spec.shapes, self.runner.choose_shape
+        )
         # The mask of a constrained row hangs on the token that the step before has yet to draw.
         # Only reading that token and writing masks happens while the device has nothing to do;
         # planning is done by now, and committing follows when this step runs.
@@ -442,7 +425,7 @@ class Engine(Inbox):
 
     def preempt_all(self) -> None:
         """Take row and pages from every running sequence; each is recomputed later."""
-        for sequence in reversed([s for s in self._rows if s is not None]):
+        for sequence in reversed(self.placement.running):
             self._preempt(sequence)
 
     def forget_now(self) -> None:
@@ -450,42 +433,23 @@ class Engine(Inbox):
         self.pool.forget()
 
     def start_generation(self) -> None:
-        """Cut the prefix cache off from everything computed so far, because the weights changed.
-
-        Running sequences keep their pages, but nobody else will find them.
-        """
-        self._generation += 1
-        self.pool.forget()
-        for sequence in self._sequences.values():
-            sequence.root_hash = self._root(sequence)
-            sequence.hashes = []
-            sequence.is_stale = sequence.phase is Phase.RUNNING
-
-    def _root(self, sequence: SequenceState) -> PageHash:
-        salt, adapter = sequence.request.cache_salt, sequence.adapter_key
-        return salt_hash(salt, generation=self._generation, adapter=adapter)
+        """Cut the prefix cache off from everything computed so far, because the weights changed."""
+        self.placement.start_generation(self._sequences.values())
 
     def drop_cache(self) -> None:
         """Free the device's cache; running sequences are preempted."""
         for sequence in self._sequences.values():
             sequence.is_stale = True  # nothing is worth keeping
         self.preempt_all()
-        self._clear_rows()
+        self.placement.clear()
         self.runner.drop_cache()
 
-    def _clear_rows(self) -> None:
-        spec = self.runner.spec
-        self._rows = [None] * spec.max_num_seqs
-        self._table = RowTable(spec.max_num_seqs)
-        self._dirty_bias.clear()
-        self.pool = PagePool(spec.num_pages, spec.page_size)
-
-    # Rows and pages ----------------------------------------------------------------------------
+    # Coming, going, advancing -----------------------------------------------------------------
 
     def _preempt(self, sequence: SequenceState) -> None:
         logger.debug("preempting sequence %d", sequence.seq_id)
-        self._keep_prefix(sequence)
-        self._leave_row(sequence)
+        self.placement.keep_prefix(sequence)
+        self.placement.leave(sequence)
         sequence.phase = Phase.WAITING
         sequence.num_computed = 0
         sequence.num_preemptions += 1
@@ -494,32 +458,8 @@ class Engine(Inbox):
         self.metrics.preempted()
 
     def _admit(self, sequence: SequenceState) -> None:
-        pages = self._match(sequence)
-        total = -(-sequence.num_tokens // self.pool.page_size)
-        slot = self.adapters.acquire(sequence.request.adapter)
-        self.pool.hold(pages)
-        try:
-            fresh = self.pool.take(total - len(pages))
-        except CapacityError:
-            self.pool.release(pages)
-            if slot:
-                self.adapters.release(sequence.adapter_key)
-            raise
-        sequence.lora_slot = slot
-        row = self._rows.index(None)
-        self._rows[row] = sequence
-        sequence.row = row
-        sequence.phase = Phase.RUNNING
-        sequence.pages = [*pages, *fresh]
-        sequence.num_named = len(pages)
-        sequence.is_stale = False
-        sequence.num_computed = len(pages) * self.pool.page_size
-        sequence.prompt_logprobs = []
-        sequence.pooled = None
+        self.placement.admit(sequence)
         del self._waiting[sequence.seq_id]
-        if pages and not self.runner.spec.use_pages:
-            self.runner.load_pages([(row, block, page) for block, page in enumerate(pages)])
-        self._set_up_row(sequence)
         if sequence.first_scheduled_time is None:
             sequence.first_scheduled_time = self._clock.now()
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
@@ -529,68 +469,11 @@ class Engine(Inbox):
                 queue_time=sequence.first_scheduled_time - sequence.request.arrival,
             )
 
-    def _set_up_row(self, sequence: SequenceState) -> None:
-        sampling, row = sequence.sampling, sequence.row
-        self._table.set(row, sampling, sequence.seed_words)
-        if not (sampling.needs_penalties or sampling.needs_bias or row in self._dirty_bias):
-            return
-        vocab = self.runner.spec.config.vocab_size
-        output = np.asarray(sequence.token_ids[sequence.prompt_len :], np.int64)
-        seen = np.zeros(vocab, bool)
-        seen[np.asarray(sequence.token_ids[: sequence.prompt_len])] = True
-        bias = np.zeros(vocab, np.float32)
-        if sampling.allowed_token_ids is not None:
-            bias[:] = -np.inf
-            bias[list(sampling.allowed_token_ids)] = 0
-        for token, value in (sampling.logit_bias or {}).items():
-            bias[token] += value
-        self.runner.set_row(row, np.bincount(output, minlength=vocab), seen, bias)
-        if sampling.needs_bias:
-            self._dirty_bias.add(row)
-        else:
-            self._dirty_bias.discard(row)
-
     def _reserve(self, sequence: SequenceState, num_tokens: int, num_draft: int) -> Item:
-        end = sequence.num_computed + num_tokens
-        held = len(sequence.pages)
         if num_draft:
-            room = (held + self.pool.num_free) * self.pool.page_size - end
             known = 0 if sequence.num_in_flight else self._num_draft(sequence)
-            num_draft = max(0, min(num_draft, known, room))
-        missing = -(-(end + num_draft) // self.pool.page_size) - held
-        if missing > 0:
-            sequence.pages.extend(self.pool.take(missing))
-        return Item(
-            sequence=sequence,
-            row=sequence.row,
-            start=sequence.num_computed,
-            num_tokens=num_tokens,
-            is_sampled=end == len(sequence.token_ids) + sequence.num_in_flight
-            and sequence.has_length_left,
-            num_draft=num_draft,
-        )
-
-    def _compact(self, items: list[Item]) -> None:
-        """Move sequences from high rows into holes where that makes the step smaller."""
-        shapes = self.runner.spec.shapes
-        while True:
-            occupied = [i for i, s in enumerate(self._rows) if s is not None]
-            if shapes.row_bucket(occupied[-1] + 1) <= shapes.row_bucket(len(occupied)):
-                break
-            source, target = occupied[-1], self._rows.index(None)
-            sequence = self._rows[source]
-            if sequence is None:
-                raise AssertionError("an occupied row holds a sequence")
-            self.runner.move_row(source, target, sequence.num_computed)
-            self._table.move(source, target)
-            if source in self._dirty_bias:
-                self._dirty_bias.add(target)
-            else:
-                self._dirty_bias.discard(target)
-            self._rows[target], self._rows[source] = sequence, None
-            sequence.row = target
-        for item in items:
-            item.row = item.sequence.row
+            num_draft = min(num_draft, known)
+        return self.placement.reserve(sequence, num_tokens, num_draft)
 
     def _advance(self, item: Item, pending: Pending) -> None:
         sequence = item.sequence
@@ -601,7 +484,7 @@ class Engine(Inbox):
             sequence.num_in_flight += 1
             sequence.has_device_token = True
         if item.prefill_start >= 0:
-            self._keep_prefix(sequence)
+            self.placement.keep_prefix(sequence)
             if self._speculator is not None:
                 self._speculator.read_prompt(sequence)
 
@@ -612,38 +495,10 @@ class Engine(Inbox):
         targets[item.prefill_start : item.prefill_start + len(following)] = following
         return self.runner.prompt_logprobs(result.hidden, targets)
 
-    def _keep_prefix(self, sequence: SequenceState) -> None:
-        """Make the full pages whose tokens are known available to others."""
-        if not self._caching or sequence.is_stale:
-            return
-        self._hash(sequence)
-        known = min(sequence.num_computed, len(sequence.token_ids)) // self.pool.page_size
-        moves: list[tuple[int, int, int]] = []
-        for block in range(sequence.num_named, known):
-            page, digest = sequence.pages[block], sequence.hashes[block]
-            if self.pool.name(page, digest):
-                moves.append((sequence.row, block, page))
-        sequence.num_named = max(sequence.num_named, known)
-        if moves and not self.runner.spec.use_pages:
-            self.runner.save_pages(moves)
-
-    def _leave_row(self, sequence: SequenceState) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages = []
-        sequence.num_named = 0
-        sequence.has_device_token = False
-        if sequence.lora_slot:
-            self.adapters.release(sequence.adapter_key)
-            sequence.lora_slot = 0
-        if sequence.row >= 0:
-            self._rows[sequence.row] = None
-            self._table.clear(sequence.row)
-            sequence.row = -1
-
     def _record_step(self, items: Sequence[Item]) -> None:
-        running = sum(s is not None for s in self._rows)
+        running = self.placement.running
         self.metrics.step(
-            num_running=running,
+            num_running=len(running),
             num_waiting=len(self._waiting),
             num_compiling=len(self.constraints.compiling),
             kv_usage=self.pool.num_held / self.pool.num_pages,
@@ -652,7 +507,7 @@ class Engine(Inbox):
         if self.adapters.max_loras:
             self.metrics.adapters(
                 max_loras=self.adapters.max_loras,
-                running=_adapter_names(s for s in self._rows if s is not None),
+                running=_adapter_names(running),
                 waiting=_adapter_names(self._waiting.values()),
                 now=self._clock.unix(),
             )
@@ -698,7 +553,7 @@ class Engine(Inbox):
             self._speculator.learn(sequence, item.drafts, tokens)
         sequence.num_computed += num_accepted
         if item.num_draft:
-            self._drop_surplus_pages(sequence)
+            self.placement.drop_surplus_pages(sequence)
         old_len, text = len(sequence.token_ids), ""
         reason: FinishReason | None = None
         stop_reason: int | str | None = None
@@ -724,7 +579,7 @@ class Engine(Inbox):
         size = self.pool.page_size
         has_new_page = (len(sequence.token_ids) - 1) // size > (old_len - 1) // size
         if self.runner.spec.use_pages and has_new_page and sequence.row >= 0:
-            self._keep_prefix(sequence)
+            self.placement.keep_prefix(sequence)
 
     def _time_tokens(self, sequence: SequenceState, count: int, now: float) -> None:
         if sequence.first_token_time is None:
@@ -737,13 +592,6 @@ class Engine(Inbox):
         if sequence.slo is not None:
             for _ in range(count):
                 sequence.slo.token(now)
-
-    def _drop_surplus_pages(self, sequence: SequenceState) -> None:
-        """Give back the pages that only rejected drafts would have filled."""
-        needed = -(-sequence.num_computed // self.pool.page_size)
-        surplus = sequence.pages[needed:]
-        del sequence.pages[needed:]
-        self.pool.release(surplus)
 
     def _commit_prompt_scores(self, item: Item, scores: Sampled) -> None:
         sequence = item.sequence
@@ -817,8 +665,8 @@ class Engine(Inbox):
 
     def _finish(self, sequence: SequenceState, reason: FinishReason) -> RequestMetrics:
         if sequence.phase is Phase.RUNNING and reason is not FinishReason.ERROR:
-            self._keep_prefix(sequence)
-        self._leave_row(sequence)
+            self.placement.keep_prefix(sequence)
+        self.placement.leave(sequence)
         self._waiting.pop(sequence.seq_id, None)
         del self._sequences[sequence.seq_id]
         sequence.phase = Phase.FINISHED
@@ -891,7 +739,7 @@ class Engine(Inbox):
         self._num_failures += 1
         self._in_flight = None
         self._fail_all(f"{type(error).__name__}: {error}")
-        self._clear_rows()
+        self.placement.clear()
         if self._num_failures >= _MAX_FAILURES:
             self.stop(f"{_MAX_FAILURES} steps in a row failed; the last error was: {error}")
             return

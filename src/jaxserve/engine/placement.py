@@ -1,0 +1,249 @@
+"""Where sequences lie on the device: rows, pages, adapter slots, and the prefixes they share."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
+from jaxserve.core.errors import CapacityError
+from jaxserve.engine.adapters import AdapterSlots
+from jaxserve.engine.batcher import Item, RowTable
+from jaxserve.engine.runner import Runner
+from jaxserve.engine.sequence import Phase, SequenceState
+
+
+class Placement:
+    """Gives sequences their places and takes them back. Called by the engine's thread only.
+
+    Args:
+        runner: Holds what lies there.
+        enable_prefix_caching: Whether prefixes are kept and shared.
+
+    Attributes:
+        adapters: Low-rank adapters on the device.
+        pool: Page book-keeping.
+        rows: Who has which row of the device.
+        table: What the device must be told about each row.
+    """
+
+    def __init__(self, runner: Runner, *, enable_prefix_caching: bool) -> None:
+        """Start empty."""
+        self.adapters = AdapterSlots(runner)
+        self._runner = runner
+        self._caching = enable_prefix_caching
+        self._generation = 0
+        self._dirty_bias: set[int] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every row and page, because what they held is gone."""
+        spec = self._runner.spec
+        self.pool = PagePool(spec.num_pages, spec.page_size)
+        self.rows: list[SequenceState | None] = [None] * spec.max_num_seqs
+        self.table = RowTable(spec.max_num_seqs)
+        self._dirty_bias.clear()
+
+    @property
+    def running(self) -> list[SequenceState]:
+        """Those that have a row, by row."""
+        return [sequence for sequence in self.rows if sequence is not None]
+
+    # Prefixes ----------------------------------------------------------------------------------
+
+    def is_worth_waiting(self, sequence: SequenceState, first: SequenceState) -> bool:
+        """Whether a sibling will soon have computed a prompt that both can share.
+
+        Args:
+            sequence: Waits.
+            first: The first completion of the same request.
+        """
+        if sequence is first or not self._caching or sequence.prompt_len <= self.pool.page_size:
+            return False
+        return first.phase is not Phase.FINISHED and first.num_computed < first.prompt_len
+
+    def match(self, sequence: SequenceState) -> list[int]:
+        """Find cached pages for a waiting sequence; at least one token is left to compute."""
+        if not self._caching or sequence.wants_prompt_logprobs:
+            return []
+        if sequence.request.pooling == "mean":
+            return []  # the cache holds keys and values, not the states to be summed
+        self._hash(sequence)
+        usable = (len(sequence.token_ids) - 1) // self.pool.page_size
+        return self.pool.match(sequence.hashes[:usable])
+
+    def keep_prefix(self, sequence: SequenceState) -> None:
+        """Make the full pages whose tokens are known available to others."""
+        if not self._caching or sequence.is_stale:
+            return
+        self._hash(sequence)
+        known = min(sequence.num_computed, len(sequence.token_ids)) // self.pool.page_size
+        moves: list[tuple[int, int, int]] = []
+        for block in range(sequence.num_named, known):
+            page, digest = sequence.pages[block], sequence.hashes[block]
+            if self.pool.name(page, digest):
+                moves.append((sequence.row, block, page))
+        sequence.num_named = max(sequence.num_named, known)
+        if moves and not self._runner.spec.use_pages:
+            self._runner.save_pages(moves)
+
+    def start_generation(self, sequences: Iterable[SequenceState]) -> None:
+        """Cut the prefix cache off from everything computed so far, because the weights changed.
+
+        Running sequences keep their pages, but nobody else will find them.
+
+        Args:
+            sequences: All that are unfinished.
+        """
+        self._generation += 1
+        self.pool.forget()
+        for sequence in sequences:
+            self.set_root(sequence)
+            sequence.hashes = []
+            sequence.is_stale = sequence.phase is Phase.RUNNING
+
+    def set_root(self, sequence: SequenceState) -> None:
+        """Begin a chain of prefix hashes that only sequences with equal states can have."""
+        salt, adapter = sequence.request.cache_salt, sequence.adapter_key
+        sequence.root_hash = salt_hash(salt, generation=self._generation, adapter=adapter)
+
+    def _hash(self, sequence: SequenceState) -> None:
+        if len(sequence.hashes) < len(sequence.token_ids) // self.pool.page_size:
+            sequence.hashes = chain_hashes(
+                sequence.token_ids,
+                self.pool.page_size,
+                root=sequence.root_hash,
+                parents=sequence.hashes,
+            )
+
+    # Coming and going --------------------------------------------------------------------------
+
+    def admit(self, sequence: SequenceState) -> None:
+        """Give a waiting sequence a row, pages for what is known of it, and its adapter's slot.
+
+        Raises:
+            CapacityError: If there are too few pages or slots; nothing is taken then.
+        """
+        pages = self.match(sequence)
+        total = -(-sequence.num_tokens // self.pool.page_size)
+        slot = self.adapters.acquire(sequence.request.adapter)
+        self.pool.hold(pages)
+        try:
+            fresh = self.pool.take(total - len(pages))
+        except CapacityError:
+            self.pool.release(pages)
+            if slot:
+                self.adapters.release(sequence.adapter_key)
+            raise
+        sequence.lora_slot = slot
+        row = self.rows.index(None)
+        self.rows[row] = sequence
+        sequence.row = row
+        sequence.phase = Phase.RUNNING
+        sequence.pages = [*pages, *fresh]
+        sequence.num_named = len(pages)
+        sequence.is_stale = False
+        sequence.num_computed = len(pages) * self.pool.page_size
+        sequence.prompt_logprobs = []
+        sequence.pooled = None
+        if pages and not self._runner.spec.use_pages:
+            self._runner.load_pages([(row, block, page) for block, page in enumerate(pages)])
+        self._set_up_row(sequence)
+
+    def leave(self, sequence: SequenceState) -> None:
+        """Take row, pages and slot from a sequence; the pages that are named stay findable."""
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_named = 0
+        sequence.has_device_token = False
+        if sequence.lora_slot:
+            self.adapters.release(sequence.adapter_key)
+            sequence.lora_slot = 0
+        if sequence.row >= 0:
+            self.rows[sequence.row] = None
+            self.table.clear(sequence.row)
+            sequence.row = -1
+
+    def _set_up_row(self, sequence: SequenceState) -> None:
+        sampling, row = sequence.sampling, sequence.row
+        self.table.set(row, sampling, sequence.seed_words)
+        if not (sampling.needs_penalties or sampling.needs_bias or row in self._dirty_bias):
+            return
+        vocab = self._runner.spec.config.vocab_size
+        output = np.asarray(sequence.token_ids[sequence.prompt_len :], np.int64)
+        seen = np.zeros(vocab, bool)
+        seen[np.asarray(sequence.token_ids[: sequence.prompt_len])] = True
+        bias = np.zeros(vocab, np.float32)
+        if sampling.allowed_token_ids is not None:
+            bias[:] = -np.inf
+            bias[list(sampling.allowed_token_ids)] = 0
+        for token, value in (sampling.logit_bias or {}).items():
+            bias[token] += value
+        self._runner.set_row(row, np.bincount(output, minlength=vocab), seen, bias)
+        if sampling.needs_bias:
+            self._dirty_bias.add(row)
+        else:
+            self._dirty_bias.discard(row)
+
+    # While running -----------------------------------------------------------------------------
+
+    def reserve(self, sequence: SequenceState, num_tokens: int, num_draft: int) -> Item:
+        """Give a running sequence the pages for a piece of work.
+
+        Args:
+            sequence: Which one.
+            num_tokens: Tokens to compute whose ids are known or in flight.
+            num_draft: Drafts behind them; fewer are taken where pages are short.
+
+        Raises:
+            CapacityError: If there are too few pages even without drafts.
+        """
+        end = sequence.num_computed + num_tokens
+        held = len(sequence.pages)
+        if num_draft:
+            room = (held + self.pool.num_free) * self.pool.page_size - end
+            num_draft = max(0, min(num_draft, room))
+        missing = -(-(end + num_draft) // self.pool.page_size) - held
+        if missing > 0:
+            sequence.pages.extend(self.pool.take(missing))
+        return Item(
+            sequence=sequence,
+            row=sequence.row,
+            start=sequence.num_computed,
+            num_tokens=num_tokens,
+            is_sampled=end == len(sequence.token_ids) + sequence.num_in_flight
+            and sequence.has_length_left,
+            num_draft=num_draft,
+        )
+
+    def drop_surplus_pages(self, sequence: SequenceState) -> None:
+        """Take the pages back that only rejected drafts would have filled."""
+        needed = -(-sequence.num_computed // self.pool.page_size)
+        surplus = sequence.pages[needed:]
+        del sequence.pages[needed:]
+        self.pool.release(surplus)
+
+    def compact(self, items: list[Item]) -> None:
+        """Move sequences from high rows into holes where that makes the step smaller.
+
+        Args:
+            items: Work of the step, whose rows follow.
+        """
+        shapes = self._runner.spec.shapes
+        while True:
+            occupied = [sequence.row for sequence in self.running]
+            if shapes.row_bucket(occupied[-1] + 1) <= shapes.row_bucket(len(occupied)):
+                break
+            source, target = occupied[-1], self.rows.index(None)
+            sequence = self.rows[source]
+            if sequence is None:
+                raise AssertionError("an occupied row holds a sequence")
+            self._runner.move_row(source, target, sequence.num_computed)
+            self.table.move(source, target)
+            if source in self._dirty_bias:
+                self._dirty_bias.add(target)
+            else:
+                self._dirty_bias.discard(target)
+            self.rows[target], self.rows[source] = sequence, None
+            sequence.row = target
+        for item in items:
+            item.row = item.sequence.row
