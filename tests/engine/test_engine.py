@@ -6,6 +6,7 @@ import gc
 import random
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -450,6 +451,21 @@ def test_parameters_that_do_not_fit_are_named(module):
         Bench((module.config, {k: v for k, v in flat.items() if k != "norm.scale"}))
     with pytest.raises(ConfigError, match=r"norm.scale has shape \(7,\), expected \(32,\)"):
         Bench((module.config, flat | {"norm.scale": jnp.ones(7)}))
+
+
+def test_an_engine_that_nobody_has_any_more_gives_its_memory_back(module):
+    llm = LLM(module, **SMALL)
+    llm.generate([PROMPT], SamplingParams(max_tokens=4), use_tqdm=False)
+    thread = llm.host.thread._thread
+    buffer = jax.tree.leaves(llm.host.engine.runner.slots or llm.host.engine.runner.pages)[0]
+    del llm
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
+    deadline = time.monotonic() + 30
+    while not buffer.is_deleted():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_closing_leaves_live_parameters_alone(module):

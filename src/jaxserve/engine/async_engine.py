@@ -18,7 +18,7 @@ from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.constraints import check_resumed
 from jaxserve.engine.controls import AsyncControls
 from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
-from jaxserve.engine.host import EngineHost, Progress, Prompt, SloFields
+from jaxserve.engine.host import EngineHost, Progress, Prompt, SloFields, close_when_forgotten
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import (
     KEEP_WHOLE,
@@ -99,6 +99,7 @@ class AsyncLLM(AsyncControls):
             on_warm_up=on_warm_up,
             **settings,
         )
+        close_when_forgotten(self, self._loaded.close)
         self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
         self.is_ready = True
 

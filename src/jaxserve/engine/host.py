@@ -5,6 +5,7 @@ import logging
 import operator
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -330,6 +331,18 @@ class EngineHost:
         if self._compiler is not None:
             self._compiler.join()  # XLA must not be compiling while the process winds down
         self.engine.runner.close()
+
+
+def close_when_forgotten(owner: object, close: Callable[[], None]) -> None:
+    """Have an engine closed once nobody can use it any more, as a notebook that loads another does.
+
+    Args:
+        owner: Its face; the garbage collector decides when it is gone.
+        close: Closes what is behind it; may be called twice, and holds no reference to `owner`.
+    """
+    # The collector may run on the engine's own thread, which cannot wait for itself to end.
+    later = weakref.finalize(owner, lambda: threading.Thread(target=close, daemon=True).start())
+    later.atexit = False
 
 
 def _as_slo(slo: SloFields | None) -> Slo | None:

@@ -21,7 +21,7 @@ from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.async_engine import empty_output
 from jaxserve.engine.controls import Controls
 from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
-from jaxserve.engine.host import EngineHost, Prompt, SloFields
+from jaxserve.engine.host import EngineHost, Prompt, SloFields, close_when_forgotten
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import (
     PooledText,
@@ -88,6 +88,7 @@ class LLM(Controls):
             progress=use_tqdm,
             **settings,
         )
+        close_when_forgotten(self, self._loaded.close)
 
     @property
     def _host(self) -> EngineHost:
