@@ -52,7 +52,7 @@ def with_any(select):
         pytest.param(
             path,
             id=str(path.relative_to(ROOT)),
-            marks=() if path.name in ("README.md", "library.md", "server.md") else pytest.mark.slow,
+            marks=() if path.name in ("README.md", "server.md") else pytest.mark.slow,
         )
         for path in [ROOT / "README.md", *PAGES]
         if select(path)

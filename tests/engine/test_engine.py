@@ -22,6 +22,7 @@ from jaxserve.engine.compiling import LateCompileError
 from jaxserve.engine.llm import LLM
 from jaxserve.engine.shapes import PackedStep, StepShape
 from jaxserve.scheduling.fcfs import FcfsScheduler
+from tests.cases import slow
 from tests.tiny import Bench, pointers, tiny_module, write_tiny_model
 
 SMALL = {
@@ -480,8 +481,10 @@ def test_closing_leaves_live_parameters_alone(module):
 # Failing ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("overlap", "layout"),
+    [(True, "slots"), slow(True, "pages"), slow(False, "slots"), (False, "pages")],
+)
 def test_a_failing_step_ends_what_is_under_way_and_nothing_else(module, layout, overlap):
     bench = Bench(module, kv_layout=layout, async_scheduling=overlap)
     wanted = greedy(bench).token_ids
@@ -740,7 +743,7 @@ def _mixture(seed):
         yield prompt, SamplingParams(**settings), draw.randrange(4), draw.random() < 0.2
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize("layout", ["slots", slow("pages")])
 def test_nothing_is_compiled_after_warm_up_and_nothing_is_emitted_twice(module, layout):
     bench = Bench(
         module, kv_layout=layout, max_num_seqs=3, max_num_batched_tokens=32,
@@ -809,7 +812,7 @@ def test_serving_goes_on_while_shapes_are_compiled_in_the_background(module):
 # Many devices ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize("layout", ["slots", slow("pages")])
 def test_two_devices_give_what_one_gives(folder, layout):
     params = SamplingParams(
         max_tokens=5, seed=4, logprobs=2, prompt_logprobs=1, ignore_eos=True, top_p=0.9,

@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve.core.request import SamplingParams
 from jaxserve.engine.scoring import forward
+from tests.cases import slow
 from tests.plain import DenseLoop
 from tests.tiny import Bench, tiny_module
 
@@ -88,16 +89,16 @@ def test_one_request_at_a_time_agrees_with_the_dense_loop(module, expected):
     "settings",
     [
         {},
-        {"async_scheduling": False},
+        slow({"async_scheduling": False}),
         {"enable_prefix_caching": False},
-        {"max_num_batched_tokens": 16},
+        slow({"max_num_batched_tokens": 16}),
         {"max_num_seqs": 7, "max_num_batched_tokens": 128},
-        {"kv_layout": "pages"},
+        slow({"kv_layout": "pages"}),
         {"kv_layout": "pages", "async_scheduling": False, "max_num_batched_tokens": 40},
-        {"attention_backend": "reference"},
-        {"attention_backend": "reference", "kv_layout": "pages"},
+        slow({"attention_backend": "reference"}),
+        slow({"attention_backend": "reference", "kv_layout": "pages"}),
         {"batch_invariant": True},
-        {"scheduling_policy": "priority", "block_size": 16},
+        slow({"scheduling_policy": "priority", "block_size": 16}),
     ],
     ids=lambda settings: " ".join(f"{k}={v}" for k, v in settings.items()) or "defaults",
 )
@@ -121,8 +122,10 @@ def test_a_prefix_from_the_cache_changes_nothing(module, expected, layout):
     assert output.num_cached_tokens == 0
 
 
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize(
+    ("layout", "caching"),
+    [("slots", True), slow("slots", False), slow("pages", True), ("pages", False)],
+)
 def test_losing_the_pages_and_coming_back_changes_nothing(module, expected, layout, caching):
     bench = Bench(
         module,
@@ -199,6 +202,7 @@ def test_a_last_chunk_of_one_token_leaves_batch_invariance_intact(module):
         assert not packed.shape.prefill or (rows < 0).all(), "decodes shared a step with a prefill"
 
 
+@pytest.mark.slow
 def test_bfloat16_prefers_the_tokens_that_float32_prefers():
     module = tiny_module("bfloat16")
     bench = Bench(module)

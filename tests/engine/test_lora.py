@@ -13,6 +13,7 @@ from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.weights import prepare_weights
 from tests.adapters import adapter_of, lora, merged, write_adapter
 from tests.bert import BERT
+from tests.cases import slow
 from tests.tiny import Bench, tiny_module
 
 PROMPT = np.random.default_rng(3).integers(0, 299, 40).tolist()
@@ -75,8 +76,10 @@ def assert_same(found, expected):
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize(
+    ("overlap", "layout"),
+    [slow(True, "slots"), (True, "pages"), (False, "slots"), slow(False, "pages")],
+)
 def test_three_adapters_and_none_take_turns_on_one_slot(
     module, requests, expected, layout, overlap
 ):

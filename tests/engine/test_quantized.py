@@ -15,6 +15,7 @@ from jaxserve.engine.weights import prepare_weights
 from jaxserve.models.loading import hf_name, is_kernel
 from jaxserve.models.quantization import is_scale, narrow_paths, quantized_model
 from jaxserve.models.registry import flatten_params
+from tests.cases import quick
 from tests.tiny import Bench, tiny_module, write_tiny_model
 
 PROMPTS = [[*range(40, 71)], [*range(40, 60), 9, 8], [7, 7, 3]]
@@ -48,7 +49,7 @@ def choices(bench: Bench, prompt: list[int], tokens: list[int]) -> list[int]:
     return np.asarray(logits.argmax(-1))[len(prompt) - 1 : len(text) - 1].tolist()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", quick(WAYS, "slots", "pages"))
 def test_tokens_are_those_of_the_weights_that_are_stood_for(way):
     scheme, is_tied, settings = WAYS[way]
     module = tiny_module(tie_word_embeddings=is_tied)

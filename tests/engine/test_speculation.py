@@ -18,6 +18,7 @@ from jaxserve.engine import batcher
 from jaxserve.engine.llm import LLM
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from tests import plain
+from tests.cases import quick, slow
 from tests.tiny import Bench, tiny_module, write_tiny_model
 
 NGRAM = {
@@ -119,9 +120,9 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        slow({}),
         {"kv_layout": "pages", "async_scheduling": False},
-        {"max_num_batched_tokens": 9, "num_gpu_blocks_override": 26},
+        slow({"max_num_batched_tokens": 9, "num_gpu_blocks_override": 26}),
     ],
     ids=["slots", "pages", "tight"],
 )
@@ -160,6 +161,7 @@ def test_tokens_agree_with_a_model_without_any_cache(module):
     assert bench.metrics.num_accepted_tokens > 10
 
 
+@pytest.mark.slow
 def test_windows_and_soft_caps_see_drafts_as_they_see_tokens():
     module = tiny_module(
         model_type="gemma2", sliding_window=16, query_pre_attn_scalar=8,
@@ -281,7 +283,7 @@ def small():
     return tiny_module(vocab_size=VOCAB, eos_token_id=VOCAB - 1)
 
 
-@pytest.mark.parametrize("kind", list(DISTRIBUTIONS))
+@pytest.mark.parametrize("kind", quick(DISTRIBUTIONS, "everything"))
 def test_samples_follow_the_exact_distribution(small, kind):
     """Chi-square over runs of three tokens, 1,500 draws, level 1e-4.
 
@@ -372,7 +374,7 @@ def test_grammars_hold_over_drafts(pair):
 # No trace ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize("layout", [slow("slots"), "pages"])
 def test_rejected_drafts_hold_no_pages_and_name_no_prefix(module, layout):
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     plainly = Bench(module, kv_layout=layout)
@@ -575,8 +577,8 @@ def doubtful(folder, tmp_path_factory):
     "settings",
     [
         {},
-        {"kv_layout": "pages", "async_scheduling": False},
-        {"max_num_batched_tokens": 9, "num_gpu_blocks_override": 16},
+        slow({"kv_layout": "pages", "async_scheduling": False}),
+        slow({"max_num_batched_tokens": 9, "num_gpu_blocks_override": 16}),
     ],
     ids=["slots", "pages", "tight"],
 )
@@ -628,6 +630,7 @@ def test_drafts_are_what_the_draft_model_would_say(folder, doubtful):
             tokens.append(token)
 
 
+@pytest.mark.slow
 def test_draft_models_compile_nothing_late(folder, doubtful):
     bench = drafting(
         folder, doubtful, 2, max_num_seqs=2, max_num_batched_tokens=32, enforce_no_recompile=True,

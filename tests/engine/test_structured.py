@@ -13,6 +13,7 @@ from jaxserve import LLM, AsyncLLM, RequestError, SamplingParams, StructuredOutp
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.constraints import vocabulary_of
 from jaxserve.engine.tokenizer import Tokenizer
+from tests.cases import slow
 from tests.tiny import MAX_LEN, Bench, write_tiny_model
 
 PROMPT = list(range(40, 75))
@@ -137,15 +138,15 @@ def expected(folder):
     return [ids_of([alone.generate([PROMPT], [params])[0]])[0] for params in CASES]
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, slow(False)])
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"kv_layout": "pages"},
-        {"num_gpu_blocks_override": 22},
+        slow({}),
+        slow({"kv_layout": "pages"}),
+        slow({"num_gpu_blocks_override": 22}),
         {"num_gpu_blocks_override": 22, "kv_layout": "pages"},
-        {"max_num_batched_tokens": 16},
+        slow({"max_num_batched_tokens": 16}),
         {"max_num_seqs": 2},
     ],
 )

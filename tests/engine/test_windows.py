@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxserve.core.request import SamplingParams
+from tests.cases import slow
 from tests.plain import DenseLoop
 from tests.tiny import Bench, tiny_module
 
@@ -37,10 +38,10 @@ def expected(module):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        pytest.param({"kv_layout": "pages"}, marks=pytest.mark.slow),
+        slow({}),
+        slow({"kv_layout": "pages"}),
         {"batch_invariant": True, "kv_layout": "pages"},
-        pytest.param({"batch_invariant": True}, marks=pytest.mark.slow),
+        slow({"batch_invariant": True}),
     ],
     ids=str,
 )

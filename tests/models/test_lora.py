@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, LoRARequest, SamplingParams
+from tests.cases import quick, slow
 from tests.models.test_parity import GOLDEN as MODELS
 from tests.models.test_parity import ROOT, SETTINGS, TOLERANCE, row
 
@@ -58,7 +59,7 @@ def check(model: Path, folder: Path, **settings: object) -> None:
             assert np.abs(expected - plain).max() > 0.1, "the adapter changes nothing"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, "llama_gqa", "gemma3_plain"))
 def test_adapters_agree_with_peft(name: str) -> None:
     check(MODELS / name, GOLDEN / name)
 
@@ -66,11 +67,11 @@ def test_adapters_agree_with_peft(name: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"kv_layout": "pages", "max_num_batched_tokens": 8},
-        {"max_loras": 1, "max_num_batched_tokens": 8},
+        slow({"kv_layout": "pages", "max_num_batched_tokens": 8}),
+        slow({"max_loras": 1, "max_num_batched_tokens": 8}),
         {"batch_invariant": True},
-        {"tensor_parallel_size": 2},
-        {"max_loras": 3, "max_lora_rank": 16, "attention_backend": "xla"},
+        slow({"tensor_parallel_size": 2}),
+        slow({"max_loras": 3, "max_lora_rank": 16, "attention_backend": "xla"}),
     ],
     ids=lambda settings: " ".join(f"{k}={v}" for k, v in settings.items()),
 )

@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.models.config import ModelConfig
+from tests.cases import quick, slow
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "oracles" / "golden" / "models"
@@ -97,13 +98,15 @@ def test_forward_agrees(name: str) -> None:
     check_forward(GOLDEN / name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", quick(NAMES, "llama_gqa", "gemma3_plain", "phi3_window", "smollm3_plain")
+)
 def test_prefill_and_decode_agree(name: str) -> None:
     check_engine(GOLDEN / name)
 
 
-@pytest.mark.parametrize("name", ["llama_llama3_rope", "qwen3_plain", "gemma2_plain"])
-@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize("name", [slow("llama_llama3_rope"), slow("qwen3_plain"), "gemma2_plain"])
+@pytest.mark.parametrize("backend", ["xla", slow("reference")])
 def test_prefill_and_decode_agree_with_pages(name: str, backend: str) -> None:
     check_engine(GOLDEN / name, kv_layout="pages", attention_backend=backend)
 
@@ -111,11 +114,11 @@ def test_prefill_and_decode_agree_with_pages(name: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("qwen2_plain", "slots"),
-        ("mistral_window", "slots"),
-        ("gemma2_plain", "slots"),
+        slow("qwen2_plain", "slots"),
+        slow("mistral_window", "slots"),
+        slow("gemma2_plain", "slots"),
         ("gemma3_plain", "pages"),
-        ("phi3_window", "pages"),
+        slow("phi3_window", "pages"),
         ("smollm3_window_bias", "slots"),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxserve.attention.dense import attend
 from jaxserve.attention.metadata import AttentionPlan, CausalPlan
+from tests.cases import slow
 
 ROWS, KV_HEADS, GROUP, DIM = 3, 2, 2, 4
 LENGTH, PAGE, TILE, Q_BLOCK, PREFILL = 40, 4, 16, 8, 32
@@ -108,7 +109,7 @@ def lay_out(work, order, *, pages, backend):
     return plan, where
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize("backend", ["xla", slow("reference")])
 @pytest.mark.parametrize("layout", ["slots", "pages"])
 @given(steps(), st.sampled_from(RULES))
 @settings(max_examples=60)

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core.config import EngineConfig
@@ -81,6 +81,7 @@ def test_lookup_costs_the_same_however_long_the_sequence():
 
 
 @given(st.data())
+@settings(max_examples=40)
 def test_drafts_are_accepted_up_to_the_first_that_was_not_drawn(data):
     counts = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
     rows, padding = len(counts), data.draw(st.integers(0, 3))
