@@ -84,6 +84,7 @@ def url(default_model: Path) -> Iterator[str]:
 
 
 @pytest.mark.weights
+@pytest.mark.timeout(900)  # at their real size the steps of a model take long to compile
 @pytest.mark.parametrize("path", with_any(lambda path: blocks(path, "python")))
 def test_python_runs(path: Path, url: str):
     names = {"__name__": "example"}

@@ -24,6 +24,7 @@ MAX_LEN = 1024
 MAX_SEQS = 4
 
 Ask = Callable[..., httpx.Response]
+_building = threading.Lock()  # pydantic completes the schemas of routes in no thread-safe way
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +86,8 @@ def asking(engine: AsyncLLM) -> Ask:
         config = ServerConfig.from_settings(
             {"served_model_name": ("tiny", "alias")} | (settings or {})
         )
-        app = create_app(ServerState(config, model="tiny", engine=engine))
+        with _building:
+            app = create_app(ServerState(config, model="tiny", engine=engine))
 
         async def run() -> httpx.Response:
             transport = httpx.ASGITransport(app)

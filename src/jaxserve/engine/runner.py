@@ -32,6 +32,7 @@ from jaxserve.engine.shapes import (
     FLAGS,
     FLOAT_FIELDS,
     INT_FIELDS,
+    DrawShape,
     PackedStep,
     ShapeTable,
     StepShape,
@@ -149,6 +150,7 @@ class Runner:
             cache_dir=cache_dir,
             forbid_late=forbid_late,
         )
+        self._found: dict[StepShape, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._no_masks: dict[int, jax.Array] = {}
         self._adapters: tuple[LoraBuffers, ...] = ()
         self._allocate()
@@ -258,14 +260,31 @@ class Runner:
         return min(ready, key=lambda shape: shape.num_tokens, default=exact)
 
     def _step_program(self, shape: StepShape) -> Callable[..., Any]:
+        self._draw_program(shape.draw)  # first: whoever finds the step's program finds this one too
         cache = self._page_specs if self.spec.use_pages else self._slot_specs
-        fn = functools.partial(_step, self._graph, self._tree, self.spec, shape)
-        packed = self._spec((packed_size(shape),))
-        mask = self._spec((shape.num_drawn, mask_words(self.spec.config.vocab_size)), jnp.uint32)
+        fn = functools.partial(_step, self._graph, self._tree, self.spec, shape, self._everywhere)
         return self.programs.get(
-            ("step", shape), fn, (1, 2), self._param_specs, cache, self._row_specs, packed, mask,
+            ("step", shape),
+            fn,
+            (1,),
+            self._param_specs,
+            cache,
+            self._row_specs.last_token,
+            self._spec((packed_size(shape),)),
             self._adapter_specs,
-        )  # fmt: skip
+        )
+
+    def _draw_program(self, draw: DrawShape) -> Callable[..., Any]:
+        vocab = self.spec.config.vocab_size
+        return self.programs.get(
+            ("draw", draw),
+            functools.partial(_draw, self.spec, draw),
+            (1,),
+            self._spec((draw.num_drawn, vocab), jnp.float32),
+            self._row_specs,
+            self._spec((packed_size(draw),)),
+            self._spec((draw.num_drawn, mask_words(vocab)), jnp.uint32),
+        )
 
     def _row_program(self) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
@@ -350,17 +369,25 @@ class Runner:
 
     def run(self, packed: PackedStep) -> StepResult:
         """Launch one step; returns at once, results follow when they are read."""
-        program = self._step_program(packed.shape)
+        step, draw = self._launches(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
         mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
-        sampled, hidden, cache, self._rows = program(
-            self._params, cache, self._rows, packed.buffer, mask, self._adapters
+        logits, drawing, hidden, cache = step(
+            self._params, cache, self._rows.last_token, packed.buffer, self._adapters
         )
+        sampled, self._rows = draw(logits, self._rows, drawing, mask)
         if self.spec.use_pages:
             self.pages = cache
         else:
             self.slots = cache
         return StepResult(sampled=sampled, hidden=hidden)
+
+    def _launches(self, shape: StepShape) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Return the two programs of a step; describing them anew for every step takes long."""
+        found = self._found.get(shape)
+        if found is None:
+            found = self._found[shape] = self._step_program(shape), self._draw_program(shape.draw)
+        return found
 
     def _no_mask(self, rows: int) -> jax.Array:
         """Return what a step without constraints gets for a mask; lies on the device already."""
@@ -547,6 +574,7 @@ class Runner:
         self._free()
         self.drop_adapters()
         self.programs.clear()
+        self._found.clear()
         self.slots = self.pages = ()
         self._params = ()
 
@@ -589,34 +617,61 @@ def _step(
     tree: Any,  # noqa: ANN401  jax exports no public type of a tree structure
     spec: RunnerSpec,
     shape: StepShape,
+    everywhere: NamedSharding,
     params: tuple[jax.Array, ...],
     cache: KvBuffers,
-    rows: RowState,
+    last_token: jax.Array,
     packed: jax.Array,
-    mask: jax.Array,
     adapters: tuple[LoraBuffers, ...],
-) -> tuple[Sampled, jax.Array, KvBuffers, RowState]:
-    """Embed, run all layers, sample. Donates `cache` and `rows`."""
+) -> tuple[jax.Array, jax.Array, jax.Array, KvBuffers]:
+    """Embed, run all layers, score what may be drawn. Donates `cache`.
+
+    Returns:
+        Logits of the places at which a token is drawn, the sampler's part of `packed`, hidden
+        states of the prefill tokens, cache.
+    """
     model = nnx.merge(graph, jax.tree.unflatten(tree, params))
     part = unpack(packed, shape)
     token_ids = jnp.concatenate(
-        [rows.last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
+        [last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
     )
     plan = attention_plan(spec, shape, part)
     positions = jnp.maximum(part["token_position"], 0)
     hidden, new_cache = model(
         token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)
     )
-    index = part["sample_index"]
-    drafts: Drafts | None = None
-    places = jnp.maximum(index, 0)
-    per_row = {name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, "seed")}
+    places = jnp.maximum(part["sample_index"], 0)
     if shape.drafts:
-        drafts = Drafts(row=part["draft_row"], index=part["draft_index"], token=part["draft_token"])
         places = jnp.concatenate([places, shape.rows + jnp.arange(shape.drafts)])
-        owner = jnp.concatenate([jnp.arange(shape.rows), drafts.row])
-        per_row = {name: values[owner] for name, values in per_row.items()}
     logits = model.logits(hidden[places], plan)
+    drawing = packed[: packed_size(shape.draw)]
+    logits, drawing = lax.with_sharding_constraint((logits, drawing), everywhere)
+    # Padded to one size, so that one program scores the prompts of all shapes.
+    longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
+    prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
+    return logits, drawing, prefill, cast(KvBuffers, new_cache)
+
+
+def _draw(
+    spec: RunnerSpec,
+    draw: DrawShape,
+    logits: jax.Array,
+    rows: RowState,
+    packed: jax.Array,
+    mask: jax.Array,
+) -> tuple[Sampled, RowState]:
+    """Draw the tokens of a step. Donates `rows`.
+
+    A program of its own, since it is the same for steps that differ in their prefill only, and
+    takes as long to compile as some layers of a model.
+    """
+    part = unpack(packed, draw)
+    drafts: Drafts | None = None
+    per_row = {name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, "seed")}
+    if draw.drafts:
+        drafts = Drafts(row=part["draft_row"], index=part["draft_index"], token=part["draft_token"])
+        owner = jnp.concatenate([jnp.arange(draw.rows), drafts.row])
+        per_row = {name: values[owner] for name, values in per_row.items()}
     inputs = SamplingInputs(
         mask=mask,
         **per_row,
@@ -631,11 +686,7 @@ def _step(
             mode=spec.logprobs_mode,
             drafts=drafts,
         )
-        rows = _take_tokens(rows, sampled.token, index >= 0, drafts)
-    # Padded to one size, so that one program scores the prompts of all shapes.
-    longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
-    prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
-    return sampled, prefill, cast(KvBuffers, new_cache), rows
+        return sampled, _take_tokens(rows, sampled.token, part["sample_index"] >= 0, drafts)
 
 
 def _take_tokens(

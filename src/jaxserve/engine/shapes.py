@@ -38,6 +38,40 @@ FLAGS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrawShape:
+    """How many tokens a step draws: what the sampler is compiled for.
+
+    Attributes:
+        rows: Decode rows.
+        drafts: Draft tokens behind them.
+    """
+
+    rows: int
+    drafts: int = 0
+
+    @property
+    def num_drawn(self) -> int:
+        """Places at which a token can be drawn: the rows, then the drafts."""
+        return self.rows + self.drafts
+
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """Name every part of the packed buffer that the sampler reads with its shape, in order."""
+        rows, drafts = self.rows, self.drafts
+        fields: dict[str, tuple[int, ...]] = {
+            "draft_token": (drafts,),
+            "draft_row": (drafts,),
+            "draft_index": (drafts,),
+            "sample_index": (rows,),
+            "seed": (rows, 2),
+            "banned": (self.num_drawn, MAX_BANNED),
+            "output_position": (self.num_drawn,),
+        }
+        fields.update(dict.fromkeys((*INT_FIELDS, *FLOAT_FIELDS), (rows,)))
+        fields.update(dict.fromkeys(FLAGS, ()))
+        return fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
     """One compiled step.
 
@@ -74,13 +108,16 @@ class StepShape:
         size = self.drafts + self.prefill
         return 0 if not size else -(-size // self.q_block) + self.rows
 
+    @property
+    def draw(self) -> DrawShape:
+        """What the step draws."""
+        return DrawShape(rows=self.rows, drafts=self.drafts)
+
     def fields(self) -> dict[str, tuple[int, ...]]:
-        """Name every part of the packed buffer with its shape, in order."""
-        rows, blocks, drafts = self.rows, self.num_blocks, self.drafts
-        fields: dict[str, tuple[int, ...]] = {
-            "draft_token": (drafts,),
-            "draft_row": (drafts,),
-            "draft_index": (drafts,),
+        """Name every part of the packed buffer with its shape, in order; the sampler's first."""
+        rows, blocks = self.rows, self.num_blocks
+        fields = {
+            **self.draw.fields(),
             "prefill_token": (self.prefill,),
             "token_row": (self.num_tokens,),
             "token_position": (self.num_tokens,),
@@ -92,20 +129,16 @@ class StepShape:
             "block_context": (blocks,),
             "num_context_blocks": (),
             "page_table": (rows, self.pages_per_row),
-            "sample_index": (rows,),
-            "seed": (rows, 2),
-            "banned": (self.num_drawn, MAX_BANNED),
-            "output_position": (self.num_drawn,),
         }
-        fields.update(dict.fromkeys((*INT_FIELDS, *FLOAT_FIELDS), (rows,)))
-        fields.update(dict.fromkeys(FLAGS, ()))
         if self.has_lora:
             fields["lora_slot"] = (rows,)
         return fields
 
 
 @functools.lru_cache(maxsize=256)
-def _offsets(shape: StepShape) -> tuple[dict[str, tuple[int, int, tuple[int, ...]]], int]:
+def _offsets(
+    shape: StepShape | DrawShape,
+) -> tuple[dict[str, tuple[int, int, tuple[int, ...]]], int]:
     offsets: dict[str, tuple[int, int, tuple[int, ...]]] = {}
     total = 0
     for name, dims in shape.fields().items():
@@ -146,8 +179,8 @@ class PackedStep:
         }
 
 
-def unpack(buffer: jax.Array, shape: StepShape) -> dict[str, jax.Array]:
-    """Take the packed buffer apart inside a compiled step."""
+def unpack(buffer: jax.Array, shape: StepShape | DrawShape) -> dict[str, jax.Array]:
+    """Take the packed buffer, or the sampler's part of it, apart inside a compiled program."""
     parts: dict[str, jax.Array] = {}
     for name, (low, high, dims) in _offsets(shape)[0].items():
         part = lax.slice(buffer, (low,), (high,)).reshape(dims)
@@ -161,7 +194,7 @@ def unpack(buffer: jax.Array, shape: StepShape) -> dict[str, jax.Array]:
     return parts
 
 
-def packed_size(shape: StepShape) -> int:
+def packed_size(shape: StepShape | DrawShape) -> int:
     """Return the length of the packed buffer in 32-bit words."""
     return _offsets(shape)[1]
 
