@@ -224,9 +224,11 @@ class Runner:
         self.programs.takes_larger = True
 
     def _all_programs(self) -> list[Callable[[], object]]:
-        shapes = self.spec.shapes
+        steps = self.spec.shapes.all_shapes()
+        draws = dict.fromkeys(shape.draw for shape in steps)
         todo: list[Callable[[], object]] = [
-            functools.partial(self._step_program, shape) for shape in shapes.all_shapes()
+            *(functools.partial(self._draw_program, draw) for draw in draws),
+            *(functools.partial(self._step_program, shape) for shape in steps),
         ]
         if self.slots and self.pages:
             todo[:0] = [self._save_program, self._load_program]
