@@ -92,7 +92,7 @@ def test_one_request_at_a_time_agrees_with_the_dense_loop(module, expected):
         slow({"async_scheduling": False}),
         {"enable_prefix_caching": False},
         slow({"max_num_batched_tokens": 16}),
-        {"max_num_seqs": 7, "max_num_batched_tokens": 128},
+        slow({"max_num_seqs": 7, "max_num_batched_tokens": 128}),
         slow({"kv_layout": "pages"}),
         {"kv_layout": "pages", "async_scheduling": False, "max_num_batched_tokens": 40},
         slow({"attention_backend": "reference"}),
@@ -144,6 +144,7 @@ def test_losing_the_pages_and_coming_back_changes_nothing(module, expected, layo
     bench.assert_idle()
 
 
+@pytest.mark.slow
 def test_rows_that_move_together_change_nothing(module, expected):
     moves = []
     bench = Bench(module, max_num_seqs=8)

@@ -148,7 +148,7 @@ def test_without_adapters_the_steps_are_those_of_an_engine_that_knows_none(modul
         )
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize("layout", ["slots", slow("pages")])
 def test_adapters_never_share_a_prefix(module, requests, expected, layout):
     bench = LoraBench(module, requests, kv_layout=layout)
     for name in ("", "a", "b"):

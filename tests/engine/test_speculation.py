@@ -444,6 +444,7 @@ def test_new_weights_between_steps_with_drafts(module):
 # The loop and its figures ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(module):
     bench = Bench(
         module, speculative_config=NGRAM | {"num_speculative_tokens": 2}, max_num_seqs=2,

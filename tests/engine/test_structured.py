@@ -147,7 +147,7 @@ def expected(folder):
         slow({"num_gpu_blocks_override": 22}),
         {"num_gpu_blocks_override": 22, "kv_layout": "pages"},
         slow({"max_num_batched_tokens": 16}),
-        {"max_num_seqs": 2},
+        slow({"max_num_seqs": 2}),
     ],
 )
 def test_batching_prefixes_and_preemption_change_nothing(folder, expected, overlap, options):
