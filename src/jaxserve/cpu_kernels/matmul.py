@@ -62,9 +62,9 @@ class _Shape:
 
 def _shape(rows: int, kind: WeightType) -> _Shape:
     registers = ffi.host().registers
-    most = 8 if registers >= 32 else 4
+    most, others = (8, 6) if registers >= 32 else (4, 4)
     tile = -(-rows // -(-rows // most))  # tiles of equal size
-    return _Shape(rows=rows, tile=tile, across=min(8, (registers - 6) // tile), kind=kind)
+    return _Shape(rows=rows, tile=tile, across=min(8, (registers - others) // tile), kind=kind)
 
 
 def _split(e: Emitter, total: Value, index: Value, parts: Value) -> tuple[Value, Value]:

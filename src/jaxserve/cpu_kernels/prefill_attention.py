@@ -113,7 +113,7 @@ def prefill(
     _, q_heads, head_dim = q.shape
     kv_heads, kind = keys.shape[1], weight_type(keys.dtype)
     name = f"jaxserve_prefill_{q_heads}_{kv_heads}_{head_dim}_{q_block}_{kind}"
-    rows, across = (6, 4) if ffi.host().registers >= 32 else (4, 2)
+    rows, across = (6, 4) if ffi.host().registers >= 32 else (6, 2)
     shape = _Shape(
         q_heads=q_heads,
         kv_heads=kv_heads,
