@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import Item, Plan, PlanSpec
-from jaxserve.pallas_kernels.planner import SharedPrefix
+from jaxserve.pallas_kernels.prefixes import SharedPrefix
 
 
 def page_table(

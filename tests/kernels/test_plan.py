@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jaxserve.pallas_kernels import planner, variant
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import Item, ItemFlag, Plan, PlanSpec
-from jaxserve.pallas_kernels.planner import SharedPrefix, make_plan
+from jaxserve.pallas_kernels.planner import make_plan
+from jaxserve.pallas_kernels.prefixes import SharedPrefix, find_shared_prefixes
 from tests.kernels.plans import items_of, lengths, loads, page_table, seen, spec_for, visits
 
 MODES = ({}, {"fixed_split_size": 128}, {"disable_split": True})
@@ -345,3 +346,61 @@ def test_specs_are_equal_by_value():
     assert hash(first) == hash(second)
     assert isinstance(first, PlanSpec)
     assert first != spec_for([1], [1], variant=variant.soft_cap(4.0))
+
+
+def shared_tables(paths: list[list[int]]) -> PageTable:
+    """Make a table out of pages by request, 16 tokens each, and one query token at the end."""
+    rows = np.zeros((len(paths), max(map(len, paths)) + 1), np.int64)
+    for i, path in enumerate(paths):
+        rows[i, : len(path)] = path
+        rows[i, len(path)] = 900 + i
+    return PageTable.from_rows(rows, np.array([16 * len(p) + 1 for p in paths]), 16)
+
+
+def found_in(paths: list[list[int]], **limits: int) -> list[tuple[tuple[int, ...], int, int]]:
+    few = {"min_rows": 2, "min_keys": 16, "levels": 3, **limits}
+    q_len = np.ones(len(paths), np.int64)
+    found = find_shared_prefixes(q_len, shared_tables(paths), page_size=16, group=1, **few)
+    return [(p.requests, p.begin, p.end) for p in found]
+
+
+def test_shared_prefixes_are_found_in_page_tables():
+    assert found_in([[1, 2, 3], [1, 2, 4], [5], [1, 2, 3, 6]]) == [
+        ((0, 1, 3), 0, 32),
+        ((0, 3), 32, 48),
+    ]
+    assert found_in([[1, 2], [3, 4]]) == []
+    assert found_in([[1, 2], [1, 2]]) == [((0, 1), 0, 32)]
+
+
+def test_only_what_pays_is_shared():
+    paths = [[1, 2, 3], [1, 2, 4], [1], [1, 2, 3, 6]]
+    # One page of all four is too little, two of three of them are not.
+    assert found_in(paths, min_keys=32) == [((0, 1, 3), 0, 32)]
+    assert found_in(paths, min_keys=48) == [((0, 3), 0, 48)]
+    assert found_in(paths, min_rows=4) == [((0, 1, 2, 3), 0, 16)]
+    assert found_in(paths, levels=1) == [((0, 1, 2, 3), 0, 16)]
+    assert found_in(paths, min_keys=80) == []
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_what_is_found_can_be_planned(data):
+    num = data.draw(st.integers(1, 8))
+    paths: list[list[int]] = []
+    for request in range(num):
+        head: list[int] = []
+        if paths:
+            other = data.draw(st.sampled_from(paths))
+            head = other[: data.draw(st.integers(0, len(other)))]
+        own = data.draw(st.integers(0, 3))
+        paths.append([*head, *range(100 * request + 1, 100 * request + 1 + own)])
+    q_len, table = np.ones(num, np.int64), shared_tables(paths)
+    levels = data.draw(st.integers(0, 3))
+    limits = {"min_rows": data.draw(st.integers(1, 4)), "min_keys": 16, "levels": levels}
+    shared = find_shared_prefixes(q_len, table, page_size=16, group=1, **limits)
+    spec = spec_for(q_len, table.kv_len, cascade_levels=max(levels, 1), kv_heads=4)
+    plan = make_plan(spec, q_len, table, shared=shared)
+    check_covers(plan)
+    check_merges(plan)
+    assert bool(shared) == bool(plan.num_prefixes)

@@ -16,7 +16,8 @@ class Axis:
     """One named axis of an operation.
 
     Attributes:
-        sizes: Sizes to try; the first is the tiny one that interpreted kernels use.
+        sizes: Sizes to try; the first is the tiny one that interpreted kernels use, the second
+            that of a usual model. Empty for an axis that follows from others.
         varies: Whether the size changes from call to call (a length, a batch), rather than with
             the model (heads, dimensions). What varies must not recompile anything.
         meaning: What is counted.
@@ -107,8 +108,16 @@ class KernelCard:
                 )
 
     def tiny(self) -> dict[str, int]:
-        """Return the first size of every axis."""
-        return {name: axis.sizes[0] for name, axis in self.axes.items()}
+        """Return the first size of every axis that has some."""
+        return {name: axis.sizes[0] for name, axis in self.axes.items() if axis.sizes}
+
+    def usual(self) -> dict[str, int]:
+        """Return the second size of every axis, or the only one: what a served model has."""
+        return {
+            n: axis.sizes[min(1, len(axis.sizes) - 1)]
+            for n, axis in self.axes.items()
+            if axis.sizes
+        }
 
     def difference(self, got: ArrayLike, want: ArrayLike, dtype: str) -> str | None:
         """Compare a result with the reference's.

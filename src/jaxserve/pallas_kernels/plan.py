@@ -99,6 +99,21 @@ class Item(enum.IntEnum):
     """Bits of `ItemFlag`."""
 
 
+class Prefix(enum.IntEnum):
+    """Fields of one shared prefix: columns of `Plan.prefixes`."""
+
+    REQUEST = 0
+    """One of the requests that share it."""
+    Q_START = 1
+    """First query token of all of them, which stand side by side."""
+    Q_LEN = 2
+    """Query tokens of all of them."""
+    BEGIN = 3
+    """First key."""
+    END = 4
+    """One past the last key."""
+
+
 class ItemFlag(enum.IntFlag):
     """What kind of item it is."""
 
@@ -301,7 +316,13 @@ class PlanSpec:
             "kv_indices": (self.max_pages + tail,),
         }
         if self.cascade_levels:
-            shapes |= {"token_order": (tokens,), "token_place": (tokens,)}
+            groups = self.cascade_levels * max(1, requests // 2)
+            shapes |= {
+                "token_order": (tokens,),
+                "token_place": (tokens,),
+                "prefixes": (groups, len(Prefix)),
+                "shared_len": (requests,),
+            }
         layout: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         start = 0
         for name, shape in shapes.items():
@@ -414,6 +435,21 @@ class Plan:
     def token_place(self) -> Words:
         """With cascade levels: the place of each of the caller's tokens."""
         return self.part("token_place")
+
+    @property
+    def num_prefixes(self) -> Words:
+        """Shared prefixes that are there."""
+        return self.part("counts")[6]
+
+    @property
+    def prefixes(self) -> Words:
+        """With cascade levels: shared prefixes, `[..., len(Prefix)]`; see `Prefix`."""
+        return self.part("prefixes")
+
+    @property
+    def shared_len(self) -> Words:
+        """With cascade levels: keys of each request that shared prefixes hold."""
+        return self.part("shared_len")
 
     @property
     def mask_indptr(self) -> Words:

@@ -13,23 +13,7 @@ import numpy as np
 
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import CTA_BITS, Item, ItemFlag, Plan, PlanSpec
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SharedPrefix:
-    """Requests whose tables begin with the same pages.
-
-    Attributes:
-        requests: Indices of the requests.
-        begin: First key that they share and that no larger group shares: 0, or the `end` of the
-            group that holds them all.
-        end: One past the last; a multiple of the page size, and no larger than the number of keys
-            that each request had before this step.
-    """
-
-    requests: tuple[int, ...]
-    begin: int
-    end: int
+from jaxserve.pallas_kernels.prefixes import SharedPrefix
 
 
 def make_plan(
@@ -39,6 +23,7 @@ def make_plan(
     *,
     q_start: np.ndarray | None = None,
     shared: Sequence[SharedPrefix] = (),
+    out: np.ndarray | None = None,
 ) -> Plan:
     """Plan the attention of one step.
 
@@ -52,6 +37,7 @@ def make_plan(
             in order.
         shared: Prefixes to be read once for all their requests, larger groups before their parts;
             only with `spec.cascade_levels`.
+        out: Zeros to write the plan into, int32 `[spec.num_words]`; None allocates them.
 
     Returns:
         The plan, its buffer in numpy.
@@ -67,7 +53,7 @@ def make_plan(
     CTA idle at the end and makes fewer partial states.
     """
     requests = _check(spec, q_len, table, q_start, shared)
-    plan = Plan(buffer=np.zeros(spec.num_words, np.int32), spec=spec)
+    plan = Plan(buffer=np.zeros(spec.num_words, np.int32) if out is None else out, spec=spec)
     _write_requests(plan, requests, shared)
     plan.merge_target[:] = spec.max_tokens * spec.num_blocks
     tiles = _visited(spec, _tiles(spec, requests))
@@ -435,6 +421,8 @@ def _with_shared(
     spec = plan.spec
     parts: list[_Tiles] = []
     positions = plan.token_position.astype(np.int64)
+    number = 0
+    plan.shared_len[: requests.q_len.size] = requests.shared_len
     for prefix in shared:
         members = np.asarray(prefix.requests)
         total = int(requests.q_len[members].sum())
@@ -442,6 +430,8 @@ def _with_shared(
         offset = np.arange(0, total, spec.tile_tokens)
         if not offset.size:
             continue
+        plan.prefixes[number] = members[0], start, total, prefix.begin, prefix.end
+        number += 1
         count = np.minimum(spec.tile_tokens, total - offset)
         seen = positions[start : start + total]
         low = np.minimum.reduceat(seen, offset)
@@ -469,6 +459,7 @@ def _with_shared(
                 is_partial=np.ones(offset.size, np.bool_),
             )
         )
+    plan.part("counts")[6] = number
     shared_len = requests.shared_len[own.request]
     own.is_partial = shared_len > 0
     own.begin = np.maximum(own.begin, shared_len)

@@ -1,8 +1,8 @@
 """Which implementations of attention there are, and which of them can do what.
 
-A backend is a module with two functions: `supports`, which says in words why it cannot do something,
-and `run`. It knows neither about the order of tokens, nor about sinks, nor about what `out_mod`
-does: `api.attention` sees to these, once for all.
+A backend is a module with two functions: `run`, and `supports`, which says in words why something
+cannot be done. It knows nothing of the order of tokens, of sinks, or of what `out_mod` does:
+`api.attention` sees to these, once for all.
 """
 
 import importlib
@@ -139,6 +139,17 @@ def choose(case: Case, wanted: str = "auto", *, fallback: bool = False) -> str:
             return name
         reasons.append(f"{name}: {reason}")
     raise UnsupportedError(f"no backend can do this. {'; '.join(reasons)}.")
+
+
+def tuned(name: str, spec: PlanSpec) -> PlanSpec:
+    """Return a spec with the tiles, and the number of CTAs, that a backend works best with.
+
+    Args:
+        name: The backend; one without a function `tune` leaves the spec as it is.
+        spec: What is to be computed.
+    """
+    tune = getattr(load(name), "tune", None)
+    return spec if tune is None else tune(spec)
 
 
 def present_device() -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What functions of variants are given where tiles are plain arrays: in the reference and on XLA."""
+"""What functions of variants are given where tiles are plain arrays: the reference and XLA."""
 
 import dataclasses
 from collections.abc import Mapping
