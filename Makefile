@@ -13,13 +13,14 @@ VENV ?= .venv
 OLDEST ?= .venv-jax0112
 ORACLES ?= .venv-oracles
 AOT ?= .venv-aot
+AOT_TESTS := aot and not slow
 
 UV := scripts/uv
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-oldest test-aot check format docs notebooks bench \
+.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow check format docs notebooks bench \
   robustness gpu oracles constraints clean
 
 help: ## list the targets
@@ -42,9 +43,12 @@ test-oldest: $(OLDEST)/.stamp-dev ## run the engine tests on the oldest supporte
 
 test-aot: $(AOT)/.stamp $(AOT)-jax0112/.stamp ## compile kernels for a GPU that need not be there
 	@set -e; for environment in $(AOT) $(AOT)-jax0112; do \
-	  JAX_PLATFORMS=cpu PYTHONPATH=src $$environment/bin/python $(PYTEST) -m "aot and not slow" \
+	  JAX_PLATFORMS=cpu PYTHONPATH=src $$environment/bin/python $(PYTEST) -m "$(AOT_TESTS)" \
 	    $(or $(TESTS),tests/kernels); \
 	done
+
+test-aot-slow: AOT_TESTS := aot and slow
+test-aot-slow: test-aot ## compile the kernels that test-aot leaves out
 
 check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
 	@$(BIN)/ruff format --check .

@@ -1,9 +1,9 @@
 """Decode attention for Hopper: few query rows per request, keys on the long side of the product.
 
 Tokens of the cache lie on the matrix unit's M axis, which has 64 rows whatever happens, and query
-rows on its N axis, which may be as narrow as 8. So `S' = K Q'` and `O' = V' P'`, and a group of four
-heads wastes a factor of 2 where the usual orientation wastes 16. Weights go through shared memory
-transposed, so that every operand has rows of 128 bytes and none needs a narrow swizzle.
+rows on its N axis, which may be as narrow as 8. So `S' = K Q'` and `O' = V' P'`, and a group of
+four heads wastes a factor of 2 where the usual orientation wastes 16. Weights go through shared
+memory transposed, so that every operand has rows of 128 bytes and none needs a narrow swizzle.
 
 One warpgroup copies pages, the other one computes. Both walk the list of work items that the plan
 gives their CTA. Accumulators of a few rows are small, so products are added to them in registers.
@@ -37,7 +37,7 @@ from jaxserve.pallas_kernels.attention.mosaic_tile import (
     wrap,
 )
 from jaxserve.pallas_kernels.paged import PagedKV
-from jaxserve.pallas_kernels.plan import Item, Plan, PlanSpec, plan_bounds
+from jaxserve.pallas_kernels.plan import Item, Plan, PlanSpec
 from jaxserve.pallas_kernels.state import LOG2_E
 from jaxserve.pallas_kernels.variant import AttentionVariant
 
@@ -60,7 +60,7 @@ class TuningConfig:
         """Refuse impossible sizes."""
         if self.tile_kv not in (64, 128):
             raise ValueError(
-                f"tile_kv must be 64 or 128, multiples of the matrix unit's rows, got {self.tile_kv}."
+                f"tile_kv must be 64 or 128, the matrix unit's rows, got {self.tile_kv}."
             )
         if self.stages < 2:
             raise ValueError(f"stages must be 2 or more to overlap copies, got {self.stages}.")
@@ -93,13 +93,13 @@ class TuningKey:
     changes_keys: bool
 
     @classmethod
-    def of(cls, spec: PlanSpec) -> "TuningKey":
+    def of(cls, spec: PlanSpec, variant: AttentionVariant) -> "TuningKey":
         """Return the key of a spec that `why_not` lets pass."""
         return cls(
             max(spec.head_dim, spec.v_dim),
             jnp.dtype(spec.kv_dtype).itemsize,
             next(rows for rows in ROWS if rows >= Sizes(spec).rows),
-            spec.variant.k_mod is not None,
+            variant.k_mod is not None,
         )
 
     def shared_memory(self, config: TuningConfig) -> int:
@@ -142,9 +142,9 @@ def tuning_table() -> dict[TuningKey, TuningConfig]:
     return table
 
 
-def choose(spec: PlanSpec) -> TuningConfig:
+def choose(spec: PlanSpec, variant: AttentionVariant) -> TuningConfig:
     """Choose the configuration for a spec that `why_not` lets pass."""
-    return tuning_table()[TuningKey.of(spec)]
+    return tuning_table()[TuningKey.of(spec, variant)]
 
 
 # ----------------------------------------------------------------------------------- arguments
@@ -181,8 +181,8 @@ class Sizes:
         return jnp.dtype("float16" if self.narrow else self.spec.kv_dtype)
 
 
-def why_not(spec: PlanSpec) -> str | None:
-    """Return why the kernel cannot serve a spec, with the nearest that it can; or None."""
+def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
+    """Return why the kernel cannot serve a plan, with the nearest that it can; or None."""
     sizes = Sizes(spec)
     checks = {
         "head_dim": (spec.head_dim, HEAD_DIMS),
@@ -190,11 +190,12 @@ def why_not(spec: PlanSpec) -> str | None:
         "page_size": (spec.page_size, PAGE_SIZES),
         "q_dtype": (spec.q_dtype, Q_DTYPES),
         "kv_dtype": (spec.kv_dtype, KV_DTYPES),
-        "tile_kv": (spec.tile_kv, (64, 128)),
     }
     for name, (got, allowed) in checks.items():
         if got not in allowed:
             return f"{name} must be one of {', '.join(map(str, allowed))}, got {got}"
+    if spec.tile_kv % 64:
+        return f"tile_kv must be a multiple of 64, got {spec.tile_kv}"
     if not sizes.narrow and spec.q_dtype != spec.kv_dtype:
         return f"q_dtype must be kv_dtype = {spec.kv_dtype}, got {spec.q_dtype}"
     if sizes.rows > ROWS[-1]:
@@ -202,11 +203,11 @@ def why_not(spec: PlanSpec) -> str | None:
             f"an item has {sizes.rows} rows ({spec.tile_tokens} tokens of {sizes.rows_per_token}), "
             f"more than {ROWS[-1]}; set tile_q to {ROWS[-1] // sizes.rows_per_token} tokens"
         )
-    if TuningKey.of(spec) not in tuning_table():
-        return f"head_dim {spec.head_dim} with {sizes.rows} rows needs more shared memory than there is"
-    if spec.cascade:
+    if TuningKey.of(spec, variant) not in tuning_table():
+        return f"head_dim {spec.head_dim} with {sizes.rows} rows exceeds shared memory"
+    if spec.cascade_levels:
         return "shared prefixes have more rows than a decode tile; the prefill kernel takes them"
-    return mosaic_tile.why_not(spec.variant)
+    return mosaic_tile.why_not(variant)
 
 
 # ---------------------------------------------------------------------------------------- body
@@ -258,7 +259,7 @@ class _Kernel:
 
     @property
     def columns(self) -> int:
-        """Columns of keys and queries that are read at once: halves where a variant rotates them."""
+        """Columns of keys and queries that are read at once: halves, where they are changed."""
         return self.spec.head_dim // (1 if self.variant.k_mod is None else 2)
 
     @property
@@ -505,13 +506,13 @@ def decode(
         UnsupportedError: If the kernel cannot serve the plan.
     """
     spec = plan.spec
-    reason = why_not(spec)
+    reason = why_not(spec, variant)
     if reason is not None:
         raise UnsupportedError(f"mosaic decode: {reason}; or use backend='xla'.")
     kernel = _Kernel(
         spec=spec,
         variant=variant,
-        config=config or choose(spec),
+        config=config or choose(spec, variant),
         sm_scale=sm_scale,
         tokens=q.shape[0],
         k_scale=mosaic_tile.scale_kind(kv.k_scale),
@@ -533,7 +534,7 @@ def _launch(
     kernel: _Kernel, plan: Plan, q: Array, kv: PagedKV, small: dict[str, Array]
 ) -> tuple[Array, Array, Array, Array]:
     spec = kernel.spec
-    _, units = plan_bounds(spec)
+    _, units = spec.bounds
     results = (
         jax.ShapeDtypeStruct((kernel.tokens, spec.q_heads, spec.v_dim), jnp.dtype(spec.q_dtype)),
         jax.ShapeDtypeStruct((kernel.tokens, spec.q_heads), jnp.float32),
@@ -543,7 +544,14 @@ def _launch(
     names = tuple(small)
 
     def body(
-        plan: Ref, q: Ref, k: Ref, v: Ref, *rest: Ref, k_ring: Any, v_ring: Any, **scratch: Ref
+        plan: Ref,
+        q: Ref,
+        k: Ref,
+        v: Ref,
+        *rest: Ref,
+        k_ring: dict[str, Ref],
+        v_ring: dict[str, Ref],
+        **scratch: Ref,
     ) -> None:
         o, lse, part, part_lse = rest[len(names) :]
         refs = _Refs(

@@ -14,7 +14,7 @@ from FlashInfer (arXiv 2501.01005, section 3.3).
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from jaxserve.pallas_kernels.attention.mosaic_tile import (
     wrap,
 )
 from jaxserve.pallas_kernels.paged import PagedKV
-from jaxserve.pallas_kernels.plan import Item, Plan, PlanSpec, plan_bounds
+from jaxserve.pallas_kernels.plan import Item, Plan, PlanSpec
 from jaxserve.pallas_kernels.state import LOG2_E
 from jaxserve.pallas_kernels.variant import AttentionVariant
 
@@ -90,22 +90,25 @@ class TuningKey:
         dim: The larger one of the dimensions of keys and of values.
         itemsize: Bytes per stored number.
         warpgroups: Computing warpgroups, 1 or 2.
+        tile_kv: Most keys per tile, 64 or 128: what the plan's tables have room for.
         changes_keys: Whether the variant has a `k_mod`.
     """
 
     dim: int
     itemsize: int
     warpgroups: int
+    tile_kv: int
     changes_keys: bool
 
     @classmethod
-    def of(cls, spec: PlanSpec) -> "TuningKey":
+    def of(cls, spec: PlanSpec, variant: AttentionVariant) -> "TuningKey":
         """Return the key of a spec that `why_not` lets pass."""
         return cls(
             max(spec.head_dim, spec.v_dim),
             jnp.dtype(spec.kv_dtype).itemsize,
             Sizes(spec).warpgroups,
-            spec.variant.k_mod is not None,
+            128 if spec.tile_kv % 128 == 0 else 64,
+            variant.k_mod is not None,
         )
 
     def shared_memory(self, config: TuningConfig) -> int:
@@ -133,34 +136,29 @@ def tuning_table() -> dict[TuningKey, TuningConfig]:
     256, whose accumulator takes half of the registers.
     """
     table: dict[TuningKey, TuningConfig] = {}
-    for dim, itemsize, warpgroups, changes in itertools.product(
-        HEAD_DIMS, (1, 2), (1, 2), (False, True)
+    for dim, itemsize, warpgroups, most, changes in itertools.product(
+        HEAD_DIMS, (1, 2), (1, 2), (64, 128), (False, True)
     ):
-        key = TuningKey(dim, itemsize, warpgroups, changes)
-        wide = dim < 256 and itemsize == 2 and not changes
-        for keys, stages, part_columns in (
-            (128, 3 if dim == 64 else 2, 32),
-            (64, 3, 32),
-            (64, 2, 32),
-            (64, 2, 16),
-        ):
+        key = TuningKey(dim, itemsize, warpgroups, most, changes)
+        wide = most == 128 and dim < 256 and itemsize == 2 and not changes
+        tries = [(128, 3), (128, 2)] if wide else [(64, 4), (64, 3), (64, 2)]
+        for (keys, stages), columns in itertools.product(tries, (32, 16)):
             config = TuningConfig(
                 tile_kv=keys,
                 stages=stages,
-                part_columns=part_columns,
-                o_columns=64 if part_columns == 32 else 32,
+                o_columns=2 * columns,
+                part_columns=columns,
                 schedule_barrier=warpgroups == 2,
             )
-            fits = key.shared_memory(config) <= mosaic_tile.SHARED_MEMORY_LIMIT
-            if fits and (wide or keys == 64):
+            if key.shared_memory(config) <= mosaic_tile.SHARED_MEMORY_LIMIT:
                 table[key] = config
                 break
     return table
 
 
-def choose(spec: PlanSpec) -> TuningConfig:
+def choose(spec: PlanSpec, variant: AttentionVariant) -> TuningConfig:
     """Choose the configuration for a spec that `why_not` lets pass."""
-    return tuning_table()[TuningKey.of(spec)]
+    return tuning_table()[TuningKey.of(spec, variant)]
 
 
 # ----------------------------------------------------------------------------------- arguments
@@ -202,8 +200,8 @@ def tile_q(heads_per_tile: int, *, warpgroups: int = 2) -> int:
     return warpgroups * (WARPGROUP_ROWS // heads_per_tile) * heads_per_tile
 
 
-def why_not(spec: PlanSpec) -> str | None:
-    """Return why the kernel cannot serve a spec, with the nearest that it can; or None."""
+def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
+    """Return why the kernel cannot serve a plan, with the nearest that it can; or None."""
     sizes = Sizes(spec)
     checks = {
         "head_dim": (spec.head_dim, HEAD_DIMS),
@@ -211,11 +209,12 @@ def why_not(spec: PlanSpec) -> str | None:
         "page_size": (spec.page_size, PAGE_SIZES),
         "q_dtype": (spec.q_dtype, Q_DTYPES),
         "kv_dtype": (spec.kv_dtype, KV_DTYPES),
-        "tile_kv": (spec.tile_kv, (64, 128)),
     }
     for name, (got, allowed) in checks.items():
         if got not in allowed:
             return f"{name} must be one of {', '.join(map(str, allowed))}, got {got}"
+    if spec.tile_kv % 64:
+        return f"tile_kv must be a multiple of 64, got {spec.tile_kv}"
     if not sizes.narrow and spec.q_dtype != spec.kv_dtype:
         return f"q_dtype must be kv_dtype = {spec.kv_dtype}, got {spec.q_dtype}"
     if spec.heads_per_tile > WARPGROUP_ROWS:
@@ -225,14 +224,10 @@ def why_not(spec: PlanSpec) -> str | None:
             f"tile_q must be {tile_q(spec.heads_per_tile)} or less for tiles of "
             f"{spec.heads_per_tile} heads, got {spec.tile_q}"
         )
-    key = TuningKey.of(spec)
+    key = TuningKey.of(spec, variant)
     if key not in tuning_table():
         return f"no configuration of head_dim {key.dim} fits shared memory with this variant"
-    if spec.tile_kv < tuning_table()[key].tile_kv:
-        return f"tile_kv must be {tuning_table()[key].tile_kv}, got {spec.tile_kv}"
-    if spec.cascade and spec.variant.packed_mask != "none":
-        return "a packed mask has no rows for keys that several requests share"
-    return mosaic_tile.why_not(spec.variant)
+    return mosaic_tile.why_not(variant)
 
 
 # ---------------------------------------------------------------------------------------- body
@@ -291,7 +286,7 @@ class _Kernel:
 
     @property
     def columns(self) -> int:
-        """Columns of keys and queries that are read at once: halves where a variant rotates them."""
+        """Columns of keys and queries that are read at once: halves, where they are changed."""
         return self.spec.head_dim // (1 if self.variant.k_mod is None else 2)
 
     def __call__(self, refs: _Refs) -> None:
@@ -378,12 +373,14 @@ class _Kernel:
             mosaic_tile.zeros((WARPGROUP_ROWS, self.spec.v_dim)),
             step,
         )
-        if self.variant.mask_mod is None and self.variant.packed_mask == "none":
+        # Of what the variant hides, the plan knows nothing without a block mask.
+        hides = self.variant.mask_mod is not None or self.variant.packed_mask != "none"
+        if not hides or self.variant.block_mask is not None:
             full_begin = work.field(item, Item.FULL_BEGIN) - begin + (keys - 1)
             low = jnp.clip(lax.div(full_begin, jnp.int32(keys)), 0, count)
             full_end = work.field(item, Item.FULL_END) - begin
             high = jnp.clip(lax.div(full_end, jnp.int32(keys)), low, count)
-            if self.spec.window is None:
+            if self.spec.window is None and self.variant.block_mask is None:
                 low = jnp.int32(0)
             else:
                 carry = lax.fori_loop(0, low, functools.partial(one_tile, masks=True), carry)
@@ -611,7 +608,7 @@ class _Kernel:
         mosaic_tile.store_plainly(rows.reshape(WARPGROUP_ROWS, value.shape[1]), value)
         plgpu.commit_smem()
 
-    def for_rows(self, rows: Ref, count: Array, store: Any) -> None:  # noqa: ANN401
+    def for_rows(self, rows: Ref, count: Array, store: Callable[[Array, int, Ref], None]) -> None:
         """Copy out some tokens, as few powers of two of them at a time as there are."""
         heads = self.spec.heads_per_tile
         if self.row_shape[1] != heads:
@@ -670,13 +667,13 @@ def prefill(
         UnsupportedError: If the kernel cannot serve the plan.
     """
     spec = plan.spec
-    reason = why_not(spec)
+    reason = why_not(spec, variant)
     if reason is not None:
         raise UnsupportedError(f"mosaic prefill: {reason}; or use backend='xla'.")
     kernel = _Kernel(
         spec=spec,
         variant=variant,
-        config=config or choose(spec),
+        config=config or choose(spec, variant),
         sm_scale=sm_scale,
         return_lse=return_lse,
         k_scale=mosaic_tile.scale_kind(kv.k_scale),
@@ -691,7 +688,7 @@ def prefill(
         kv, plan, variant, extra, rows_per_token=heads, rows=2 * WARPGROUP_ROWS
     )
     o, lse, part, part_lse = _launch(kernel, plan, rows, kv, small)
-    if spec.split_mode == "none" and not spec.cascade:
+    if spec.split_mode == "none" and not spec.cascade_levels:
         return o, lse
     return mosaic_tile.merge_partials(plan, o, lse, part, part_lse, use_softmax=variant.use_softmax)
 
@@ -700,7 +697,7 @@ def _launch(
     kernel: _Kernel, plan: Plan, q: Array, kv: PagedKV, small: dict[str, Array]
 ) -> tuple[Array, Array, Array, Array]:
     spec = kernel.spec
-    _, units = plan_bounds(spec)
+    _, units = spec.bounds
     results = (
         jax.ShapeDtypeStruct((spec.max_tokens, spec.q_heads, spec.v_dim), jnp.dtype(spec.q_dtype)),
         jax.ShapeDtypeStruct((spec.max_tokens, spec.q_heads), jnp.float32),
@@ -710,7 +707,14 @@ def _launch(
     names = tuple(small)
 
     def body(
-        plan: Ref, q: Ref, k: Ref, v: Ref, *rest: Ref, k_ring: Any, v_ring: Any, **scratch: Ref
+        plan: Ref,
+        q: Ref,
+        k: Ref,
+        v: Ref,
+        *rest: Ref,
+        k_ring: dict[str, Ref],
+        v_ring: dict[str, Ref],
+        **scratch: Ref,
     ) -> None:
         o, lse, part, part_lse = rest[len(names) :]
         refs = _Refs(

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxserve.core.errors import UnsupportedError
 from jaxserve.pallas_kernels.attention.mosaic_math import with_fast_math
 from jaxserve.pallas_kernels.paged import PagedKV
-from jaxserve.pallas_kernels.plan import Item, Plan, PlanSpec, plan_layout
+from jaxserve.pallas_kernels.plan import Item, Plan, PlanSpec
 from jaxserve.pallas_kernels.variant import AttentionVariant
 
 Ref = Any
@@ -34,7 +34,7 @@ MULTIPROCESSOR_SHARED_MEMORY = 233_472
 """Bytes that all CTAs of a Hopper multiprocessor share, each with 1 KiB besides its own."""
 
 ScaleKind = Literal["none", "head", "page"]
-"""Whether stored keys or values are multiplied with nothing, or with a number per head or page."""
+"""What stored keys or values are multiplied with; one number for all counts as one per head."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class PlanRef:
 
     def read(self, name: str, index: Array | int) -> Array:
         """Read one number of a part that has one axis."""
-        return self.ref[plan_layout(self.spec)[0][name][0] + index]
+        return self.ref[self.spec.layout[name][0] + index]
 
     def field(self, item: Array, field: Item) -> Array:
         """Read one field of a work item."""
-        return self.ref[plan_layout(self.spec)[0]["items"][0] + item * len(Item) + int(field)]
+        return self.ref[self.spec.layout["items"][0] + item * len(Item) + int(field)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -227,10 +227,10 @@ def operands(
             value = value.reshape(-1, spec.heads_per_tile)
             value = jnp.pad(value, ((0, 0), (0, rows_per_token - spec.heads_per_tile)))
             value = jnp.tile(value, (1, -(-rows // rows_per_token)))[:, :rows]
-        if kind == "request" and spec.cascade:
+        if kind == "request" and spec.cascade_levels:
             value = _per_row(value[jnp.maximum(plan.token_request, 0)], rows_per_token, rows)
         found[f"extra_{name}"] = value.reshape(1) if kind == "scalar" else value
-    if spec.cascade:
+    if spec.cascade_levels:
         found["positions"] = _per_row(plan.token_position, rows_per_token, rows)
     if variant.packed_mask != "none":
         found["mask"] = _mask_rows(plan, variant, extra["mask"], rows_per_token, rows)
@@ -257,7 +257,7 @@ def _mask_rows(
     words = jnp.arange(mask.shape[-1] * rows_per_token)
     request = jnp.searchsorted(first * rows_per_token, words, side="right", method="sort") - 1
     request = jnp.clip(request, 0, spec.max_requests - 1)
-    tokens = plan.qo_indptr[request + 1] - plan.qo_indptr[request]
+    tokens = plan.q_len[request]
     within = words - first[request] * rows_per_token
     word, row = jnp.divmod(within, jnp.maximum(tokens * rows_per_token, 1))
     token, head = jnp.divmod(row, rows_per_token)
@@ -312,7 +312,7 @@ class Scores:
                 block = lax.div(self.field(Item.HEAD), jnp.int32(spec.heads_per_tile))
                 size = self.tile.shape[self.tile.row_axis]
                 extras[name] = self.tile.load_rows(ref.at[block, pl.ds(self.first_row, size)])
-            elif kind == "request" and spec.cascade:
+            elif kind == "request" and spec.cascade_levels:
                 start = self.field(Item.Q_START) * self.rows_per_token + self.first_row
                 size = self.tile.shape[self.tile.row_axis]
                 extras[name] = self.tile.load_rows(ref.at[pl.ds(start, size)])
@@ -331,7 +331,7 @@ class Scores:
 
     def row_positions(self) -> Array:
         """Return the position of each row's token."""
-        if self.work.spec.cascade:  # rows of several requests
+        if self.work.spec.cascade_levels:  # rows of several requests
             start = self.field(Item.Q_START) * self.rows_per_token + self.first_row
             size = self.tile.shape[self.tile.row_axis]
             return self.tile.load_rows(self.small["positions"].at[pl.ds(start, size)])
@@ -405,10 +405,12 @@ class Scores:
             at = start + jnp.minimum(first + i, per_row - 1) * rows
             return self.tile.load_rows(self.small["mask"].at[line, pl.ds(at, size)])
 
+        # Tiles begin at pages, which may be shorter than a word.
+        k_pos = self.tile.keys() + begin
         word = words(0)
-        for i in range(1, keys // 32):
-            word = jnp.where(self.tile.keys() < 32 * i, word, words(i))
-        return (lax.shift_right_logical(word, self.tile.keys() & 31) & 1) != 0
+        for i in range(1, keys // 32 + (self.work.spec.page_size < 32)):
+            word = jnp.where(k_pos < 32 * (first + i), word, words(i))
+        return (lax.shift_right_logical(word, k_pos & 31) & 1) != 0
 
 
 def load_tile(ref: Ref, dtype: jnp.dtype) -> Array:
@@ -450,7 +452,9 @@ def widen_keys(
         at = Orientation((source.shape[0], width), key_axis=0)
         for column in range(0, columns, width):
             halves = [pl.ds(start + column, width) for start in (0, columns)]
-            low, high = (load_tile(source.at[:, half], dtype).astype(jnp.float32) for half in halves)
+            low, high = (
+                load_tile(source.at[:, half], dtype).astype(jnp.float32) for half in halves
+            )
             changed = change(low, high, ctx, at.keys() + begin, at.rows() + column)
             for half, value in zip(halves, changed, strict=True):
                 target[:, half] = value.astype(dtype)
