@@ -20,8 +20,8 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow check format docs notebooks bench \
-  robustness gpu oracles constraints clean
+.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow check format docs \
+  notebooks bench robustness gpu oracles constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

@@ -548,87 +548,91 @@ class _Kernel:
 
         @pl.when(slot < 0)
         def _write_through() -> None:
-            width = min(self.config.o_columns, self.spec.v_dim)
-            for column in range(0, self.spec.v_dim, width):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                piece = lax.slice(result, (0, column), (WARPGROUP_ROWS, column + width))
-                self.stage_rows(refs.my_o.at[warpgroup], piece.astype(refs.my_o.dtype))
+            def target(tokens: Any, columns: Any) -> Ref:  # noqa: ANN401
+                return refs.o.at[tokens, pl.ds(head, heads), columns]
 
-                def store(token: Array, tokens: int, rows: Ref, column: int = column) -> None:
-                    plgpu.copy_smem_to_gmem(
-                        rows,
-                        refs.o.at[
-                            pl.ds(start + token, tokens), pl.ds(head, heads), pl.ds(column, width)
-                        ],
-                    )
-
-                self.for_rows(refs.my_o.at[warpgroup], count, store)
+            self.write_rows(refs.my_o.at[warpgroup], result, count, start, target)
             if self.return_lse:
-
-                @pl.loop(0, count)
-                def _token(token: Array) -> None:
-                    for i in range(heads):
-                        refs.lse[start + token, head + i] = refs.my_lse[
-                            warpgroup, token * heads + i
-                        ]
+                self.write_lse(refs, warpgroup, count, refs.lse, start, head)
 
         @pl.when(slot >= 0)
         def _keep_partial() -> None:
-            width = min(self.config.part_columns, self.spec.v_dim)
-            for column in range(0, self.spec.v_dim, width):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                piece = lax.slice(result, (0, column), (WARPGROUP_ROWS, column + width))
-                self.stage_rows(refs.my_part.at[warpgroup], piece)
+            def target(tokens: Any, columns: Any) -> Ref:  # noqa: ANN401
+                return refs.part.at[tokens, :, columns]
 
-                def store(token: Array, tokens: int, rows: Ref, column: int = column) -> None:
-                    plgpu.copy_smem_to_gmem(
-                        rows,
-                        refs.part.at[pl.ds(slot + before + token, tokens), :, pl.ds(column, width)],
-                    )
-
-                self.for_rows(refs.my_part.at[warpgroup], count, store)
-
-            @pl.loop(0, count)
-            def _token(token: Array) -> None:
-                for i in range(heads):
-                    refs.part_lse[slot + before + token, i] = refs.my_lse[
-                        warpgroup, token * heads + i
-                    ]
+            self.write_rows(refs.my_part.at[warpgroup], result, count, slot + before, target)
+            self.write_lse(refs, warpgroup, count, refs.part_lse, slot + before, 0)
 
     @property
-    def row_shape(self) -> tuple[int, int]:
-        """Tokens and heads that rows are staged as; the last rows of 64 may belong to no token."""
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape that 64 rows are staged in: tokens and heads, where tokens fill them."""
         heads = self.spec.heads_per_tile
-        return (
-            (WARPGROUP_ROWS // heads, heads) if WARPGROUP_ROWS % heads == 0 else (WARPGROUP_ROWS, 1)
-        )
+        if WARPGROUP_ROWS % heads:
+            return (WARPGROUP_ROWS,)
+        return (WARPGROUP_ROWS // heads, heads)
 
-    def stage_rows(self, rows: Ref, value: Array) -> None:
-        """Put rows where they can be copied out token by token."""
-        mosaic_tile.store_plainly(rows.reshape(WARPGROUP_ROWS, value.shape[1]), value)
-        plgpu.commit_smem()
+    def write_rows(
+        self,
+        rows: Ref,
+        value: Array,
+        count: Array,
+        first: Array,
+        target: Callable[[Any, Any], Ref],
+    ) -> None:
+        """Write rows of some tokens, a few columns at a time.
 
-    def for_rows(self, rows: Ref, count: Array, store: Callable[[Array, int, Ref], None]) -> None:
-        """Copy out some tokens, as few powers of two of them at a time as there are."""
+        Args:
+            rows: Shared memory for some columns of all rows.
+            value: The rows.
+            count: How many tokens they are of.
+            first: Where the first token goes.
+            target: (tokens, columns) -> where these go in global memory.
+        """
+        width, heads = rows.shape[-1], self.spec.heads_per_tile
+        for column in range(0, self.spec.v_dim, width):
+            columns = pl.ds(column, width)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            piece = lax.slice(value, (0, column), (WARPGROUP_ROWS, column + width))
+            staged = rows if len(self.row_shape) == 1 else rows.reshape(WARPGROUP_ROWS, width)
+            mosaic_tile.store_plainly(staged, piece.astype(rows.dtype))
+            plgpu.commit_smem()
+            if len(self.row_shape) == 1:
+
+                @pl.loop(0, count)
+                def _token(token: Array, columns: Any = columns) -> None:  # noqa: ANN401
+                    plgpu.copy_smem_to_gmem(
+                        rows.at[pl.ds(token * heads, heads)], target(first + token, columns)
+                    )
+
+                continue
+            # Copies have fixed sizes, so the tokens are cut into powers of two.
+            done, size = jnp.int32(0), self.sizes.warpgroup_tokens
+            while size:
+
+                @pl.when((count & size) != 0)
+                def _some(done: Array = done, size: int = size, columns: Any = columns) -> None:  # noqa: ANN401
+                    plgpu.copy_smem_to_gmem(
+                        rows.at[pl.ds(done, size)], target(pl.ds(first + done, size), columns)
+                    )
+
+                done, size = done + (count & size), size // 2
+
+    def write_lse(
+        self,
+        refs: _Refs,
+        warpgroup: Array,
+        count: Array,
+        target: Ref,
+        first: Array,
+        head: Any,  # noqa: ANN401
+    ) -> None:
+        """Write the logarithms of some tokens' mass, number by number: they lie anywhere."""
         heads = self.spec.heads_per_tile
-        if self.row_shape[1] != heads:
 
-            @pl.loop(0, count)
-            def _token(token: Array) -> None:
-                piece = rows.at[pl.ds(token * heads, heads)]
-                store(token, 1, piece.reshape(1, heads, piece.shape[-1]))
-
-            return
-        done = jnp.int32(0)
-        size = self.sizes.warpgroup_tokens
-        while size:
-
-            @pl.when((count & size) != 0)
-            def _some(done: Array = done, size: int = size) -> None:
-                store(done, size, rows.at[pl.ds(done, size)])
-
-            done = done + (count & size)
-            size //= 2
+        @pl.loop(0, count)
+        def _token(token: Array) -> None:
+            for i in range(heads):
+                target[first + token, head + i] = refs.my_lse[warpgroup, token * heads + i]
 
 
 # -------------------------------------------------------------------------------------- launch
