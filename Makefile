@@ -12,13 +12,14 @@ OUT ?= benchmarks/results
 VENV ?= .venv
 OLDEST ?= .venv-jax0112
 ORACLES ?= .venv-oracles
+TRITON ?= .venv-triton
 
 UV := scripts/uv
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-oldest check format docs notebooks bench robustness gpu \
+.PHONY: help setup serve test test-slow test-oldest test-triton check format docs notebooks bench robustness gpu \
   oracles constraints clean
 
 help: ## list the targets
@@ -38,6 +39,10 @@ test-slow: $(VENV)/.stamp-dev ## run the tests that take long
 
 test-oldest: $(OLDEST)/.stamp-dev ## run the engine tests on the oldest supported JAX
 	@$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(or $(TESTS),tests/engine)
+
+test-triton: $(TRITON)/.stamp ## run the tests of Triton kernels: interpreted, then compiled for GPUs that are not there
+	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m "interpreted and not slow" $(or $(TESTS),tests/triton)
+	@$(TRITON)/bin/python $(PYTEST) -m "compiled and not slow" $(or $(TESTS),tests/triton)
 
 check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
 	@$(BIN)/ruff format --check .
@@ -96,7 +101,7 @@ constraints: ## resolve the pins again (constraints*.txt)
 	@scripts/pin
 
 clean: ## remove everything that these targets made
-	rm -rf .venv .venv-jax0112 .venv-oracles .tools .cache build dist docs/notebooks .pytest_cache
+	rm -rf .venv .venv-jax0112 .venv-oracles .venv-triton .tools .cache build dist docs/notebooks .pytest_cache
 	rm -rf .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -121,6 +126,10 @@ $(VENV)/.stamp-docs: pyproject.toml constraints.txt | $(BIN)/python
 $(OLDEST)/.stamp-dev: pyproject.toml constraints-jax-0.11.2.txt | $(OLDEST)/bin/python
 	@$(UV) pip install --quiet --compile-bytecode --python $(OLDEST)/bin/python \
 	    --constraint constraints-jax-0.11.2.txt --editable '.[serve]' --group test
+	@touch $@
+
+$(TRITON)/.stamp: pyproject.toml constraints.txt scripts/make-triton-env | $(TRITON)/bin/python
+	@scripts/make-triton-env $(TRITON)
 	@touch $@
 
 $(ORACLES)/.stamp: scripts/make-oracles-env
