@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core.errors import MissingExtraError, UnsupportedError
@@ -9,6 +9,7 @@ from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.rms_norm import add_rms_norm, rms_norm
 
 
+@settings(max_examples=20)
 @given(
     rows=st.integers(0, 5),
     hidden=st.integers(1, 200),

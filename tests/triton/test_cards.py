@@ -4,9 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxserve.pallas_kernels.append_paged_kv import card as append_paged_kv
 from jaxserve.pallas_kernels.rms_norm import card as rms_norm
+from jaxserve.pallas_kernels.rope import card as rope
 
-CARDS = {card.name: card for card in (rms_norm.CARD, rms_norm.ADD_CARD)}
+CARDS = {
+    card.name: card for card in (rms_norm.CARD, rms_norm.ADD_CARD, rope.CARD, append_paged_kv.CARD)
+}
 
 
 @pytest.mark.interpreted
@@ -24,4 +28,4 @@ def test_the_kernel_agrees_with_the_reference(name, dtype):
         assert error is None, error
     assert card.supports("triton", card.tiny(), dtype) is None
     assert card.num_bytes(card.tiny(), dtype) > 0
-    assert card.num_flops(card.tiny()) > 0
+    assert card.num_flops(card.tiny()) >= 0

@@ -9,7 +9,7 @@ Backend = Literal["auto", "triton", "xla", "reference"]
 """`triton` needs an NVIDIA GPU; `xla` runs everywhere; `reference` is slow and obvious."""
 
 
-def choose(backend: str, *, prefers_triton: bool) -> str:
+def choose(backend: Backend, *, prefers_triton: bool) -> Literal["triton", "xla", "reference"]:
     """Resolve the name of a backend.
 
     Args:

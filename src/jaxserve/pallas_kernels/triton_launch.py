@@ -35,6 +35,7 @@ PTX_VERSION = 85
 would write for the ptxas that ships with it, which may be newer than the one that XLA finds."""
 
 _NEWEST_FOR_PTX_VERSION = 90
+_FIRST_WITH_E4M3 = 89
 
 _recorded: contextvars.ContextVar[list["Launch"] | None] = contextvars.ContextVar(
     "recorded", default=None
@@ -187,6 +188,9 @@ def backend_options(capability: int) -> dict[str, Any]:
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if capability <= _NEWEST_FOR_PTX_VERSION:
         options["ptx_version"] = PTX_VERSION
+    if capability < _FIRST_WITH_E4M3:
+        # Kernels read and write the bytes; the type must only be allowed to be named.
+        options["supported_fp8_dtypes"] = ("fp8e4b15", "fp8e4nv", "fp8e5")
     return options
 
 
