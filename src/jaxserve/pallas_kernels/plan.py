@@ -12,16 +12,43 @@ Source: FlashInfer (arXiv 2501.01005), section 3.3.
 import dataclasses
 import enum
 import functools
-from typing import Literal
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxserve.pallas_kernels.variant import PLAIN, AttentionVariant
 
 PAD_PAGE = 0
 """Page that tables are padded with."""
+
+
+Words = Any
+"""Integers of a plan: numpy while it is made, and what JAX makes of them afterwards."""
+
+CTA_BITS = 12
+"""Bits that the number of a CTA has."""
+_AT_LEAST_ONE = (
+    "q_heads",
+    "kv_heads",
+    "head_dim",
+    "v_head_dim",
+    "page_size",
+    "max_requests",
+    "max_tokens",
+    "max_pages",
+    "window",
+    "tile_q",
+    "tile_kv",
+    "num_ctas",
+    "fixed_split_size",
+    "max_items",
+    "max_units",
+)
 
 
 class Item(enum.IntEnum):
@@ -44,11 +71,14 @@ class Item(enum.IntEnum):
     Q_POS = 5
     """Position of the first query token in its request; with `SHARED` see `token_position`."""
     KV_BEGIN = 6
-    """First key, a position in the request; a multiple of `tile_kv`."""
+    """First key, a position in the request; a multiple of `tile_kv` or of `page_size`, whichever is
+    smaller."""
     KV_END = 7
     """One past the last key."""
     FULL_BEGIN = 8
-    """Keys from here to `FULL_END` are seen by all rows, as far as causality and windows go."""
+    """Keys from here to `FULL_END` are seen by all rows: hidden neither by causality or windows of
+    the spec nor, if its variant has a `block_mask`, by the variant. May reach over the item, and is
+    empty where the end is not behind the beginning."""
     FULL_END = 9
     TABLE_BASE = 10
     """Page of key position p is `kv_indices[TABLE_BASE + p // page_size]`."""
@@ -75,11 +105,10 @@ class ItemFlag(enum.IntFlag):
     DECODE = 1
     """The request has at most `spec.decode_tokens` query tokens: use the narrow tile form."""
     SHARED = 2
-    """The rows belong to several requests that share these keys; all of them see all keys, save
-    for windows and masks."""
+    """The rows belong to several requests that share these keys."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanSpec:
     """All that is static about a plan; one compiled program per spec and variant.
 
@@ -105,7 +134,8 @@ class PlanSpec:
         fixed_split_size: Keys per item whatever the batch, so that a request's result does not
             depend on its neighbours; None balances the work instead.
         disable_split: One item per tile of rows, for the same purpose.
-        cascade: Whether the plan may share prefixes; then tokens are reordered.
+        cascade_levels: How deeply shared prefixes may be nested; 0 shares none. With any, tokens
+            are reordered, so that those who share stand side by side.
         item_cost: Cost of an item besides its keys, in keys.
         row_cost: Cost of a query row, in keys.
         max_items: Most work items; None computes a bound.
@@ -131,154 +161,282 @@ class PlanSpec:
     num_ctas: int = 132
     fixed_split_size: int | None = None
     disable_split: bool = False
-    cascade: bool = False
+    cascade_levels: int = 0
     item_cost: int = 128
     row_cost: int = 2
     max_items: int | None = None
     max_units: int | None = None
 
-    @property
+    def __post_init__(self) -> None:
+        """Check that the numbers go together.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.q_heads % self.kv_heads:
+            near = round(self.q_heads / self.kv_heads) * self.kv_heads
+            raise ValueError(
+                f"q_heads must be a multiple of kv_heads, got {self.q_heads} and {self.kv_heads}; "
+                f"the nearest is {max(near, self.kv_heads)}."
+            )
+        small, large = sorted((self.page_size, self.tile_kv))
+        if large % small:
+            raise ValueError(
+                f"tile_kv must be a multiple or a divisor of page_size, got {self.tile_kv} and "
+                f"{self.page_size}; the nearest is {-(-large // small) * small}."
+            )
+        if self.num_ctas >= 1 << CTA_BITS:
+            raise ValueError(f"num_ctas must be below {1 << CTA_BITS}, got {self.num_ctas}.")
+        self._check_modes()
+
+    def _check_modes(self) -> None:
+        size = self.fixed_split_size
+        if size is not None and self.disable_split:
+            raise ValueError("fixed_split_size and disable_split exclude each other; drop one.")
+        if size is not None and size % self.tile_kv:
+            raise ValueError(
+                f"fixed_split_size must be a multiple of tile_kv = {self.tile_kv}, got {size}; the "
+                f"nearest is {-(-size // self.tile_kv) * self.tile_kv}."
+            )
+        if self.cascade_levels and self.variant.packed_mask != "none":
+            raise ValueError(
+                "a packed mask says nothing about rows of several requests; set "
+                "cascade_levels to 0."
+            )
+        if self.head_dim % 2 and (self.variant.q_mod or self.variant.k_mod):
+            raise ValueError(
+                f"q_mod and k_mod see two halves of a head, but head_dim is {self.head_dim}; pad "
+                "it to an even number."
+            )
+
+    def __hash__(self) -> int:
+        """Return what is computed once, as a spec is looked up in every step."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    @functools.cached_property
     def group(self) -> int:
         """Query heads per key-value head."""
         return self.q_heads // self.kv_heads
 
-    @property
+    @functools.cached_property
     def v_dim(self) -> int:
         """Dimension of values and outputs."""
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
-    @property
+    @functools.cached_property
     def heads_per_tile(self) -> int:
         """Query heads of one tile: the group, or a divisor of it where it is too large."""
         return next(h for h in range(min(self.group, self.tile_q), 0, -1) if self.group % h == 0)
 
-    @property
+    @functools.cached_property
+    def num_blocks(self) -> int:
+        """Tiles that the heads of one token are spread over."""
+        return self.q_heads // self.heads_per_tile
+
+    @functools.cached_property
     def tile_tokens(self) -> int:
         """Most query tokens of one tile."""
         return max(1, self.tile_q // self.heads_per_tile)
 
-    @property
+    @functools.cached_property
     def split_mode(self) -> Literal["balanced", "fixed", "none"]:
         """How keys are cut into items."""
         if self.disable_split:
             return "none"
         return "balanced" if self.fixed_split_size is None else "fixed"
 
+    @functools.cached_property
+    def bounds(self) -> tuple[int, int]:
+        """Most work items and most units of partial state of any plan."""
+        blocks = self.num_blocks
+        # A request's last tile may be short, so each request can add one.
+        tiles = min(self.max_tokens, self.max_tokens // self.tile_tokens + self.max_requests)
+        tiles *= blocks
+        keys = self.max_pages * self.page_size
+        if self.split_mode == "none":
+            items, units = tiles, 0
+        elif self.split_mode == "fixed":
+            items = tiles * -(-keys // (self.fixed_split_size or keys))
+            units = items * self.tile_tokens
+        else:
+            # Each border between CTAs cuts one item in two.
+            items, units = tiles + self.num_ctas, 2 * self.num_ctas * self.tile_tokens
+        parts = self.cascade_levels + (self.variant.block_mask is not None)
+        if parts:
+            # Each level has tiles of its own; a block mask may cut a tile in two, seldom in more.
+            items, units = (parts + 1) * items, units + (parts + 1) * self.max_tokens * blocks
+        return self.max_items or max(1, items), self.max_units or max(2, units)
+
+    @functools.cached_property
+    def layout(self) -> Mapping[str, tuple[int, int, tuple[int, ...]]]:
+        """Where each part of a plan's buffer begins and ends, and its shape."""
+        requests, tokens = self.max_requests, self.max_tokens
+        items, units = self.bounds
+        merges = max(1, units // 2)
+        tail = max(1, self.tile_kv // self.page_size)
+        shapes: dict[str, tuple[int, ...]] = {
+            # First, so that every item is one aligned line of 64 bytes.
+            "items": (items, len(Item)),
+            "counts": (16,),
+            "work_indptr": (self.num_ctas + 1,),
+            "q_start": (requests,),
+            "q_len": (requests,),
+            "kv_len": (requests,),
+            "kv_indptr": (requests + 1,),
+            "mask_indptr": (requests + 1,),
+            "token_request": (tokens,),
+            "token_position": (tokens,),
+            "merge_indptr": (merges + 1,),
+            "merge_target": (merges,),
+            "merge_units": (units,),
+            # A tile may reach over the end of the last request.
+            "kv_indices": (self.max_pages + tail,),
+        }
+        if self.cascade_levels:
+            shapes |= {"token_order": (tokens,), "token_place": (tokens,)}
+        layout: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        start = 0
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            layout[name] = (start, start + size, shape)
+            start += -(-size // 16) * 16
+        layout["end"] = (start, start, ())
+        return types.MappingProxyType(layout)
+
+    @property
+    def num_words(self) -> int:
+        """Length of a plan's buffer."""
+        return self.layout["end"][0]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One step's plan: one int32 buffer, so that one transfer moves it, and its static layout.
+    """One step's plan: one int32 buffer, so that one transfer moves it, and a static layout.
 
-    The properties are views while the buffer is in numpy, and slices under tracing; a kernel may
-    as well take the whole buffer and find parts by `layout`.
+    `make_plan` fills the buffer in numpy, of which the properties are views; under tracing they are
+    slices. A kernel may as well take the whole buffer and find parts by
+    `spec.layout`.
 
     Attributes:
         buffer: Everything, int32.
         spec: What is static.
     """
 
-    buffer: Int[Array, " words"] | Int[np.ndarray, " words"]
+    buffer: Array | np.ndarray
     spec: PlanSpec = dataclasses.field(metadata={"static": True})
 
-    def part(self, name: str) -> Array:
-        """Return one part of the buffer by its name in `plan_layout`."""
-        start, shape = plan_layout(self.spec)[0][name]
-        size = int(np.prod(shape, dtype=np.int64))
-        return self.buffer[start : start + size].reshape(shape)
+    def part(self, name: str) -> Words:
+        """Return one part of the buffer by its name in `spec.layout`."""
+        start, end, shape = self.spec.layout[name]
+        part = self.buffer[start:end]
+        return part if len(shape) == 1 else part.reshape(shape)
 
     @property
-    def num_requests(self) -> Array:
+    def num_requests(self) -> Words:
         """Requests that are there, the others being padding."""
         return self.part("counts")[0]
 
     @property
-    def num_tokens(self) -> Array:
+    def num_tokens(self) -> Words:
         """Query tokens that are there."""
         return self.part("counts")[1]
 
     @property
-    def num_items(self) -> Array:
+    def num_items(self) -> Words:
         """Work items."""
         return self.part("counts")[2]
 
     @property
-    def num_units(self) -> Array:
+    def num_units(self) -> Words:
         """Units of partial state in use."""
         return self.part("counts")[3]
 
     @property
-    def num_merges(self) -> Array:
+    def num_merges(self) -> Words:
         """Units of the output that are merged from partial states."""
         return self.part("counts")[4]
 
     @property
-    def max_splits(self) -> Array:
+    def max_splits(self) -> Words:
         """Most partial states that merge into one."""
         return self.part("counts")[5]
 
     @property
-    def qo_indptr(self) -> Array:
-        """Where each request's tokens begin, `[max_requests + 1]`."""
-        return self.part("qo_indptr")
+    def q_start(self) -> Words:
+        """First query token of each request, `[max_requests]`."""
+        return self.part("q_start")
 
     @property
-    def kv_len(self) -> Array:
+    def q_len(self) -> Words:
+        """Query tokens of each request, `[max_requests]`; 0 for padding."""
+        return self.part("q_len")
+
+    @property
+    def kv_len(self) -> Words:
         """Keys of each request, `[max_requests]`; 0 for padding."""
         return self.part("kv_len")
 
     @property
-    def kv_indptr(self) -> Array:
+    def kv_indptr(self) -> Words:
         """Where each request's pages begin in `kv_indices`, `[max_requests + 1]`."""
         return self.part("kv_indptr")
 
     @property
-    def kv_indices(self) -> Array:
+    def kv_indices(self) -> Words:
         """Pages, `[max_pages + one tile]`; padded with the dummy page."""
         return self.part("kv_indices")
 
     @property
-    def token_request(self) -> Array:
+    def token_request(self) -> Words:
         """Request of each token, `[max_tokens]`; -1 for padding."""
         return self.part("token_request")
 
     @property
-    def token_position(self) -> Array:
+    def token_position(self) -> Words:
         """Position of each token in its request, `[max_tokens]`."""
         return self.part("token_position")
 
     @property
-    def token_order(self) -> Array:
-        """With `spec.cascade`: which token of the caller stands in each place of the plan."""
+    def token_order(self) -> Words:
+        """With cascade levels: which token of the caller stands in each place of the plan."""
         return self.part("token_order")
 
     @property
-    def token_place(self) -> Array:
-        """With `spec.cascade`: the place of each of the caller's tokens; undoes `token_order`."""
+    def token_place(self) -> Words:
+        """With cascade levels: the place of each of the caller's tokens."""
         return self.part("token_place")
 
     @property
-    def mask_indptr(self) -> Array:
+    def mask_indptr(self) -> Words:
         """First word of each request's packed mask, `[max_requests + 1]`."""
         return self.part("mask_indptr")
 
     @property
-    def work_indptr(self) -> Array:
+    def work_indptr(self) -> Words:
         """First item of each CTA, `[num_ctas + 1]`."""
         return self.part("work_indptr")
 
     @property
-    def items(self) -> Array:
+    def items(self) -> Words:
         """Work items, `[max_items, len(Item)]`; see `Item`."""
         return self.part("items")
 
     @property
-    def merge_indptr(self) -> Array:
+    def merge_indptr(self) -> Words:
         """Where the partial units of each merge begin in `merge_units`, `[max_merges + 1]`."""
         return self.part("merge_indptr")
 
     @property
-    def merge_target(self) -> Array:
+    def merge_target(self) -> Words:
         """Which unit of the output each merge writes, `[max_merges]`.
 
         With `o` viewed as `[tokens * q_heads / heads_per_tile, heads_per_tile, v_dim]`; padding
@@ -287,61 +445,6 @@ class Plan:
         return self.part("merge_target")
 
     @property
-    def merge_units(self) -> Array:
+    def merge_units(self) -> Words:
         """Partial units in the order of merging, `[max_units]`."""
         return self.part("merge_units")
-
-
-@functools.lru_cache(maxsize=256)
-def plan_layout(spec: PlanSpec) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
-    """Return where each part of a plan's buffer begins, its shape, and the buffer's length."""
-    requests, tokens = spec.max_requests, spec.max_tokens
-    items, units = plan_bounds(spec)
-    merges = max(1, units // 2)
-    tail = max(1, spec.tile_kv // spec.page_size)
-    shapes: dict[str, tuple[int, ...]] = {
-        # A multiple of 16 words, so that every item is one aligned line of 64 bytes.
-        "items": (items, len(Item)),
-        "counts": (16,),
-        "work_indptr": (spec.num_ctas + 1,),
-        "qo_indptr": (requests + 1,),
-        "kv_len": (requests,),
-        "kv_indptr": (requests + 1,),
-        "mask_indptr": (requests + 1,),
-        "token_request": (tokens,),
-        "token_position": (tokens,),
-        "merge_indptr": (merges + 1,),
-        "merge_target": (merges,),
-        "merge_units": (units,),
-        # A tile may reach over the end of the last request.
-        "kv_indices": (spec.max_pages + tail,),
-    }
-    if spec.cascade:
-        shapes |= {"token_order": (tokens,), "token_place": (tokens,)}
-    layout: dict[str, tuple[int, tuple[int, ...]]] = {}
-    start = 0
-    for name, shape in shapes.items():
-        layout[name] = (start, shape)
-        start += -(-int(np.prod(shape, dtype=np.int64)) // 16) * 16
-    return layout, start
-
-
-@functools.lru_cache(maxsize=256)
-def plan_bounds(spec: PlanSpec) -> tuple[int, int]:
-    """Return the most work items and the most units of partial state of any plan."""
-    blocks = spec.q_heads // spec.heads_per_tile
-    # A request's last tile may be short, so each request can add one.
-    tiles = min(spec.max_tokens, spec.max_tokens // spec.tile_tokens + spec.max_requests) * blocks
-    keys = spec.max_pages * spec.page_size
-    if spec.split_mode == "none":
-        items, units = tiles, 0
-    elif spec.split_mode == "fixed":
-        per_tile = -(-keys // (spec.fixed_split_size or keys))
-        items = tiles + min(tiles, spec.max_tokens * blocks) * (per_tile - 1)
-        units = items * spec.tile_tokens
-    else:
-        # Each border between CTAs cuts one item in two.
-        items, units = tiles + spec.num_ctas, 2 * spec.num_ctas * spec.tile_tokens
-    if spec.cascade:
-        items, units = 2 * items, units + 2 * spec.max_tokens * blocks
-    return spec.max_items or max(1, items), spec.max_units or max(2, units)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 LOG2_E = math.log2(math.e)
@@ -35,9 +36,7 @@ class AttentionState:
     lse: Float[Array, "*rows"]
 
     @classmethod
-    def empty(
-        cls, shape: tuple[int, ...], dtype: jnp.dtype | type = jnp.float32
-    ) -> "AttentionState":
+    def empty(cls, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> "AttentionState":
         """Return the state of rows that have seen nothing; `shape` is that of `o`."""
         return cls(o=jnp.zeros(shape, dtype), lse=jnp.full(shape[:-1], -jnp.inf, dtype=jnp.float32))
 
