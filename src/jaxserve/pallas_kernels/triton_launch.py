@@ -36,9 +36,10 @@ would write for the ptxas that ships with it, which may be newer than the one th
 
 _NEWEST_FOR_PTX_VERSION = 90
 _FIRST_WITH_E4M3 = 89
+_INTERPRETED_AS = 90
 
-_recorded: contextvars.ContextVar[list["Launch"] | None] = contextvars.ContextVar(
-    "recorded", default=None
+_recording: contextvars.ContextVar[tuple[list["Launch"], int] | None] = contextvars.ContextVar(
+    "recording", default=None
 )
 
 
@@ -65,23 +66,31 @@ class Launch:
 
 
 @contextlib.contextmanager
-def record_launches() -> Iterator[list[Launch]]:
+def record_launches(capability: int = 90) -> Iterator[list[Launch]]:
     """Write launches down instead of making them; what they would return is zero.
+
+    JAX forgets what it has traced, before and after: inside, a function that was traced already
+    would launch nothing, and outside, one that was traced here would return zeros.
+
+    Args:
+        capability: Compute capability that the launches shall be for, times ten.
 
     Yields:
         The launches so far, in order; it fills while functions are traced inside the context.
     """
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    jax.clear_caches()
+    token = _recording.set((launches, capability))
     try:
         yield launches
     finally:
-        _recorded.reset(token)
+        _recording.reset(token)
+        jax.clear_caches()
 
 
 def is_recording() -> bool:
     """Tell whether launches are only written down at the moment."""
-    return _recorded.get() is not None
+    return _recording.get() is not None
 
 
 def is_interpreting() -> bool:
@@ -151,10 +160,10 @@ def launch(
     Returns:
         The new values of `updates`, then the outputs.
     """
-    recorded = _recorded.get()
-    if recorded is not None:
+    recording = _recording.get()
+    if recording is not None:
         shapes = [*map(_shape_of, inputs), *[0] * len(updates), *map(_shape_of, updates), *outputs]
-        recorded.append(
+        recording[0].append(
             Launch(
                 kernel=kernel,
                 arguments=tuple(shapes),
@@ -215,8 +224,8 @@ def _call_0_4(
         *refs,
         kernel=kernel,
         out_type=tuple(outputs),
-        backend_options=backend_options(_capability()),
-        compute_capability=_capability(),
+        backend_options=backend_options(_device_capability()),
+        compute_capability=_device_capability(),
         **options,
     )
     return (*(jax.freeze(ref) for ref in refs), *results)
@@ -240,7 +249,7 @@ def _call_0_3(
             out_shape=(*updated, *outputs),
             input_output_aliases={num_arrays + i: i for i in range(len(updates))},
             enable_fp_fusion=True,
-            compute_capability=_capability(),
+            compute_capability=_device_capability(),
             **options,
         )
     )
@@ -262,8 +271,25 @@ def _load_jax_triton() -> ModuleType:
     return jax_triton
 
 
-def _capability() -> int:
-    """Return the compute capability of the first GPU, times ten."""
+def capability() -> int:
+    """Return the compute capability of the device that launches are for, times ten."""
+    recording = _recording.get()
+    if recording is not None:
+        return recording[1]
+    if is_interpreting():
+        return _INTERPRETED_AS
+    return _device_capability()
+
+
+def shared_bytes(capability: int) -> int:
+    """Return the most shared memory of a program, by compute capability times ten.
+
+    Source: CUDA programming guide, technical specifications per compute capability.
+    """
+    return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}.get(capability, 99) << 10
+
+
+def _device_capability() -> int:
     major, minor = str(jax.devices("gpu")[0].compute_capability).split(".")
     return 10 * int(major) + int(minor)
 

@@ -1,4 +1,4 @@
-"""Narrow numbers in Triton kernels, by arithmetic on bits that every device has.
+"""Numbers in Triton kernels: narrow ones by arithmetic on bits that every device has, and angles.
 
 Devices before Ada (compute capability 8.9) cannot convert to or from e4m3, and Triton refuses its
 type there. So kernels take buffers of float8 as bytes, and these functions do the rest; where only
@@ -61,3 +61,31 @@ def to_int8(x):
     """Round float32 to a byte between -127 and 127, ties to even; NaN becomes 0."""
     size = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -127.0), 127.0)
     return ((size + ROUND_TO_INTEGER) - ROUND_TO_INTEGER).to(tl.int32).to(tl.int8)
+
+
+@triton.jit
+def sin_cos(x):
+    """Return sine and cosine of float32, to about 2e-7 for angles up to 1e5.
+
+    The library's functions take a slow way for large angles, whose code and stack every kernel with
+    them would carry. Here the angle is reduced to an eighth of a turn by three constants whose
+    products with a count of quarter turns are exact or nearly so.
+
+    Source: Cody and Waite's reduction, and polynomials, as in Cephes (sinf, cosf).
+    """
+    count = tl.floor(x * 0.6366197723675814 + 0.5)
+    rest = x - count * 1.5703125
+    rest = rest - count * 4.837512969970703e-4
+    rest = rest - count * 7.549789948768648e-8
+    square = rest * rest
+    sine = -1.9515295891e-4 * square + 8.3321608736e-3
+    sine = (sine * square - 1.6666654611e-1) * square * rest + rest
+    cosine = 2.443315711809948e-5 * square - 1.388731625493765e-3
+    cosine = (cosine * square + 4.166664568298827e-2) * square * square - 0.5 * square + 1.0
+    quarter = count.to(tl.int32) & 3
+    is_odd = (quarter & 1) != 0
+    new_sine = tl.where(is_odd, cosine, sine)
+    new_cosine = tl.where(is_odd, sine, cosine)
+    new_sine = tl.where(quarter >= 2, -new_sine, new_sine)
+    new_cosine = tl.where((quarter == 1) | (quarter == 2), -new_cosine, new_cosine)
+    return new_sine, new_cosine
