@@ -1,4 +1,5 @@
 import jax
+import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -128,12 +129,17 @@ def test_rows_do_not_depend_on_their_neighbours():
 
 
 def test_random_numbers_are_those_of_threefry():
-    # The test vectors of the authors' library, for 20 rounds.
-    for word, want in ((0, (0x6B200159, 0x99BA4EFE)), (0xFFFFFFFF, (0x1CB996FC, 0xBB002BE7))):
-        key = jnp.full((1, 2), word, jnp.uint32)
-        if word == 0:
-            left, right = random.threefry(key, jnp.zeros(1, jnp.uint32))
-            assert (int(left[0]), int(right[0])) == want
+    zero = random.threefry(jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.uint32))
+    # A test vector of the authors' library, for 20 rounds.
+    assert (int(zero[0][0]), int(zero[1][0])) == (0x6B200159, 0x99BA4EFE)
+    rng = np.random.default_rng(2)
+    for _ in range(5):
+        key, count = rng.integers(0, 1 << 32, 2), rng.integers(0, 1 << 32)
+        words = [jnp.asarray(a, jnp.uint32) for a in (key, [count, 0])]
+        left, right = random.threefry(words[0][None], words[1][:1])
+        np.testing.assert_array_equal(
+            np.concatenate([left, right]), jax.extend.random.threefry_2x32(*words)
+        )
     key = jnp.asarray(np.random.default_rng(1).integers(0, 1 << 32, (4000, 2)), jnp.uint32)
     drawn = np.concatenate([np.asarray(random.uniform(key, turn)) for turn in range(5)])
     assert stats.kstest(drawn, "uniform").pvalue > 1e-3

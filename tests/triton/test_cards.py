@@ -4,13 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.pallas_kernels.append_paged_kv import card as append_paged_kv
-from jaxserve.pallas_kernels.rms_norm import card as rms_norm
-from jaxserve.pallas_kernels.rope import card as rope
-
-CARDS = {
-    card.name: card for card in (rms_norm.CARD, rms_norm.ADD_CARD, rope.CARD, append_paged_kv.CARD)
-}
+from jaxserve.pallas_kernels.cards import CARDS
 
 
 @pytest.mark.interpreted
