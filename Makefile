@@ -14,13 +14,14 @@ OLDEST ?= .venv-jax0112
 ORACLES ?= .venv-oracles
 AOT ?= .venv-aot
 AOT_TESTS := aot and not slow
+TRITON ?= .venv-triton
 
 UV := scripts/uv
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow check format docs \
+.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow test-triton check format docs \
   notebooks bench robustness gpu oracles constraints clean
 
 help: ## list the targets
@@ -50,6 +51,10 @@ test-aot: $(AOT)/.stamp $(AOT)-jax0112/.stamp ## compile kernels for a GPU that 
 
 test-aot-slow: AOT_TESTS := aot and slow
 test-aot-slow: test-aot ## compile the kernels that test-aot leaves out
+
+test-triton: $(TRITON)/.stamp ## run the tests of Triton kernels: interpreted, then compiled for GPUs that are not there
+	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m "interpreted and not slow" $(or $(TESTS),tests/triton)
+	@$(TRITON)/bin/python $(PYTEST) -m "compiled and not slow" $(or $(TESTS),tests/triton)
 
 check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
 	@$(BIN)/ruff format --check .
@@ -110,6 +115,8 @@ constraints: ## resolve the pins again (constraints*.txt)
 clean: ## remove everything that these targets made
 	rm -rf .venv .venv-jax0112 .venv-oracles .venv-aot .venv-aot-jax0112 .tools .cache build dist
 	rm -rf docs/notebooks .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-jax0112 .venv-oracles .venv-triton .tools .cache build dist docs/notebooks .pytest_cache
+	rm -rf .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/bin/python:
@@ -133,6 +140,10 @@ $(VENV)/.stamp-docs: pyproject.toml constraints.txt | $(BIN)/python
 $(OLDEST)/.stamp-dev: pyproject.toml constraints-jax-0.11.2.txt | $(OLDEST)/bin/python
 	@$(UV) pip install --quiet --compile-bytecode --python $(OLDEST)/bin/python \
 	    --constraint constraints-jax-0.11.2.txt --editable '.[serve]' --group test
+	@touch $@
+
+$(TRITON)/.stamp: pyproject.toml constraints.txt scripts/make-triton-env | $(TRITON)/bin/python
+	@scripts/make-triton-env $(TRITON)
 	@touch $@
 
 $(ORACLES)/.stamp: scripts/make-oracles-env
