@@ -113,10 +113,9 @@ constraints: ## resolve the pins again (constraints*.txt)
 	@scripts/pin
 
 clean: ## remove everything that these targets made
-	rm -rf .venv .venv-jax0112 .venv-oracles .venv-aot .venv-aot-jax0112 .tools .cache build dist
+	rm -rf .venv .venv-jax0112 .venv-oracles .venv-aot .venv-aot-jax0112 .venv-triton
+	rm -rf .tools .cache build dist
 	rm -rf docs/notebooks .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf .venv .venv-jax0112 .venv-oracles .venv-triton .tools .cache build dist docs/notebooks .pytest_cache
-	rm -rf .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/bin/python:

@@ -36,19 +36,27 @@ MaskKind = Literal["none", "shared", "per_head"]
 
 
 class TileContext(Protocol):
-    """What the functions of a variant may ask besides their tile.
+    """What the functions of a variant may ask besides their tile."""
 
-    Attributes:
-        sm_scale: What products of queries and keys were multiplied with.
-        q_heads: Heads of queries.
-        kv_heads: Heads of keys and values.
-        head_dim: Dimension of queries and keys.
-    """
+    @property
+    def sm_scale(self) -> float:
+        """What products of queries and keys were multiplied with."""
+        ...
 
-    sm_scale: float
-    q_heads: int
-    kv_heads: int
-    head_dim: int
+    @property
+    def q_heads(self) -> int:
+        """Heads of queries."""
+        ...
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension of queries and keys."""
+        ...
 
     @property
     def request(self) -> Array:

@@ -102,8 +102,7 @@ def attention(
     extra = dict(extra or {})
     _check_arrays(q, kv, spec)
     _check_variant(variant, extra, spec, return_lse=return_lse)
-    if sm_scale is None:
-        sm_scale = spec.head_dim**-0.5
+    scale = float(spec.head_dim**-0.5 if sm_scale is None else sm_scale)
     platform, capability = present_device()
     case = Case(
         spec=spec,
@@ -114,7 +113,7 @@ def attention(
         v_scale=_scale_kind(kv.v_scale),
     )
     chosen = choose(case, backend, fallback=fallback)
-    state = _attend(q, kv, plan, extra, variant=variant, sm_scale=float(sm_scale), backend=chosen)
+    state = _attend(q, kv, plan, extra, variant=variant, sm_scale=scale, backend=chosen)
     return (state.o, state.lse) if return_lse else state.o
 
 

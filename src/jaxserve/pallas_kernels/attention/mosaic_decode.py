@@ -365,6 +365,8 @@ class _Kernel:
             if self.k_scale == "page":
                 s = s * self.per_page(refs.small["k_scale"], pages, head, tile)
             s, seen = scores.masked(s, at, ctx=ctx, scale=scale)
+            if seen is None:
+                raise AssertionError("a decode tile always has keys that are not the request's")
             if self.variant.use_softmax:
                 s = jnp.where(seen, s * LOG2_E, mosaic_tile.LOWEST)
                 new_top = jnp.maximum(top, s.max(axis=0))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # type: ignore[attr-defined]
 from jaxtyping import Array
 
 # 2 pi in three parts: the first two have so few bits that their products with small whole numbers
@@ -31,7 +31,7 @@ def with_fast_math[**P, T](function: Callable[P, T]) -> Callable[P, T]:
             for i, value in zip(arrays, values, strict=True):
                 leaves[i] = value
             some, named = jax.tree.unflatten(tree, leaves)
-            return function(*some, **named)
+            return function(*some, **named)  # type: ignore[call-arg]
 
         values = [flat[i] for i in arrays]
         closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*values)

@@ -428,7 +428,7 @@ class _Kernel:
             self.take_turn(refs)
             return acc_ref[...]
 
-        s = pl.run_scoped(multiply, plgpu.ACC(tile.shape, jnp.float32))
+        s = pl.run_scoped(multiply, plgpu.ACC(tile.shape, jnp.float32))  # type: ignore[attr-defined]
         plgpu.barrier_arrive(refs.keys.empty.at[stage])
         if self.k_scale == "page":
             s = s * self.per_page(refs.small["k_scale"], pages, head, tile)
@@ -471,7 +471,7 @@ class _Kernel:
         def multiply(acc_ref: Ref) -> None:
             plgpu.wgmma(acc_ref, weights, values)
 
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+        return pl.run_state(multiply)(plgpu.ACC.init(acc))  # type: ignore[attr-defined,return-value]
 
     def per_page(self, ref: Ref, pages: list[Array], head: Array, tile: Orientation) -> Array:
         """Return a score tile of each key's scale."""

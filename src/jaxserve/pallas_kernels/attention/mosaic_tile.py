@@ -107,14 +107,14 @@ def wrap(count: Array, size: int) -> Array:
     return lax.rem(count, jnp.int32(size))
 
 
-def product(shape: tuple[int, int], a: Ref, b: Ref) -> Array:
+def product(shape: tuple[int, ...], a: Ref, b: Ref) -> Array:
     """Multiply two operands of the matrix unit and wait for the result."""
 
     def run(acc: Ref) -> Array:
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))  # type: ignore[attr-defined]
 
 
 def zeros(shape: tuple[int, int]) -> Array:
@@ -125,8 +125,8 @@ def zeros(shape: tuple[int, int]) -> Array:
 def swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
     """Return the transforms of a tile that the matrix unit reads, for rows of so many columns."""
     swizzle = min(128, columns * dtype.itemsize)
-    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
-    return (tiling, plgpu.SwizzleTransform(swizzle))
+    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # type: ignore[abstract]
+    return (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
 
 
 def store_plainly(ref: Ref, value: Array) -> None:

@@ -75,7 +75,7 @@ def run(
     return AttentionState(o=o, lse=lse.reshape(tokens, heads))
 
 
-_State = tuple[Array, Array, Array]
+_State = tuple[Array, ...]
 """Unnormalised output, largest score and mass, `[tokens + 1, kv_heads, group, ...]`, float32.
 
 The last row is for what belongs to nobody.

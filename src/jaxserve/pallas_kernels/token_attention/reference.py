@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.pallas_kernels.paged import PagedKV
 from jaxserve.pallas_kernels.state import LOG2_E, AttentionState
 from jaxserve.pallas_kernels.token_attention.lists import TokenLists
-from jaxserve.pallas_kernels.variant import AttentionVariant
+from jaxserve.pallas_kernels.variant import AttentionVariant, OperandMod
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,7 @@ def token_attention(
     )
 
 
-def _halves(mod, x: Array, tile: Tile, position: Array) -> Array:  # noqa: ANN001
+def _halves(mod: OperandMod, x: Array, tile: Tile, position: Array) -> Array:
     half = x.shape[-1] // 2
     column = jnp.arange(half).reshape((1,) * (x.ndim - 1) + (half,))
     return jnp.concatenate(mod(x[..., :half], x[..., half:], tile, position, column), axis=-1)
