@@ -40,6 +40,7 @@ def expected(module):
         {},
         pytest.param({"kv_layout": "pages"}, marks=pytest.mark.slow),
         {"batch_invariant": True, "kv_layout": "pages"},
+        {"attention_backend": "pallas"},
         pytest.param({"batch_invariant": True}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -12,6 +12,7 @@ sees a request. Nothing that a request can cause raises out of `step`.
 import contextlib
 import logging
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -510,7 +511,7 @@ class Engine(Inbox):
         self._rows[row] = sequence
         sequence.row = row
         sequence.phase = Phase.RUNNING
-        sequence.pages = [*pages, *fresh]
+        sequence.pages = array("i", [*pages, *fresh])
         sequence.num_named = len(pages)
         sequence.is_stale = False
         sequence.num_computed = len(pages) * self.pool.page_size
@@ -629,7 +630,7 @@ class Engine(Inbox):
 
     def _leave_row(self, sequence: SequenceState) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages = array("i")
         sequence.num_named = 0
         sequence.has_device_token = False
         if sequence.lora_slot:
