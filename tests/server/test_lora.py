@@ -1,16 +1,19 @@
 """Adapters over HTTP: listed, chosen by the field model, loaded and unloaded at run time."""
 
+import asyncio
 import json
-import threading
 
+import httpx
 import numpy as np
 import pytest
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.async_engine import AsyncLLM
+from jaxserve.serve.app import create_app
 from jaxserve.serve.flags import parse
 from jaxserve.serve.lora_routes import load_modules
 from jaxserve.serve.options import ServerConfig
+from jaxserve.serve.state import ServerState
 from tests.adapters import adapter_of, write_adapter
 from tests.server.conftest import asking
 
@@ -163,20 +166,21 @@ def test_what_cannot_be_loaded_is_refused_and_serving_goes_on(
     assert len(ask("/v1/models").json()["data"]) == 4
 
 
-def test_many_clients_load_at_once(admin, ask, folders):
-    answers = []
+def test_many_clients_load_at_once(engine, admin, ask, folders):
+    settings = {"served_model_name": ("tiny", "alias"), **OPEN}
+    app = create_app(ServerState(ServerConfig.from_settings(settings), model="tiny", engine=engine))
 
-    def load(number):
-        body = {"lora_name": f"many{number % 3}", "lora_path": folders["extra"]}
-        answers.append(admin(LOAD, body).status_code)
+    async def load_all():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+            bodies = [
+                {"lora_name": f"many{i % 3}", "lora_path": folders["extra"]} for i in range(6)
+            ]
+            sent = (client.post(f"http://test{LOAD}", json=body) for body in bodies)
+            return [answer.status_code for answer in await asyncio.gather(*sent)]
 
-    threads = [threading.Thread(target=load, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = asyncio.run(load_all())
     names = [card["id"] for card in ask("/v1/models").json()["data"][4:]]
-    assert answers.count(200) == len(names) > 0
+    assert answers.count(200) == len(names) == 3
     for name in names:
         assert admin(UNLOAD, {"lora_name": name}).status_code == 200
 
