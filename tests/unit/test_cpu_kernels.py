@@ -52,6 +52,29 @@ def test_products_agree_with_float64(rows, depth, sizes, kind, seed):
 
 @few
 @given(
+    rows=st.sampled_from([1, 6, 35, 450]),
+    depth=st.integers(1, 1300),
+    sizes=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    kind=st.sampled_from(WEIGHTS),
+    seed=SEEDS,
+)
+def test_products_of_many_rows_agree_with_float64_and_with_those_of_few(
+    rows, depth, sizes, kind, seed
+):
+    from jaxserve.cpu_kernels.block_matmul import multiply_many
+
+    rng = np.random.default_rng(seed)
+    x = draw(rng, (rows, depth))
+    weights = [draw(rng, (depth, n), kind) for n in sizes]
+    outs = jax.jit(multiply_many)(x, weights)
+    some = cpu_kernels.multiply(x[:4], weights)
+    for out, first, weight in zip(outs, some, weights, strict=True):
+        assert_product(out, wide(x), wide(weight))
+        np.testing.assert_array_equal(out[:4], first)
+
+
+@few
+@given(
     rows=st.sampled_from([1, 3, 8, 19]),
     depth=st.integers(1, 90),
     size=st.integers(1, 400),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from llvmlite import ir
 
-from jaxserve.cpu_kernels import ffi
+from jaxserve.cpu_kernels import block_matmul, blocks_pay, ffi
 from jaxserve.cpu_kernels.emit import (
     F32,
     I32,
@@ -209,7 +209,7 @@ class _ColumnTile:
 def multiply(
     x: Float[Array, "rows in_size"], weights: Sequence[Float[Array, "in_size out_size"]]
 ) -> list[Float[Array, "rows out_size"]]:
-    """Multiply a few rows with one or more weights, in float32.
+    """Multiply rows with one or more weights, in float32.
 
     Args:
         x: The rows.
@@ -219,6 +219,8 @@ def multiply(
         One float32 product per weight.
     """
     rows, kind = x.shape[0], weight_type(weights[0].dtype)
+    if blocks_pay(rows, kind):
+        return block_matmul.multiply_many(x, weights)
     name = f"jaxserve_columns_{rows}_{kind}_{len(weights)}"
     ffi.register(name, lambda: _columns_kernel(name, _shape(rows, kind), len(weights)))
     outs = [jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.float32) for w in weights]

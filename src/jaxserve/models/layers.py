@@ -160,11 +160,13 @@ def scaled(product: Float[Array, "*tokens out_size"], scale: nnx.Param | None) -
     return product if scale is None else product * scale[...]
 
 
-def _use_cpu_kernels(x: Array, weight: Array, plan: Plan | None) -> bool:
+def _use_cpu_kernels(
+    x: Array, weight: Array, plan: Plan | None, *, is_transposed: bool = False
+) -> bool:
     return (
         isinstance(plan, AttentionPlan)
         and plan.backend == "llvm"
-        and cpu_kernels.pays(x.shape[0], weight.dtype.name)
+        and cpu_kernels.pays(x.shape[0], weight.dtype.name, is_transposed=is_transposed)
     )
 
 
@@ -191,7 +193,7 @@ class Embedding(nnx.Module):
     ) -> Float[Array, "*tokens vocab"]:
         """Score every token of the vocabulary."""
         table, scale = self.embedding[...], self.embedding_scale
-        if _use_cpu_kernels(hidden, table, plan):
+        if _use_cpu_kernels(hidden, table, plan, is_transposed=True):
             return scaled(cpu_kernels.multiply_transposed(hidden, table), scale)
         if scale is not None:
             hidden, table = widened(hidden, table)
