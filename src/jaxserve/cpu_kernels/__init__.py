@@ -35,7 +35,7 @@ _FEW_ROWS = {
 _MANY_ROWS = {"float32": 24, "bfloat16": 16, "int8": 12, "float8_e4m3fn": 6}
 """Rows from which on `block_matmul` beat both `matmul` and XLA on two cores of Zen 3.
 
-With float32 and 512 rows it is as fast as XLA; with bfloat16 prefill took three quarters of the time.
+With float32 and 512 rows it is as fast as XLA; with bfloat16 prefill took 3/4 of the time.
 """
 _MEASURED_WIDTH = 8
 """Lanes of the vectors there. Processors with longer ones may multiply bfloat16 as it is."""
