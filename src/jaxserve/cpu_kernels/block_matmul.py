@@ -152,7 +152,8 @@ class _PanelFunction:
 
     def _pass(self, masks: Sequence[Value | None]) -> None:
         self._copy(masks)
-        with self._e.loop(*self._rows, const(_tile_rows())) as row:
+        first, end = self._rows
+        with self._e.loop(first, end, const(_tile_rows())) as row:
             self._tile(row, masks)
 
     def _copy(self, masks: Sequence[Value | None]) -> None:
