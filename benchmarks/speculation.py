@@ -180,7 +180,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name or path")
-    parser.add_argument("--dtypes", nargs="+", default=["auto", "float32"])
+    parser.add_argument("--dtypes", nargs="+", default=["auto"])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, default=8, help="prompts per kind")
