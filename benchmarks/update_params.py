@@ -29,7 +29,7 @@ from jaxserve.models.hub import resolve_model
 PROMPTS = ("The sky is", "Once upon a time", "def add(a, b):", "One, two, three,")
 SETTINGS: dict[str, Any] = {
     "max_model_len": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 128, "warmup": "full",
-    "kv_cache_memory_bytes": 256 << 20,
+    "kv_cache_memory_bytes": 512 << 20,
 }  # fmt: skip
 MIB = 2**20
 

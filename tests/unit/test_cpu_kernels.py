@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -242,3 +243,26 @@ def test_far_apart_scores_neither_overflow_nor_vanish():
     k, v = keys[:, :, 127], values[:, :, 127]
     out, _, _ = cpu_kernels.decode(q, k, v, keys, values, jnp.asarray([127], jnp.int32), scale=1.0)
     np.testing.assert_allclose(out, 127.0, rtol=1e-6)
+
+
+@pytest.mark.skipif(not cpu_kernels.has_lazy_zeros(), reason="not Linux")
+@pytest.mark.parametrize("shape", [(3,), (2048, 2), (5000, 131), (3, 1 << 20)])
+def test_zeros_are_zeros_whatever_lay_there_before(shape):
+    dirty = jax.jit(lambda i: jnp.full(shape, i, jnp.float32))
+    make = jax.jit(lambda: cpu_kernels.zeros(shape, jnp.dtype("float32")))
+    for i in range(3):
+        dirty(i + 1.0).block_until_ready()
+        out = make()
+        assert out.shape == shape
+        assert not np.asarray(out).any()
+
+
+@pytest.mark.skipif(not cpu_kernels.has_lazy_zeros(), reason="not Linux")
+def test_zeros_take_no_memory_before_they_are_written_to():
+    process = psutil.Process()
+    make = jax.jit(lambda: cpu_kernels.zeros((1 << 26,), jnp.dtype("float32")))
+    make.lower().compile()
+    before = process.memory_info().rss
+    out = make().block_until_ready()
+    assert process.memory_info().rss - before < 32 << 20
+    assert float(out[-1]) == 0.0

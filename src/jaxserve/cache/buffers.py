@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from jaxserve import cpu_kernels
+
 KvLayer = tuple[Array, Array]
 """Keys and values of one layer, in one of the two layouts of `attention.dense`."""
 
@@ -53,7 +55,10 @@ def _zeros_program(
     shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding
 ) -> Callable[[], Array]:
     """Return one program per kind of buffer, so that allocating anew compiles nothing."""
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    (*others, device) = sharding.device_set
+    is_one_cpu = not others and device.platform == "cpu"
+    make = cpu_kernels.zeros if is_one_cpu and cpu_kernels.has_lazy_zeros() else jnp.zeros
+    return jax.jit(functools.partial(make, shape, dtype), out_shardings=sharding)
 
 
 def save_pages(

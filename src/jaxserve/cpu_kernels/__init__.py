@@ -7,10 +7,12 @@ and the engine runs on XLA alone.
 import functools
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.cpu_kernels.decode_attention import decode as decode
+    from jaxserve.cpu_kernels.lazy_zeros import zeros as zeros
     from jaxserve.cpu_kernels.matmul import multiply as multiply
     from jaxserve.cpu_kernels.matmul import multiply_transposed as multiply_transposed
     from jaxserve.cpu_kernels.prefill_attention import append as append
@@ -22,6 +24,7 @@ _KERNELS = {
     "decode": "decode_attention",
     "append": "prefill_attention",
     "prefill": "prefill_attention",
+    "zeros": "lazy_zeros",
 }
 """Which module holds which kernel."""
 
@@ -51,6 +54,11 @@ def is_available() -> bool:
     from jaxserve.cpu_kernels import ffi  # noqa: PLC0415  llvmlite is optional
 
     return ffi.is_supported()
+
+
+def has_lazy_zeros() -> bool:
+    """Tell whether `zeros` works here: Linux alone clears the pages that it is given back."""
+    return sys.platform == "linux" and is_available()
 
 
 def supports_slots(head_dim: int, capacity: int, dtype: str) -> bool:

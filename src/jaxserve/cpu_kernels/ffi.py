@@ -205,10 +205,11 @@ def _emit_release(e: Emitter, state: Value) -> None:
     b = e.b
     left = b.atomic_rmw("sub", e.field(state, _REFERENCES), const(1), "acq_rel")
     with b.if_then(b.icmp_signed("==", left, const(1))):
-        b.call(_libc(e, "free", VOID, [POINTER]), [state])
+        b.call(libc(e, "free", VOID, [POINTER]), [state])
 
 
-def _libc(e: Emitter, name: str, result: Value, kinds: Sequence[Value]) -> ir.Function:
+def libc(e: Emitter, name: str, result: Value, kinds: Sequence[Value]) -> ir.Function:
+    """Declare a function of the C library."""
     module = e.function.module
     found = module.globals.get(name)
     return found or ir.Function(module, ir.FunctionType(result, list(kinds)), name)
@@ -247,7 +248,7 @@ def _build_handler(
     with b.if_then(is_other):
         b.ret(nothing)
     size = const(_WORDS + 8 * num_words)
-    state = b.call(_libc(e, "malloc", POINTER, [I64]), [size])
+    state = b.call(libc(e, "malloc", POINTER, [I64]), [size])
     values = _frame_words(e, kernel, frame)
     for i, value in enumerate(values):
         b.store(value, e.field(state, _WORDS + 8 * i))
