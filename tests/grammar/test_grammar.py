@@ -1,6 +1,7 @@
 """Constraints become grammars; matchers follow tokens forth and back."""
 
 import json
+import re
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.core.errors import RequestError
 from jaxserve.core.structured import ReasoningSpan, StructuredOutputsParams
-from jaxserve.grammar.compiler import MAX_KEPT, GrammarCompiler, Vocabulary
+from jaxserve.grammar.compiler import MAX_KEPT, MAX_ROW_ITEMS, GrammarCompiler, Vocabulary
 from jaxserve.grammar.matcher import MaskWriter
 from jaxserve.grammar.text import GrammarDefaults, closed, grammar_text
 
@@ -299,6 +300,43 @@ def test_any_permitted_number_of_choices_can_be_followed(count):
     assert matcher.follow([*f"word {count - 1}".encode()])
     assert matcher.is_accepting
     assert not matcher.error
+
+
+def optional_properties(count):
+    return {"type": "object", "properties": {f"key{i}": {"type": "integer"} for i in range(count)}}
+
+
+@pytest.mark.parametrize("count", [600, 950])
+def test_objects_may_have_many_optional_properties(count):
+    matcher = matcher_of(_shared(), json=optional_properties(count))
+    assert matcher.follow([*f'{{"key3": 1, "key{count - 1}": 2}}'.encode()])
+    assert matcher.is_accepting
+
+
+def test_too_many_optional_properties_fail_with_limit_and_number():
+    matcher = matcher_of(_shared(), json=optional_properties(MAX_ROW_ITEMS // 4 + 1))
+    assert not matcher.follow([*b'{"key3"'])
+    assert re.search(rf"has 40\d\d items; max is {MAX_ROW_ITEMS}", matcher.error)
+
+
+TOO_WIDE = "start: /[ab]/ /[ab]/ /[ab]/ wide\nwide: " + " | ".join(
+    f'"x{i}"' for i in range(MAX_ROW_ITEMS + 1)
+)
+"""A grammar that can be followed for two tokens and fails with the third."""
+
+
+def test_drafts_behind_which_the_grammar_fails_are_not_to_be_verified():
+    matcher = matcher_of(_shared(), grammar=TOO_WIDE)
+    plain = matcher.copy()
+    assert not plain.follow([*b"aba"])
+    assert plain.num_tokens == 3
+    for text, count in ((b"abax1", 2), (b"aba", 2), (b"ab", 2), (b"ax", 1), (b"x", 0)):
+        drafts = [*text]
+        masks = np.full((len(drafts) + 1, -(-SIZE // 32)), 0xFFFFFFFF, np.uint32)
+        assert MaskWriter().write_drafts(matcher, drafts, masks) == count
+        assert (masks[: count + 1] != 0xFFFFFFFF).any(axis=1).all()
+        assert not matcher.error
+    assert matcher.follow([*b"ab"])
 
 
 @given(st.lists(st.text(min_size=1, max_size=6).filter(str.isprintable), min_size=1, max_size=4))

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 MAX_KEPT = 256
 """Compiled grammars kept for further requests; the least recently used goes first. Those that a
 request waits for or uses are kept besides."""
+MAX_ROW_ITEMS = 4_000
+"""Ways in which a grammar may go on at one place of a text: four per optional property of an object
+that is still to come. So many take tens of milliseconds per mask, for which the batch waits."""
 NUM_THREADS = 2
 _POLL_S = 0.05
 _PARAM = "structured_outputs"
@@ -173,7 +176,7 @@ class GrammarCompiler:
         try:
             from llguidance import LLMatcher, LLParserLimits  # noqa: PLC0415  loaded when needed
 
-            limits = LLParserLimits(verbose_errors=False)
+            limits = LLParserLimits(verbose_errors=False, max_items_in_row=MAX_ROW_ITEMS)
             matcher = LLMatcher(self._words(pending), text, log_level=0, limits=limits)
             start = pending.started
             problem = matcher.get_error() if matcher.is_error() else ""
