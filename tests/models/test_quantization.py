@@ -10,8 +10,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve import LLM, dequantize, export, load_params
+from jaxserve import LLM, SamplingParams, dequantize, export, load_params
 from jaxserve.core.errors import CheckpointError, ConfigError
+from jaxserve.models.ggml import FORMATS
 from jaxserve.models.quantization import (
     KINDS,
     Quantization,
@@ -24,6 +25,7 @@ from jaxserve.models.quantization import (
 )
 from jaxserve.models.registry import flatten_params
 from tests.cases import quick
+from tests.models.test_gguf import NUMBER_OF, gguf_name, shapes_of, tiny_model
 from tests.tiny import write_tiny_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "oracles" / "golden" / "models"
@@ -224,6 +226,55 @@ def test_logits_are_as_near_to_transformers_as_the_bound_allows(name: str, schem
         room += (slope * error_bound(weight, scheme)).sum()
     assert abs(found[-1, 7] - golden[-1, 7]) <= 1.1 * room
     assert np.abs(found - golden).max() > 1e-6, "nothing was quantised"
+
+
+def write_packed(path: Path, arch: str, kind: str) -> Path:
+    """Write a GGUF file whose matrices are packed, as far as its blocks fit into rows."""
+    packed = FORMATS[NUMBER_OF[kind]]
+    rng = np.random.default_rng(4)
+    extra = {}
+    for name, shape in shapes_of(arch).items():
+        if len(shape) == 2 and shape[1] % packed.size == 0:
+            count = shape[0] * shape[1] // packed.size
+            blocks = rng.integers(0, 256, count * packed.block.itemsize, dtype=np.uint8)
+            blocks = blocks.view(packed.block)
+            blocks["scale"] = rng.uniform(0.003, 0.01, count)
+            if "low" in blocks.dtype.names:
+                blocks["scale"], blocks["low"] = blocks["scale"] * 8, -0.4
+            extra[gguf_name(name)] = (kind, shape, blocks.tobytes())
+    assert extra
+    path.write_bytes(tiny_model(arch, extra=extra)[0])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arch", "scheme", "kind"),
+    quick(
+        [("llama", "int8", "Q8_0"), ("qwen3", "fp8", "Q4_1"), ("qwen2", "fp8", "Q5_0")],
+        ("llama", "int8", "Q8_0"),
+    ),
+)
+def test_packed_gguf_files_are_quantised_from_what_their_blocks_stand_for(
+    arch: str, scheme: str, kind: str, tmp_path: Path
+) -> None:
+    """Numbers: a rounding of our own of the plain load. Tokens: those of a model of these."""
+    path = write_packed(tmp_path / "model.gguf", arch, kind)
+    options = {"dtype": "float32", "max_model_len": 32, "max_num_seqs": 2}
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    with LLM(path, quantization=scheme, **options) as llm:
+        arrays = flatten_params(llm.params)
+        narrow = narrow_paths(arrays)
+        assert {np.dtype(arrays[name].dtype) for name in narrow} == {KINDS[scheme]}
+        found = {p: np.asarray(v) for p, v in flatten_params(dequantize(llm.params)).items()}
+        (output,) = llm.generate([[5, 9, 3, 1]], sampling, use_tqdm=False)
+    config, state = load_params(path, dtype="float32")
+    plain = {name: np.asarray(value) for name, value in flatten_params(state).items()}
+    expected = own_dequantized(plain, scheme, narrow)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7)
+    with LLM((config, jax.tree.map(jnp.asarray, expected)), **options) as exact:
+        (wanted,) = exact.generate([[5, 9, 3, 1]], sampling, use_tqdm=False)
+    assert output.outputs[0].token_ids == wanted.outputs[0].token_ids
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -259,8 +259,7 @@ def typed(text: str, schema: object) -> Any:  # noqa: ANN401  a JSON value
         return _WORDS[word.lower()]
     try:
         value = json.loads(word)
-    except ValueError:
+        json.dumps(value, allow_nan=False)  # arguments are JSON, which has no NaN and no infinity
+    except (ValueError, RecursionError):
         return text
-    if isinstance(value, str) or value != value or value in (float("inf"), float("-inf")):
-        return text
-    return value
+    return text if isinstance(value, str) else value

@@ -29,11 +29,10 @@ def load_modules(engine: "AsyncLLM", options: ApiOptions) -> None:
     """
     if not options.lora_modules:
         return
-    if "generate" not in engine.tasks:
-        raise ConfigError(
-            "lora_modules: a model that only embeds and scores takes no adapters; leave it out."
-        )
-    store = engine.host.adapters
+    try:
+        store = engine.host.adapters
+    except RequestError:
+        raise ConfigError("lora_modules: an encoder takes no adapters; leave it out.") from None
     for module in map(lora_module, options.lora_modules):
         if module.name in options.served_model_name:
             raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself.")
