@@ -266,7 +266,7 @@ def test_everything_that_does_not_fit_is_named_and_nothing_is_changed(held, othe
     with pytest.raises(ConfigError, match="got list"):
         held.update([1, 2])
     with pytest.raises(ConfigError, match="names must be jaxserve or hf, got 'torch'"):
-        held.update(others, names="torch")
+        prepare_weights(others, held.specs, names="torch")
     assert held.generate([PROMPT], [GREEDY])[0].outputs[0].token_ids == old_tokens
     assert held.lifecycle.weight_version == "0"
 

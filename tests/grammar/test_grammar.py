@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxserve.core.errors import RequestError
 from jaxserve.core.structured import ReasoningSpan, StructuredOutputsParams
 from jaxserve.grammar.compiler import MAX_KEPT, MAX_ROW_ITEMS, GrammarCompiler, Vocabulary
+from jaxserve.grammar.endless import is_endless
 from jaxserve.grammar.matcher import MaskWriter
 from jaxserve.grammar.text import GrammarDefaults, closed, grammar_text
 
@@ -137,6 +138,59 @@ def test_what_does_not_compile_says_why(compiler, constraint, message):
         matcher_of(compiler, **constraint)
     assert caught.value.param == "structured_outputs"
     assert "non-verbose" not in str(caught.value)
+
+
+def tree(**changes):
+    """A binary tree with a leaf of its own kind, or without."""
+    node = {
+        "type": "object",
+        "properties": {"left": {"$ref": "#/$defs/node"}, "right": {"$ref": "#/$defs/node"}},
+        "required": ["left", "right"],
+    }
+    return {"$ref": "#/$defs/node", "$defs": {"node": node | changes}}
+
+
+def linked(kind):
+    """Two lists that hold each other."""
+    return {
+        "$defs": {
+            "a": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/b"}},
+            "b": kind,
+        },
+        "$ref": "#/$defs/a",
+    }
+
+
+ITSELF = {"$ref": "#"}
+ENDLESS = [
+    tree(),
+    tree(required=["right"]),
+    linked({"type": "array", "minItems": 2, "prefixItems": [{}, {"$ref": "#/$defs/a"}]}),
+    linked({"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}),
+    {"type": "object", "properties": {"a": {"allOf": [{}, ITSELF]}}, "required": ["a"]},
+]
+ENDING = [
+    tree(required=[]),
+    tree(properties={"left": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}, "right": {}}),
+    linked({"type": "array", "prefixItems": [{"$ref": "#/$defs/a"}], "items": False}),
+    linked({"anyOf": [{"$ref": "#/$defs/a"}, {"type": "integer"}]}),
+    {"type": ["object", "null"], "properties": {"a": ITSELF}, "required": ["a"]},
+    {"type": "object", "properties": {"$ref": {"const": "#"}}, "required": ["$ref"]},
+]
+
+
+@pytest.mark.parametrize("schema", ENDLESS)
+def test_schemas_that_require_themselves_are_refused(compiler, schema):
+    with pytest.raises(RequestError, match="cannot be met: it requires itself") as caught:
+        compiler.compile(StructuredOutputsParams(json=schema))
+    assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize("schema", ENDING)
+def test_schemas_that_may_hold_themselves_are_not(compiler, schema):
+    assert not is_endless(schema)
+    matcher = matcher_of(compiler, json=schema)
+    assert allowed(matcher)
 
 
 def test_a_grammar_that_ends_allows_nothing_but_the_end(compiler):

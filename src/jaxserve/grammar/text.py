@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxserve.core.errors import RequestError
 from jaxserve.core.structured import ReasoningSpan, StructuredOutputsParams
+from jaxserve.grammar.endless import is_endless
 
 WHITESPACE = r"[ ]{1,2}|\r?\n[ \t]{0,40}"
 """White space of JSON unless a request names another: without a bound, a small model may write
@@ -44,15 +45,22 @@ def grammar_text(params: StructuredOutputsParams, defaults: GrammarDefaults) -> 
         JSON text `{"grammars": [...]}`; whether it compiles is not known yet.
 
     Raises:
-        RequestError: If the constraint is malformed.
+        RequestError: If the constraint is malformed, or no text can satisfy it.
     """
     parts = _parts(params, defaults)
     if params.reasoning is not None:
         parts = [{"name": "whole", "lark_grammar": _with_reasoning(params.reasoning)}, *parts]
     try:
-        return json.dumps({"grammars": parts}, ensure_ascii=False)
+        text = json.dumps({"grammars": parts}, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise RequestError(f"the schema is not JSON: {error}.", param=_PARAM) from error
+    if params.json is not None and '"$ref"' in text and is_endless(params.schema):
+        raise RequestError(
+            "the schema cannot be met: it requires itself, so that no value of it has an end. Make "
+            "one of the properties optional, or allow another form.",
+            param=_PARAM,
+        )
+    return text
 
 
 def _parts(params: StructuredOutputsParams, defaults: GrammarDefaults) -> list[dict[str, Any]]:
