@@ -14,7 +14,7 @@ from jaxserve.core.structured import ReasoningSpan, StructuredOutputsParams
 from jaxserve.grammar.compiler import MAX_KEPT, MAX_ROW_ITEMS, GrammarCompiler, Vocabulary
 from jaxserve.grammar.endless import is_endless
 from jaxserve.grammar.matcher import MaskWriter
-from jaxserve.grammar.text import GrammarDefaults, closed, grammar_text
+from jaxserve.grammar.text import MAX_LEVELS, GrammarDefaults, closed, grammar_text
 
 EOS, SIZE = 256, 290
 
@@ -131,6 +131,9 @@ def test_reasoning_comes_first_and_is_free(compiler):
             "no trigger of the structural tag begins '<f>'",
         ),
         ({"json": {"const": "\ud800"}}, "does not compile"),
+        ({"structural_tag": "[" * 100_000}, "structural_tag must be JSON"),
+        ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "does not compile"),
+        ({"regex": "(" * 5000 + "a" + ")" * 5000}, "does not compile"),
     ],
 )
 def test_what_does_not_compile_says_why(compiler, constraint, message):
@@ -191,6 +194,32 @@ def test_schemas_that_may_hold_themselves_are_not(compiler, schema):
     assert not is_endless(schema)
     matcher = matcher_of(compiler, json=schema)
     assert allowed(matcher)
+
+
+def chain(kind, count):
+    """A grammar of so many parts, each of which leads to the next."""
+    if kind == "rules":
+        rules = [f'r{i}: "(" r{i + 1} ")"' for i in range(count)]
+        return {"grammar": "\n".join(["start: r0", *rules, f'r{count}: "a"'])}
+    wrap = {"lists": lambda to: {"type": "array", "items": to}, "references": lambda to: to}[kind]
+    places = {f"d{i}": wrap({"$ref": f"#/$defs/d{i + 1}"}) for i in range(count)}
+    return {"json": {"$ref": "#/$defs/d0", "$defs": places | {f"d{count}": {"type": "integer"}}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("rules", "((("), ("lists", "[[["), ("references", "1")]
+)
+def test_long_chains_compile_without_exhausting_the_stack(compiler, kind, text):
+    """Threads of the usual 8 MB would take the whole process with them."""
+    matcher = matcher_of(compiler, **chain(kind, 4000))
+    assert matcher.copy().follow([*text.encode()])
+    assert not matcher.copy().follow([*b"x"])
+
+
+@pytest.mark.parametrize("kind", ["rules", "lists", "references"])
+def test_endless_chains_are_refused_before_they_are_compiled(compiler, kind):
+    with pytest.raises(RequestError, match=rf"nest too deeply: it has \d+ .*most {MAX_LEVELS} are"):
+        compiler.compile(StructuredOutputsParams(**chain(kind, MAX_LEVELS + 1)))
 
 
 def test_a_grammar_that_ends_allows_nothing_but_the_end(compiler):

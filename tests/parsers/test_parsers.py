@@ -385,6 +385,13 @@ def tool(name="f", **fields):
     return {"type": "function", "function": {"name": name, **fields}}
 
 
+def nested(count):
+    schema = {}
+    for _ in range(count):
+        schema = {"items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("tools", "choice", "message"),
     [
@@ -393,6 +400,8 @@ def tool(name="f", **fields):
         ([{"type": "web"}], None, r"tools\[0\] must be"),
         ([tool("")], None, "function.name must be a string that is not empty"),
         ([tool(parameters=[])], None, "parameters must be a JSON schema, got list"),
+        ([tool(parameters=nested(65))], None, "may be nested 64 levels deep"),
+        ([tool(parameters=nested(2000))], "required", "may be nested 64 levels deep"),
         ([tool(), tool()], None, "the function 'f' twice"),
         ([tool()], "any", "tool_choice must be 'none', 'auto', 'required' or"),
         (

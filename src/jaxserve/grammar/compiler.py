@@ -28,6 +28,10 @@ MAX_ROW_ITEMS = 4_000
 """Ways in which a grammar may go on at one place of a text: four per optional property of an object
 that is still to come. So many take tens of milliseconds per mask, for which the batch waits."""
 NUM_THREADS = 2
+STACK_BYTES = 256 << 20
+"""Stack of a thread that compiles; memory is taken only as far as it is used. The grammar engine
+descends into rules and references with about 4 kB each, and a stack that is too small would end the
+whole process."""
 _POLL_S = 0.05
 _PARAM = "structured_outputs"
 
@@ -168,7 +172,11 @@ class GrammarCompiler:
     def _start(self, text: str, pending: PendingGrammar) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="jaxserve-grammar")
-        self._pool.submit(self._compile, text, pending)
+        before = threading.stack_size(STACK_BYTES)  # of threads that are started from here on
+        try:
+            self._pool.submit(self._compile, text, pending)
+        finally:
+            threading.stack_size(before)
 
     def _compile(self, text: str, pending: PendingGrammar) -> None:
         start = pending.started = time.monotonic()
