@@ -67,6 +67,10 @@ def test_closed_routes_are_not_in_the_schema(ask):
     opened = ok(ask("/openapi.json", settings=OPEN))["paths"]
     assert not {path for _, path in ROUTES} & set(closed)
     assert {path for _, path in ROUTES} <= set(opened)
+    for path in set(opened) - set(closed):
+        for operation in opened[path].values():
+            assert {"200", "4XX", "503"} <= set(operation["responses"])
+            assert "422" not in operation["responses"]  # never answered
 
 
 @pytest.mark.parametrize(

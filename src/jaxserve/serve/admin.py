@@ -17,6 +17,7 @@ from jaxserve import __version__
 from jaxserve.core.control import PauseMode, SleepTag, WeightUpdate
 from jaxserve.core.errors import ConfigError, RequestError
 from jaxserve.serve.openai_api import Body
+from jaxserve.serve.reply_models import ERRORS
 from jaxserve.serve.sse import encode_json
 from jaxserve.serve.state import ServerState
 
@@ -75,7 +76,7 @@ def check_access(request: Request, *, is_open: bool, flag: str = "--enable-admin
         )
 
 
-router = APIRouter(dependencies=[Depends(_guard)])
+router = APIRouter(dependencies=[Depends(_guard)], responses=ERRORS)
 
 
 class ReleaseBody(Body):

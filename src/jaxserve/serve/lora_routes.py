@@ -14,6 +14,7 @@ from jaxserve.core.lora import LoRARequest
 from jaxserve.serve.admin import check_access
 from jaxserve.serve.openai_api import Body
 from jaxserve.serve.options import ApiOptions, lora_module
+from jaxserve.serve.reply_models import ERRORS, Responses
 from jaxserve.serve.sse import encode_json
 from jaxserve.serve.state import ServerState
 
@@ -55,7 +56,11 @@ async def _guard(request: Request) -> None:
     check_access(request, is_open=is_open, flag="--allow-runtime-lora-updating")
 
 
-router = APIRouter(dependencies=[Depends(_guard)])
+router = APIRouter(dependencies=[Depends(_guard)], responses=ERRORS)
+
+_TEXT: Responses = {
+    200: {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
 
 
 class LoadLoraBody(Body):
@@ -136,14 +141,14 @@ async def _unload(body: UnloadLoraBody, request: Request) -> ServerState:
     return state
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", responses=_TEXT)
 async def load_lora_adapter(body: LoadLoraBody, request: Request) -> Response:
     """Load an adapter; requests then choose it by its name as their model."""
     await _load(body, request)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", responses=_TEXT)
 async def unload_lora_adapter(body: UnloadLoraBody, request: Request) -> Response:
     """Forget an adapter; requests that use it finish with it."""
     await _unload(body, request)
