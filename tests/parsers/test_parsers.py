@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -323,6 +324,29 @@ def test_arguments_come_while_they_are_written(name, write):
     for at in range(start + 2, start + 150, 10):
         delta = parser.push(text[at : at + 10])
         assert "".join(call.arguments for call in delta.calls) == text[at : at + 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("hermes", hermes_text),
+        ("llama3_json", llama_text),
+        ("mistral", mistral_text),
+        ("deepseek_v31", deepseek_v31_text),
+        ("pythonic", lambda calls: f"[f(a={calls[0][1]['a']!r})]"),
+    ],
+)
+def test_long_arguments_take_time_in_proportion(name, write):
+    """Eight times the text must not take 64 times the work; in between there is room for noise."""
+
+    def work(size):
+        text, parser = write([("f", {"a": "word " * size})]), tool_parser(name)(TOOLS)
+        start = time.process_time()
+        read(parser, [text[at : at + 4] for at in range(0, len(text), 4)])
+        return time.process_time() - start
+
+    small = min(work(2_000) for _ in range(3))
+    assert work(16_000) < 24 * small
 
 
 def test_names_of_both_engines_with_dashes_or_underscores():
