@@ -25,6 +25,14 @@ def _fuzz(args: argparse.Namespace) -> Verdict:
         )
 
 
+def _fuzz_admin(args: argparse.Namespace) -> Verdict:
+    python_of("schemathesis")
+    with running(*fuzzing.ADMIN_FLAGS, model=args.model) as server:
+        return fuzzing.fuzz_admin(
+            server, max_examples=args.max_examples, seed=args.seed, timeout_s=120
+        )
+
+
 def _killed(args: argparse.Namespace) -> Verdict:
     with running(*crowds.FLAGS, model=args.model) as server:
         return asyncio.run(crowds.killed(server, num_clients=args.num_clients, seed=args.seed))
@@ -48,6 +56,7 @@ def _grammars(args: argparse.Namespace) -> Verdict:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Verdict]] = {
     "fuzz": _fuzz,
+    "fuzz_admin": _fuzz_admin,
     "killed": _killed,
     "overload": _overload,
     "drain": _drain,

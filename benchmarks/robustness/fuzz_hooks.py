@@ -5,9 +5,12 @@ few optional fields and name the served model: otherwise nearly all would be ref
 their many fields, and little would reach the engine. The other half stays as it was generated.
 """
 
+import contextlib
 import json
 import os
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,19 @@ ONE_OF = {
     "/tokenize": (("prompt", "messages"),),
 }
 """Of several fields with one meaning, one may be given."""
+STOPS = {
+    "/pause", "/pause_generation", "/sleep", "/release_memory_occupation", "/wake_up",
+    "/resume_memory_occupation",
+}  # fmt: skip
+"""Routes behind which the server may serve nobody."""
 _lock = threading.Lock()
 
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG001
     """Let half of the valid cases reach the engine; invalid ones stay as they are."""
+    if isinstance(case.query, dict) and case.operation.path == "/sleep":
+        _keep_weights(case.query)
     if case.meta is None or case.meta.generation.mode.value != "positive":
         return
     if case.path_parameters and len(case.path_parameters.get("name", "")) % 2:
@@ -79,6 +89,24 @@ def _within(value: Any) -> Any:  # noqa: ANN401  a JSON value
     return value % NUM_IDS if isinstance(value, int) else value
 
 
+def _keep_weights(query: dict[str, Any]) -> None:
+    """Let nobody throw the weights away: the next case would find a server without them."""
+    if str(query.get("level")) == "2":
+        query["level"] = 1
+
+
+def _recover() -> None:
+    """Let the server go on, whatever it was told."""
+    for path in ("/wake_up", "/resume"):
+        request = urllib.request.Request(  # noqa: S310  the server under test
+            os.environ["FUZZ_RECOVER"] + path,
+            method="POST",
+            headers={"Authorization": f"Bearer {os.environ['FUZZ_KEY']}"},
+        )
+        with contextlib.suppress(urllib.error.HTTPError):  # 409: there was nothing to undo
+            urllib.request.urlopen(request, timeout=60).close()  # noqa: S310
+
+
 @schemathesis.hook
 def after_call(context: Any, case: Any, response: Any) -> None:  # noqa: ANN401, ARG001
     """Write down what was called and answered."""
@@ -86,6 +114,8 @@ def after_call(context: Any, case: Any, response: Any) -> None:  # noqa: ANN401,
     call = [f"{case.operation.method.upper()} {case.operation.path}", mode, response.status_code]
     with _lock, Path(os.environ["FUZZ_CALLS"]).open("a", encoding="utf-8") as file:
         file.write(json.dumps(call) + "\n")
+    if "FUZZ_RECOVER" in os.environ and case.operation.path in STOPS:
+        _recover()
 
 
 @schemathesis.check

@@ -187,6 +187,14 @@ def test_arguments_of_earlier_calls_are_objects_where_they_can_be(arguments: obj
     assert render(template, [{"role": "assistant", "tool_calls": [call]}]) == expected
 
 
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "9" * 5000, '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("template", [PLAIN, "{{ messages[0].tool_calls[0].function.arguments }}"])
+def test_arguments_that_nothing_reads_stay_text(arguments: str, template: str):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert arguments[:100] in render(template, messages, describe_tools=True).replace("\\", "")
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_reasoning_is_read_under_both_names(name: str):
     template = "{{ messages[0].reasoning }}/{{ messages[0].reasoning_content }}"

@@ -539,6 +539,19 @@ def test_an_engine_that_fails_again_and_again_stops_and_leaves_nobody_waiting(mo
     assert bench.engine.num_unfinished == 0
 
 
+def test_a_loop_that_ends_leaves_nobody_waiting(module, monkeypatch):
+    with LLM(module, **SMALL) as llm:
+
+        def end() -> None:
+            raise SystemExit("out of the blue")
+
+        monkeypatch.setattr(llm.host.engine, "step", end)
+        for _ in range(2):
+            with pytest.raises(EngineDeadError, match="loop has ended: SystemExit: out of the bl"):
+                llm.generate([PROMPT], SamplingParams(max_tokens=2), use_tqdm=False)
+        assert llm.host.engine.num_unfinished == 0
+
+
 def test_failures_with_success_between_them_do_not_stop_the_engine(module):
     scheduler = _Stubborn()
     bench = Bench(module, scheduler=scheduler)

@@ -249,6 +249,7 @@ def test_everything_that_does_not_fit_is_named_and_nothing_is_changed(held, othe
     bad["layers.2.mlp.up_proj.kernel"] = bad["norm.weight"] = jnp.ones(3)
     bad["lm_head.kernel"] = others["lm_head.kernel"].T
     bad["layers.0.mlp.up_proj.kernel"] = "nothing"
+    bad["layers.0.mlp.gate_proj.kernel"] = others["layers.0.mlp.gate_proj.kernel"] * 1j
     deleted = jnp.array(others["layers.0.mlp.down_proj.kernel"])
     deleted.delete()
     bad["layers.0.mlp.down_proj.kernel"] = deleted
@@ -259,10 +260,13 @@ def test_everything_that_does_not_fit_is_named_and_nothing_is_changed(held, othe
     assert "unknown: layers.2.mlp.up_proj.kernel, norm.weight;" in message
     assert "lm_head.kernel (300, 32) instead of (32, 300)" in message
     assert "layers.0.mlp.up_proj.kernel (str)" in message
+    assert "layers.0.mlp.gate_proj.kernel (complex64)" in message
     assert "layers.0.mlp.down_proj.kernel (deleted)" in message
     assert "nothing was changed" in message
     with pytest.raises(ConfigError, match="got list"):
         held.update([1, 2])
+    with pytest.raises(ConfigError, match="names must be jaxserve or hf, got 'torch'"):
+        prepare_weights(others, held.specs, names="torch")
     assert held.generate([PROMPT], [GREEDY])[0].outputs[0].token_ids == old_tokens
     assert held.lifecycle.weight_version == "0"
 
@@ -310,7 +314,7 @@ def test_versions_count_or_are_given(held, others):
         "jaxserve:rl_weight_update_operation_duration_seconds_count"
         '{engine="0",model_name="tiny",operation="update_weights"} 3.0' in page
     )
-    for bad in ("", "x" * 129, 1.5, True):
+    for bad in ("", "x" * 129, 1.5, True, "a\nb", "\ud800"):
         with pytest.raises(RequestError, match="weight version"):
             held.update(others, version=bad)
 

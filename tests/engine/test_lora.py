@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve import LLM, ConfigError, LoRARequest, RequestError, SamplingParams
+from jaxserve import LLM, ConfigError, LoRARequest, RequestError, SamplingParams, dequantize
 from jaxserve.engine.adapters import AdapterStore, make_reader
 from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.weights import prepare_weights
+from jaxserve.models.quantization import quantized_model
 from tests.adapters import adapter_of, lora, merged, write_adapter
 from tests.bert import BERT
 from tests.cases import slow
@@ -128,6 +129,21 @@ def test_batch_invariant_results_are_equal_bit_by_bit_whatever_the_slot(module, 
     asked = [bench.ask(name) for name in names]
     bench.run()
     assert {n: bench.exact(one) for n, one in zip(names, asked, strict=True)} == alone
+
+
+@pytest.mark.parametrize("scheme", [slow("int8"), "fp8"])
+def test_adapters_over_narrow_weights_agree_with_what_these_stand_for(module, requests, scheme):
+    """The base is quantised, the adapter is not: nothing of it is rounded with the weights."""
+    bench = LoraBench(module, requests, max_loras=3, quantization=scheme)
+    graph, _ = quantized_model(bench.graph, bench.params, None)
+    base = nnx.merge(graph, dequantize(bench.params))
+    asked = {name: bench.ask(name) for name in ("", "a", "b", "c")}
+    bench.run()
+    for name, one in asked.items():
+        plain = Bench(merged(base, requests[name]) if name else base)
+        other = plain.submit(PROMPT, GREEDY)
+        plain.run()
+        assert_same(bench.exact(one), LoraBench.exact(plain, other))
 
 
 def test_requests_without_adapter_are_as_exact_as_in_an_engine_without(module):
@@ -340,6 +356,20 @@ def test_adapters_are_added_listed_pinned_and_removed(llm, requests):
         llm.pin_lora(3)
     assert caught.value.status == 404
     assert llm.host.engine.adapters.held == frozenset()
+
+
+def test_a_decoder_that_only_embeds_takes_adapters(module, requests):
+    settings = {"max_model_len": 128, "max_num_seqs": 2, "kv_cache_memory_bytes": 16 << 20}
+    with LLM(module, runner="pooling", enable_lora=True, max_lora_rank=8, **settings) as llm:
+        (found,) = llm.embed([PROMPT], lora_request=requests["a"], use_tqdm=False)
+        (plain,) = llm.embed([PROMPT], use_tqdm=False)
+    with LLM(merged(module, requests["a"]), runner="pooling", **settings) as other:
+        (wanted,) = other.embed([PROMPT], use_tqdm=False)
+    np.testing.assert_allclose(found.outputs.vector, wanted.outputs.vector, atol=1e-4)
+    assert np.abs(found.outputs.vector - plain.outputs.vector).max() > 1e-3
+    off = LLM(module, runner="pooling", **settings)
+    with off, pytest.raises(RequestError, match="enable_lora=True"):
+        off.embed([PROMPT], lora_request=requests["a"], use_tqdm=False)
 
 
 def test_embeddings_use_the_adapter(llm, module, requests):

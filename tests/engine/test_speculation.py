@@ -16,6 +16,7 @@ from jaxserve.core.request import SamplingParams
 from jaxserve.core.structured import StructuredOutputsParams
 from jaxserve.engine import batcher
 from jaxserve.engine.llm import LLM
+from jaxserve.grammar.compiler import MAX_ROW_ITEMS
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from tests import plain
 from tests.cases import quick, slow
@@ -369,6 +370,30 @@ def test_grammars_hold_over_drafts(pair):
     for every in (0, 4):
         told(drafted, Prompter(answers, wrong_every=every))
         assert_same(drafted.generate([PROMPTS[0]] * 2, params), expected)
+
+
+def test_a_grammar_that_fails_behind_a_draft_ends_its_request_as_without_drafts(pair):
+    """Nothing is drawn where no mask can be written, and the neighbour notices nothing."""
+    plainly, drafted = pair
+    wide = " | ".join(f'"x{i}"' for i in range(MAX_ROW_ITEMS + 1))
+    grammar = StructuredOutputsParams(grammar=f"start: /[ab]/ /[ab]/ /[ab]/ wide\nwide: {wide}")
+    bad = SamplingParams(max_tokens=40, temperature=0, structured_outputs=grammar)
+    good = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+
+    def run(bench):
+        names = [bench.submit(PROMPTS[0], bad), bench.submit(PROMPTS[1], good)]
+        bench.run(steps=10**9)
+        bench.assert_idle()
+        tokens = [token for event in bench.events[names[0]] for token in event.token_ids]
+        return tokens, bench.errors(names[0]), bench.outputs[names[1]].outputs[0].token_ids
+
+    expected = run(plainly)
+    tokens, (error,), _ = expected
+    assert len(tokens) == 3
+    assert "cannot be followed beyond 3 output tokens" in error
+    for answer in ([*tokens, *b"x1"], tokens, tokens[:2], [tokens[0], 7]):
+        told(drafted, Prompter([[*PROMPTS[0], *answer]]))
+        assert run(drafted) == expected
 
 
 # No trace ----------------------------------------------------------------------------------------

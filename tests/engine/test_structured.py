@@ -251,7 +251,7 @@ def test_a_matcher_that_fails_ends_its_sequence_alone(folder):
 
 
 def test_a_grammar_that_outgrows_its_limits_ends_its_request_alone(folder):
-    many = {"type": "object", "properties": {f"key{i}": {} for i in range(600)}}
+    many = {"type": "object", "properties": {f"key{i}": {} for i in range(2500)}}
     good = constrained(regex="[ab]{30}", temperature=0)
     alone = Bench(folder)
     wanted = alone.submit(PROMPT, good)

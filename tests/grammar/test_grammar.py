@@ -1,6 +1,7 @@
 """Constraints become grammars; matchers follow tokens forth and back."""
 
 import json
+import re
 import threading
 
 import numpy as np
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from jaxserve.core.errors import RequestError
 from jaxserve.core.structured import ReasoningSpan, StructuredOutputsParams
-from jaxserve.grammar.compiler import MAX_KEPT, GrammarCompiler, Vocabulary
+from jaxserve.grammar.compiler import MAX_KEPT, MAX_ROW_ITEMS, GrammarCompiler, Vocabulary
+from jaxserve.grammar.endless import is_endless
 from jaxserve.grammar.matcher import MaskWriter
-from jaxserve.grammar.text import GrammarDefaults, closed, grammar_text
+from jaxserve.grammar.text import MAX_LEVELS, GrammarDefaults, closed, grammar_text
 
 EOS, SIZE = 256, 290
 
@@ -129,6 +131,9 @@ def test_reasoning_comes_first_and_is_free(compiler):
             "no trigger of the structural tag begins '<f>'",
         ),
         ({"json": {"const": "\ud800"}}, "does not compile"),
+        ({"structural_tag": "[" * 100_000}, "structural_tag must be JSON"),
+        ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "does not compile"),
+        ({"regex": "(" * 5000 + "a" + ")" * 5000}, "does not compile"),
     ],
 )
 def test_what_does_not_compile_says_why(compiler, constraint, message):
@@ -136,6 +141,85 @@ def test_what_does_not_compile_says_why(compiler, constraint, message):
         matcher_of(compiler, **constraint)
     assert caught.value.param == "structured_outputs"
     assert "non-verbose" not in str(caught.value)
+
+
+def tree(**changes):
+    """A binary tree with a leaf of its own kind, or without."""
+    node = {
+        "type": "object",
+        "properties": {"left": {"$ref": "#/$defs/node"}, "right": {"$ref": "#/$defs/node"}},
+        "required": ["left", "right"],
+    }
+    return {"$ref": "#/$defs/node", "$defs": {"node": node | changes}}
+
+
+def linked(kind):
+    """Two lists that hold each other."""
+    return {
+        "$defs": {
+            "a": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/b"}},
+            "b": kind,
+        },
+        "$ref": "#/$defs/a",
+    }
+
+
+ITSELF = {"$ref": "#"}
+ENDLESS = [
+    tree(),
+    tree(required=["right"]),
+    linked({"type": "array", "minItems": 2, "prefixItems": [{}, {"$ref": "#/$defs/a"}]}),
+    linked({"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}),
+    {"type": "object", "properties": {"a": {"allOf": [{}, ITSELF]}}, "required": ["a"]},
+]
+ENDING = [
+    tree(required=[]),
+    tree(properties={"left": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}, "right": {}}),
+    linked({"type": "array", "prefixItems": [{"$ref": "#/$defs/a"}], "items": False}),
+    linked({"anyOf": [{"$ref": "#/$defs/a"}, {"type": "integer"}]}),
+    {"type": ["object", "null"], "properties": {"a": ITSELF}, "required": ["a"]},
+    {"type": "object", "properties": {"$ref": {"const": "#"}}, "required": ["$ref"]},
+]
+
+
+@pytest.mark.parametrize("schema", ENDLESS)
+def test_schemas_that_require_themselves_are_refused(compiler, schema):
+    with pytest.raises(RequestError, match="cannot be met: it requires itself") as caught:
+        compiler.compile(StructuredOutputsParams(json=schema))
+    assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize("schema", ENDING)
+def test_schemas_that_may_hold_themselves_are_not(compiler, schema):
+    assert not is_endless(schema)
+    matcher = matcher_of(compiler, json=schema)
+    assert allowed(matcher)
+
+
+def chain(kind, count):
+    """A grammar of so many parts, each of which leads to the next."""
+    if kind == "rules":
+        rules = [f'r{i}: "(" r{i + 1} ")"' for i in range(count)]
+        return {"grammar": "\n".join(["start: r0", *rules, f'r{count}: "a"'])}
+    wrap = {"lists": lambda to: {"type": "array", "items": to}, "references": lambda to: to}[kind]
+    places = {f"d{i}": wrap({"$ref": f"#/$defs/d{i + 1}"}) for i in range(count)}
+    return {"json": {"$ref": "#/$defs/d0", "$defs": places | {f"d{count}": {"type": "integer"}}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("rules", "((("), ("lists", "[[["), ("references", "1")]
+)
+def test_long_chains_compile_without_exhausting_the_stack(compiler, kind, text):
+    """Threads of the usual 8 MB would take the whole process with them."""
+    matcher = matcher_of(compiler, **chain(kind, 4000))
+    assert matcher.copy().follow([*text.encode()])
+    assert not matcher.copy().follow([*b"x"])
+
+
+@pytest.mark.parametrize("kind", ["rules", "lists", "references"])
+def test_endless_chains_are_refused_before_they_are_compiled(compiler, kind):
+    with pytest.raises(RequestError, match=rf"nest too deeply: it has \d+ .*most {MAX_LEVELS} are"):
+        compiler.compile(StructuredOutputsParams(**chain(kind, MAX_LEVELS + 1)))
 
 
 def test_a_grammar_that_ends_allows_nothing_but_the_end(compiler):
@@ -299,6 +383,43 @@ def test_any_permitted_number_of_choices_can_be_followed(count):
     assert matcher.follow([*f"word {count - 1}".encode()])
     assert matcher.is_accepting
     assert not matcher.error
+
+
+def optional_properties(count):
+    return {"type": "object", "properties": {f"key{i}": {"type": "integer"} for i in range(count)}}
+
+
+@pytest.mark.parametrize("count", [600, 950])
+def test_objects_may_have_many_optional_properties(count):
+    matcher = matcher_of(_shared(), json=optional_properties(count))
+    assert matcher.follow([*f'{{"key3": 1, "key{count - 1}": 2}}'.encode()])
+    assert matcher.is_accepting
+
+
+def test_too_many_optional_properties_fail_with_limit_and_number():
+    matcher = matcher_of(_shared(), json=optional_properties(MAX_ROW_ITEMS // 4 + 1))
+    assert not matcher.follow([*b'{"key3"'])
+    assert re.search(rf"has 40\d\d items; max is {MAX_ROW_ITEMS}", matcher.error)
+
+
+TOO_WIDE = "start: /[ab]/ /[ab]/ /[ab]/ wide\nwide: " + " | ".join(
+    f'"x{i}"' for i in range(MAX_ROW_ITEMS + 1)
+)
+"""A grammar that can be followed for two tokens and fails with the third."""
+
+
+def test_drafts_behind_which_the_grammar_fails_are_not_to_be_verified():
+    matcher = matcher_of(_shared(), grammar=TOO_WIDE)
+    plain = matcher.copy()
+    assert not plain.follow([*b"aba"])
+    assert plain.num_tokens == 3
+    for text, count in ((b"abax1", 2), (b"aba", 2), (b"ab", 2), (b"ax", 1), (b"x", 0)):
+        drafts = [*text]
+        masks = np.full((len(drafts) + 1, -(-SIZE // 32)), 0xFFFFFFFF, np.uint32)
+        assert MaskWriter().write_drafts(matcher, drafts, masks) == count
+        assert (masks[: count + 1] != 0xFFFFFFFF).any(axis=1).all()
+        assert not matcher.error
+    assert matcher.follow([*b"ab"])
 
 
 @given(st.lists(st.text(min_size=1, max_size=6).filter(str.isprintable), min_size=1, max_size=4))

@@ -10,8 +10,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve import LLM, dequantize, export, load_params
+from jaxserve import LLM, SamplingParams, dequantize, export, load_params
+from jaxserve.core.config import EngineConfig, ModelOptions
 from jaxserve.core.errors import CheckpointError, ConfigError
+from jaxserve.engine.setup import load_model
+from jaxserve.models.ggml import FORMATS
 from jaxserve.models.quantization import (
     KINDS,
     Quantization,
@@ -24,6 +27,7 @@ from jaxserve.models.quantization import (
 )
 from jaxserve.models.registry import flatten_params
 from tests.cases import quick
+from tests.models.test_gguf import NUMBER_OF, gguf_name, shapes_of, tiny_model
 from tests.tiny import write_tiny_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "oracles" / "golden" / "models"
@@ -224,6 +228,59 @@ def test_logits_are_as_near_to_transformers_as_the_bound_allows(name: str, schem
         room += (slope * error_bound(weight, scheme)).sum()
     assert abs(found[-1, 7] - golden[-1, 7]) <= 1.1 * room
     assert np.abs(found - golden).max() > 1e-6, "nothing was quantised"
+
+
+def write_packed(path: Path, arch: str, kind: str) -> Path:
+    """Write a GGUF file whose matrices are packed, as far as its blocks fit into rows."""
+    packed = FORMATS[NUMBER_OF[kind]]
+    rng = np.random.default_rng(4)
+    extra = {}
+    for name, shape in shapes_of(arch).items():
+        if len(shape) == 2 and shape[1] % packed.block_len == 0:
+            count = shape[0] * shape[1] // packed.block_len
+            blocks = rng.integers(0, 256, count * packed.block.itemsize, dtype=np.uint8)
+            blocks = blocks.view(packed.block)
+            blocks["scale"] = rng.uniform(0.003, 0.01, count)
+            if "low" in blocks.dtype.names:
+                blocks["scale"], blocks["low"] = blocks["scale"] * 8, -0.4
+            extra[gguf_name(name)] = (kind, shape, blocks.tobytes())
+    assert extra
+    path.write_bytes(tiny_model(arch, extra=extra)[0])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arch", "scheme", "kind"),
+    quick(
+        [("llama", "int8", "Q8_0"), ("qwen3", "fp8", "Q4_1"), ("qwen2", "fp8", "Q5_0")],
+        ("llama", "int8", "Q8_0"),
+    ),
+)
+def test_packed_gguf_files_are_quantised_from_what_their_blocks_stand_for(
+    arch: str, scheme: str, kind: str, tmp_path: Path
+) -> None:
+    """As near to the plain load as the scheme promises; tokens are those of the numbers kept."""
+    path = write_packed(tmp_path / "model.gguf", arch, kind)
+    loaded = load_model(
+        path, EngineConfig(model=ModelOptions(dtype="float32", quantization=scheme))
+    )
+    arrays = flatten_params(loaded.state)
+    narrow = narrow_paths(arrays)
+    assert {np.dtype(arrays[name].dtype) for name in narrow} == {KINDS[scheme]}
+    found = {p: np.asarray(v) for p, v in flatten_params(dequantize(loaded.state)).items()}
+    config, state = load_params(path, dtype="float32")
+    plain = {name: np.asarray(value) for name, value in flatten_params(state).items()}
+    for name, value in found.items():
+        weight, kept = (plain[name].T, value.T) if output_axis(name) else (plain[name], value)
+        bound = error_bound(weight, scheme) if name in narrow else 0.0
+        assert (np.abs(kept.astype(np.float64) - weight) <= bound).all(), name
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    tokens = []
+    for params in (loaded.state, jax.tree.map(jnp.asarray, found)):
+        with LLM((config, params), max_model_len=32, max_num_seqs=2) as llm:
+            (output,) = llm.generate([[5, 9, 3, 1]], sampling, use_tqdm=False)
+            tokens.append(output.outputs[0].token_ids)
+    assert tokens[0] == tokens[1]
 
 
 # What is refused ----------------------------------------------------------------------------------

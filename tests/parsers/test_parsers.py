@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -206,6 +207,7 @@ PIECES = sorted(
     | {"<|channel|>", "final", "analysis", "<|message|>", "<|end|>", "<|start|>", "<|call|>"}
     | {"commentary to=functions.f", "[THINK]", "[/THINK]", "<", "<too", "<｜tool▁call▁begin｜>"}
     | {"function<｜tool▁sep｜>f\n", "<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>"}
+    | {"f<｜tool▁sep｜>", "<｜tool▁calls▁end｜>", '{"a": 1, "b": "}<\\""}'}
 )
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
@@ -237,28 +239,114 @@ def test_no_cut_changes_forced_calls(make, text, places):
     assert read(make(), cut(text, places)) == read(make(), [text])
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["f", "g.h", 'q"']),
-            st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=6), max_size=3),
-        ),
-        min_size=1,
-        max_size=3,
-    ),
-    st.lists(st.integers(0, 200), max_size=6),
-)
-@settings(max_examples=60)
-def test_whatever_is_called_is_found(calls, places):
-    text = "".join(
-        f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-        for name, arguments in calls
+def hermes_text(calls):
+    return "".join(
+        f"<tool_call>\n{json.dumps({'name': n, 'arguments': a})}\n</tool_call>" for n, a in calls
     )
-    _, content, found = read(HermesParser(), cut(text, places))
+
+
+def list_text(calls):
+    return json.dumps([{"name": n, "parameters": a} for n, a in calls])
+
+
+def llama_text(calls):
+    return "; ".join(json.dumps({"name": n, "parameters": a}) for n, a in calls)
+
+
+def mistral_text(calls):
+    return "[TOOL_CALLS]" + json.dumps([{"name": n, "arguments": a} for n, a in calls])
+
+
+def mistral_v11_text(calls):
+    return "".join(f"[TOOL_CALLS]{n}[ARGS]{json.dumps(a)}" for n, a in calls)
+
+
+def deepseek_text(head, tail, calls):
+    written = "".join(
+        f"<｜tool▁call▁begin｜>{head.format(n)}{json.dumps(a)}{tail}<｜tool▁call▁end｜>"
+        for n, a in calls
+    )
+    return f"<｜tool▁calls▁begin｜>{written}<｜tool▁calls▁end｜>"
+
+
+def deepseek_v3_text(calls):
+    return deepseek_text("function<｜tool▁sep｜>{}\n```json\n", "\n```", calls)
+
+
+def deepseek_v31_text(calls):
+    return deepseek_text("{}<｜tool▁sep｜>", "", calls)
+
+
+CALLS = st.lists(
+    st.tuples(
+        st.sampled_from(["f", "g.h", 'q"', "look_up-2"]),
+        st.dictionaries(
+            st.text(max_size=4), st.integers() | st.text(max_size=6) | st.sampled_from(PIECES),
+            max_size=3,
+        ),
+    ),
+    min_size=1,
+    max_size=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "write"),
+    [
+        (tool_parser("hermes"), hermes_text),
+        (JsonListParser, list_text),
+        (tool_parser("llama3_json"), llama_text),
+        (tool_parser("mistral"), mistral_text),
+        (tool_parser("mistral"), mistral_v11_text),
+        (tool_parser("deepseek_v3"), deepseek_v3_text),
+        (tool_parser("deepseek_v31"), deepseek_v31_text),
+    ],
+)
+@given(CALLS, st.lists(st.integers(0, 300), max_size=8))
+@settings(max_examples=60)
+def test_whatever_is_called_is_found_however_it_is_cut(make, write, calls, places):
+    _, content, found = read(make(), cut(write(calls), places))
     assert content == ""
     assert [(name, json.loads(arguments)) for name, arguments in found] == calls
-    listed = json.dumps([{"name": n, "parameters": a} for n, a in calls])
-    assert [(n, json.loads(a)) for n, a in read(JsonListParser(), cut(listed, places))[2]] == calls
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("hermes", hermes_text), ("mistral", mistral_v11_text),
+                        ("deepseek_v3", deepseek_v3_text), ("deepseek_v31", deepseek_v31_text)]
+)  # fmt: skip
+def test_arguments_come_while_they_are_written(name, write):
+    """Of a long argument, each piece brings all but what may still belong to a mark."""
+    parser = tool_parser(name)()
+    arguments = {"a": "word " * 40}
+    text = write([("f", arguments)])
+    start = text.index(json.dumps(arguments))
+    parser.push(text[: start + 2])
+    for at in range(start + 2, start + 150, 10):
+        delta = parser.push(text[at : at + 10])
+        assert "".join(call.arguments for call in delta.calls) == text[at : at + 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("hermes", hermes_text),
+        ("llama3_json", llama_text),
+        ("mistral", mistral_text),
+        ("deepseek_v31", deepseek_v31_text),
+        ("pythonic", lambda calls: f"[f(a={calls[0][1]['a']!r})]"),
+    ],
+)
+def test_long_arguments_take_time_in_proportion(name, write):
+    """Eight times the text must not take 64 times the work; in between there is room for noise."""
+
+    def work(size):
+        text, parser = write([("f", {"a": "word " * size})]), tool_parser(name)(TOOLS)
+        start = time.process_time()
+        read(parser, [text[at : at + 4] for at in range(0, len(text), 4)])
+        return time.process_time() - start
+
+    small = min(work(2_000) for _ in range(3))
+    assert work(16_000) < 24 * small
 
 
 def test_names_of_both_engines_with_dashes_or_underscores():
@@ -313,10 +401,19 @@ def test_values_get_the_type_of_their_schema():
     assert typed("null", {"type": ["string", "null"]}) is None
     assert typed("3", None) == "3"
     assert typed("NaN", {"type": "number"}) == "NaN"
+    for text in ("[NaN]", "[1e999]", '{"a": [-Infinity]}', "[" * 200_000):
+        assert typed(text, {"type": ["array", "object"]}) == text
 
 
 def tool(name="f", **fields):
     return {"type": "function", "function": {"name": name, **fields}}
+
+
+def nested(count):
+    schema = {}
+    for _ in range(count):
+        schema = {"items": schema}
+    return schema
 
 
 @pytest.mark.parametrize(
@@ -327,6 +424,8 @@ def tool(name="f", **fields):
         ([{"type": "web"}], None, r"tools\[0\] must be"),
         ([tool("")], None, "function.name must be a string that is not empty"),
         ([tool(parameters=[])], None, "parameters must be a JSON schema, got list"),
+        ([tool(parameters=nested(65))], None, "may be nested 64 levels deep"),
+        ([tool(parameters=nested(2000))], "required", "may be nested 64 levels deep"),
         ([tool(), tool()], None, "the function 'f' twice"),
         ([tool()], "any", "tool_choice must be 'none', 'auto', 'required' or"),
         (

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.serve.app import create_app
@@ -65,6 +67,10 @@ def test_closed_routes_are_not_in_the_schema(ask):
     opened = ok(ask("/openapi.json", settings=OPEN))["paths"]
     assert not {path for _, path in ROUTES} & set(closed)
     assert {path for _, path in ROUTES} <= set(opened)
+    for path in set(opened) - set(closed):
+        for operation in opened[path].values():
+            assert {"200", "4XX", "503"} <= set(operation["responses"])
+            assert "422" not in operation["responses"]  # never answered
 
 
 @pytest.mark.parametrize(
@@ -249,6 +255,140 @@ def test_wrong_queries_are_named(admin, path, param):
     told = error(admin(path, {}), 400)
     assert told["param"] == param
     assert ok(admin("/is_paused")) == {"is_paused": False}
+
+
+# Malformed ------------------------------------------------------------------------------------
+
+NO_JSON = [b"{", b"[]", b'"x"', b"1", b"\xff", b"[" * 50_000, b'{"n": ' + b"9" * 5000 + b"}"]
+WITH_BODY = [
+    "/pause_generation", "/release_memory_occupation", "/resume_memory_occupation",
+    "/abort_requests", "/update_weight_version", "/update_weights", "/update_weights_from_disk",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter",
+    "/unload_lora_adapter",
+]  # fmt: skip
+WRONG = [
+    ("/pause_generation", {"mode": "keep"}, "mode"),
+    ("/pause_generation", {"mode": 1}, "mode"),
+    ("/release_memory_occupation", {"tags": "weights"}, "tags"),
+    ("/release_memory_occupation", {"tags": ["kv_cache"]}, "tags"),
+    ("/resume_memory_occupation", {"tags": [1]}, "tags[0]"),
+    ("/resume_memory_occupation", {"tags": ["all"]}, "tags[0]"),
+    ("/abort_requests", {"request_ids": "x"}, "request_ids"),
+    ("/abort_requests", {"request_ids": [1]}, "request_ids[0]"),
+    ("/abort_requests", {"rid": 5}, "rid"),
+    ("/abort_requests", {"abort_all": "yes"}, "abort_all"),
+    *[
+        ("/update_weight_version", {"new_version": version}, "new_version")
+        for version in ("", 7, None, "a" * 129, "a\nb", "\ud800")
+    ],
+    ("/update_weight_version", {}, "new_version"),
+    *[
+        ("/update_weights", {"model_path": path}, "model_path")
+        for path in (None, 5, "\0", "a" * 5000, "~nobody/x", "\ud800", "/dev/null", ".")
+    ],
+    ("/update_weights", {"update_info": {"model_path": 1}}, "update_info.model_path"),
+    ("/update_weights", {"update_info": 5}, "update_info"),
+    ("/update_weights", {"model_path": "TINY", "weight_version": ""}, "weight_version"),
+    ("/update_weights", {"model_path": "TINY", "weight_version": "a\nb"}, "weight_version"),
+    (
+        "/update_weights",
+        {"model_path": "TINY", "recompute": True, "flush_cache": False},
+        "recompute",
+    ),
+    ("/v1/load_lora_adapter", {"lora_path": "x"}, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "", "lora_path": "x"}, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "a\nb", "lora_path": "x"}, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "\ud800", "lora_path": "x"}, "lora_name"),
+    ("/v1/unload_lora_adapter", {"lora_name": 3}, "lora_name"),
+]
+QUERIES = [
+    "/pause?mode=retract", "/pause?clear_cache=perhaps", "/sleep?level=-1", "/sleep?mode=",
+    "/sleep?level=99999999999999999999", "/wake_up?tags=",
+    "/reset_prefix_cache?reset_running_requests=7", "/server_info?config_format=xml",
+]  # fmt: skip
+
+
+def is_untouched(admin) -> bool:
+    awake = not ok(admin("/is_sleeping"))["is_sleeping"]
+    return awake and not ok(admin("/is_paused"))["is_paused"]
+
+
+@pytest.mark.parametrize("path", WITH_BODY)
+def test_bodies_that_are_no_json_object_are_refused(admin, path):
+    for content in NO_JSON:
+        told = error(admin(path, {}, content=content), 400)
+        assert (told["type"], told["code"]) == ("BadRequestError", 400)
+        assert told["message"]
+    assert is_untouched(admin)
+
+
+@pytest.mark.parametrize(("path", "body", "param"), WRONG)
+def test_wrong_fields_are_named_and_nothing_happens(admin, tiny_folder, path, body, param):
+    if body.get("model_path") == "TINY":
+        body = body | {"model_path": str(tiny_folder)}
+    before = ok(admin("/weight_info"))
+    told = error(admin(path, body), 400)
+    assert told["param"] == param
+    assert told["message"]
+    assert ok(admin("/weight_info")) == before
+    assert is_untouched(admin)
+
+
+@pytest.mark.parametrize("path", QUERIES)
+def test_wrong_queries_change_nothing(admin, path):
+    reply = admin(path) if path.startswith("/server_info") else admin(path, {})
+    assert error(reply, 400)["param"]
+    assert is_untouched(admin)
+
+
+def test_a_failed_update_aborts_nobody(engine, wait_for, tmp_path):
+    app = create_app(ServerState(ServerConfig.from_settings(OPEN), model="tiny", engine=engine))
+    wrong = [
+        ("/update_weights", {"model_path": str(tmp_path), "abort_all_requests": True}),
+        ("/update_weight_version", {"new_version": "a" * 200, "abort_all_requests": True}),
+    ]
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            task = asyncio.create_task(client.post(COMPLETIONS, json=GREEDY | {"max_tokens": 200}))
+            await asyncio.to_thread(wait_for, lambda: engine.num_unfinished == 1)
+            for path, body in wrong:
+                error(await client.post(path, json=body), 400)
+            assert (await task).json()["choices"][0]["finish_reason"] == "length"
+            task = asyncio.create_task(client.post(COMPLETIONS, json=GREEDY | {"max_tokens": 900}))
+            await asyncio.to_thread(wait_for, lambda: engine.num_unfinished == 1)
+            body = {"new_version": "renamed", "abort_all_requests": True}
+            ok(await client.post("/update_weight_version", json=body))
+            assert (await task).json()["choices"][0]["finish_reason"] == "abort"
+
+    asyncio.run(run())
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(codec=None)),
+    st.lists(st.text(max_size=3), max_size=2), st.dictionaries(st.text(max_size=3), st.integers()),
+)  # fmt: skip
+NAMES = (
+    "mode", "tags", "request_ids", "rid", "abort_all", "new_version", "model_path",
+    "weight_version", "flush_cache", "recompute", "update_info", "lora_name", "lora_path",
+    "load_inplace", "pinned",
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+    path=st.sampled_from(WITH_BODY), body=st.dictionaries(st.sampled_from(NAMES), ODD, max_size=4)
+)
+def test_no_body_makes_an_administrative_route_fail(admin, path, body):
+    reply = admin(path, body)
+    assert reply.status_code in (200, 400, 404, 409), reply.text
+    if reply.status_code != 200:
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    ok(admin("/wake_up", {}))
+    ok(admin("/resume", {}))
+    assert admin("/metrics").status_code == 200
+    ok(admin(COMPLETIONS, GREEDY))
 
 
 def test_profiles_are_written_once_at_a_time(admin, tmp_path: Path):

@@ -15,6 +15,7 @@ from jaxserve.serve.lora_routes import load_modules
 from jaxserve.serve.options import ServerConfig
 from jaxserve.serve.state import ServerState
 from tests.adapters import adapter_of, write_adapter
+from tests.bert import BERT
 from tests.server.conftest import asking
 
 OPEN = {"allow_runtime_lora_updating": True}
@@ -264,10 +265,38 @@ def test_an_adapter_that_cannot_be_loaded_stops_the_start(engine, folders):
         load(f"tiny={folders['sql']}", served_model_name=("tiny",))
 
 
-def test_a_model_that_only_embeds_takes_no_adapters():
-    class Encoder:
-        tasks = frozenset({"pooling"})
+def test_an_encoder_takes_no_adapters():
+    encoder = AsyncLLM(next(path for path in sorted(BERT.iterdir()) if path.is_dir()))
+    try:
+        load_modules(encoder, ServerConfig().api)
+        with pytest.raises(ConfigError, match="an encoder takes no adapters; leave it out"):
+            load_modules(encoder, ServerConfig.from_settings({"lora_modules": ("a=b",)}).api)
+        body = {"lora_name": "a", "lora_path": "b"}
+        told = error(asking(encoder)(LOAD, body, settings=OPEN), 400)
+        assert "does not generate here" in told["message"]
+    finally:
+        encoder.close()
 
-    load_modules(Encoder(), ServerConfig().api)
-    with pytest.raises(ConfigError, match="only embeds and scores takes no adapters"):
-        load_modules(Encoder(), ServerConfig.from_settings({"lora_modules": ("a=b",)}).api)
+
+def test_a_decoder_that_only_embeds_takes_adapters(tiny_folder, folders):
+    made = AsyncLLM(
+        tiny_folder, max_model_len=64, max_num_seqs=2, kv_cache_memory_bytes=8 << 20,
+        warmup="lazy", runner="pooling", enable_lora=True, max_lora_rank=8,
+    )  # fmt: skip
+    try:
+        words = (f"sql={folders['sql']}",)
+        load_modules(made, ServerConfig.from_settings({"lora_modules": words}).api)
+        ask = asking(made)
+        body = {"lora_name": "chat", "lora_path": folders["chat"]}
+        assert ask(LOAD, body, settings=OPEN).status_code == 200
+        found = {}
+        for name in ("tiny", "sql", "chat"):
+            reply = ask("/v1/embeddings", {"model": name, "input": "Hello"}).json()
+            found[name] = np.asarray(reply["data"][0]["embedding"])
+            assert reply["model"] == name
+        gaps = [np.abs(found[a] - found[b]).max() for a, b in (("tiny", "sql"), ("sql", "chat"))]
+        assert min(gaps) > 1e-3
+        told = error(ask("/v1/completions", {"model": "sql", "prompt": "x"}), 400)
+        assert "does not generate here" in told["message"]
+    finally:
+        made.close()

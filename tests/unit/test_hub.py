@@ -27,6 +27,7 @@ from jaxserve.models.hub import (
     KnownModel,
     cache_dir,
     list_models,
+    resolve_adapter,
     resolve_model,
 )
 
@@ -565,3 +566,15 @@ def test_no_cache_of_the_hub_is_no_error(cache, hub_cache):
 def test_every_failure_is_one_of_ours():
     for error in (CapacityError, CheckpointError, ConfigError, ModelNotFoundError):
         assert issubclass(error, JaxserveError)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a" * 300, "~nobody/x", "\0", "\ud800", "x/" * 3000])
+def test_names_that_no_system_takes_lead_nowhere(name: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model(name)
+    assert len(str(caught.value)) < 400
+    try:
+        place = resolve_adapter(name)
+    except ModelNotFoundError:
+        return
+    assert not place.is_dir()

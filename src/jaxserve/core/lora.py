@@ -50,9 +50,10 @@ class LoRARequest:
     def __post_init__(self) -> None:
         """Check every field."""
         name, number = self.lora_name, self.lora_int_id
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LEN:
+        is_text = isinstance(name, str) and name.isprintable()  # it becomes a label of a metric
+        if not is_text or not 0 < len(name) <= MAX_NAME_LEN:
             raise RequestError(
-                f"lora_name must be a text of 1 to {MAX_NAME_LEN} characters, got "
+                f"lora_name must be a text of 1 to {MAX_NAME_LEN} printable characters, got "
                 f"{str(name)[:40]!r}.",
                 param="lora_name",
             )

@@ -161,11 +161,12 @@ def _check_choices(choices: Sequence[object]) -> None:
         )
 
 
-def check_depth(schema: object) -> None:
+def check_depth(schema: object, *, param: str = _PARAM) -> None:
     """Refuse a schema that is nested too deeply.
 
     Args:
         schema: Any JSON value.
+        param: The request's field, for the error.
 
     Raises:
         RequestError: If it is deeper than `MAX_SCHEMA_DEPTH`.
@@ -177,7 +178,7 @@ def check_depth(schema: object) -> None:
             return
     raise RequestError(
         f"a JSON schema may be nested {MAX_SCHEMA_DEPTH} levels deep, this one is deeper.",
-        param=_PARAM,
+        param=param,
     )
 
 

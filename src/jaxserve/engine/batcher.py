@@ -189,6 +189,19 @@ def _fill_drafts(packed: PackedStep, item: Item, offset: int, block: int) -> Non
         _fill_place(packed, low + index, sequence, sequence.num_output + index + 1)
 
 
+def drop_drafts(packed: PackedStep, item: Item, count: int) -> None:
+    """Let only the first drafts of an item count; the others are computed and come to nothing.
+
+    Args:
+        packed: The step.
+        item: Some of its work.
+        count: Drafts that may still be accepted.
+    """
+    low = item.draft_start + count
+    packed.fields["draft_index"][low : item.draft_start + len(item.drafts)] = 0
+    item.drafts = item.drafts[:count]
+
+
 def _fill_prefill(packed: PackedStep, item: Item, offset: int) -> None:
     fields, start, end = packed.fields, item.start, item.start + item.num_tokens
     fields["prefill_token"][offset : offset + item.num_tokens] = item.sequence.token_ids[start:end]

@@ -440,7 +440,7 @@ def _parse_arguments(text: str) -> dict[str, Any] | str:
         return {}
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or of a size that nothing reads
         return text
     return value if isinstance(value, dict) else text
 

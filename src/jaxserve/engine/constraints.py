@@ -7,7 +7,7 @@ import numpy as np
 from jaxserve.core.config import StructuredOptions
 from jaxserve.core.errors import RequestError
 from jaxserve.core.request import Request, SamplingParams
-from jaxserve.engine.batcher import Item
+from jaxserve.engine.batcher import Item, drop_drafts
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.sequence import Phase, SequenceState
 from jaxserve.engine.shapes import PackedStep, mask_words
@@ -132,12 +132,17 @@ class Constraints:
     def _mask_drafts(
         self, packed: PackedStep, item: Item, matcher: Matcher, masks: np.ndarray
     ) -> None:
-        """Write what may follow each draft token, up to the first that the grammar forbids."""
-        count = len(item.drafts)
-        own = np.full((count + 1, self._words), 0xFFFFFFFF, np.uint32)
-        self._writer.write_drafts(matcher, item.drafts, own)
+        """Write what may follow each draft token, and drop drafts behind which nothing is known.
+
+        A grammar may fail behind a draft. The draft is then drawn as if nobody had drafted it, and
+        whatever comes behind it is left to the next step, where the failure ends the request.
+        """
+        own = np.full((len(item.drafts) + 1, self._words), 0xFFFFFFFF, np.uint32)
+        count = self._writer.write_drafts(matcher, item.drafts, own)
+        if count < len(item.drafts):
+            drop_drafts(packed, item, count)
         low = packed.shape.rows + item.draft_start
-        masks[low : low + count] = own[1:]
+        masks[low : low + count] = own[1 : count + 1]
         for place in range(low, low + count):
             _lift_ban(packed, place)
 

@@ -117,6 +117,7 @@ class Controls(_Levers):
         version: str | int | None = None,
         flush_cache: bool = True,
         recompute: bool = False,
+        abort_all_requests: bool = False,
     ) -> WeightUpdate:
         """Read a checkpoint of the same model, then serve it; see `update_params`.
 
@@ -125,6 +126,8 @@ class Controls(_Levers):
             version: What to call the weights.
             flush_cache: Whether to forget the prefix cache.
             recompute: Whether running requests compute their keys and values anew.
+            abort_all_requests: Whether to end what runs and waits, once the checkpoint has been
+                read.
 
         Raises:
             ConfigError: If the checkpoint is damaged, missing, or of another model.
@@ -132,16 +135,27 @@ class Controls(_Levers):
         start = time.perf_counter()
         weights = self._read(model_path)
         return self._host.lifecycle.update(
-            weights, version=version, flush_cache=flush_cache, recompute=recompute, start=start
+            weights,
+            version=version,
+            flush_cache=flush_cache,
+            recompute=recompute,
+            abort_all_requests=abort_all_requests,
+            start=start,
         ).result()
 
-    def update_weight_version(self, version: str | int) -> None:
+    def update_weight_version(
+        self, version: str | int, *, abort_all_requests: bool = False
+    ) -> None:
         """Call the weights being served something else.
+
+        Args:
+            version: The new name.
+            abort_all_requests: Whether to end what runs and waits.
 
         Raises:
             RequestError: If the version is no good.
         """
-        self._host.lifecycle.rename(version).result()
+        self._host.lifecycle.rename(version, abort_all_requests=abort_all_requests).result()
 
     def pause_generation(self, mode: PauseMode = "abort", *, clear_cache: bool = True) -> None:
         """Pause generation until `resume_generation`.
@@ -306,19 +320,29 @@ class AsyncControls(_Levers):
         version: str | int | None = None,
         flush_cache: bool = True,
         recompute: bool = False,
+        abort_all_requests: bool = False,
     ) -> WeightUpdate:
         """Read a checkpoint, then serve it; see `Controls.update_weights_from_disk`."""
         start = time.perf_counter()
         weights = await asyncio.to_thread(self._read, model_path)
         return await asyncio.wrap_future(
             self._host.lifecycle.update(
-                weights, version=version, flush_cache=flush_cache, recompute=recompute, start=start
+                weights,
+                version=version,
+                flush_cache=flush_cache,
+                recompute=recompute,
+                abort_all_requests=abort_all_requests,
+                start=start,
             )
         )
 
-    async def update_weight_version(self, version: str | int) -> None:
+    async def update_weight_version(
+        self, version: str | int, *, abort_all_requests: bool = False
+    ) -> None:
         """Call the weights something else; see `Controls.update_weight_version`."""
-        await asyncio.wrap_future(self._host.lifecycle.rename(version))
+        await asyncio.wrap_future(
+            self._host.lifecycle.rename(version, abort_all_requests=abort_all_requests)
+        )
 
     async def pause_generation(
         self, mode: PauseMode = "abort", *, clear_cache: bool = True

@@ -73,6 +73,7 @@ class Lifecycle:
         version: str | int | None = None,
         flush_cache: bool = True,
         recompute: bool = False,
+        abort_all_requests: bool = False,
         start: float | None = None,
     ) -> Future[WeightUpdate]:
         """Serve other weights from the next step on.
@@ -83,6 +84,7 @@ class Lifecycle:
             flush_cache: Whether to forget the prefix cache, which the old weights have computed.
             recompute: Whether running sequences lose their keys and values too and compute them
                 anew; otherwise they go on with what the old weights have computed.
+            abort_all_requests: Whether to end what runs and waits, at the moment of the change.
             start: When the update began, by `time.perf_counter`.
 
         Raises:
@@ -106,6 +108,8 @@ class Lifecycle:
                     "of them, or call wake_up(['weights']) first.",
                     status=CONFLICT,
                 )
+            if abort_all_requests:
+                engine.abort_all()
             engine.runner.set_params(weights.leaves)
             engine.adapters.restore()
             self._num_updates += 1
@@ -129,8 +133,12 @@ class Lifecycle:
 
         return self._call(swap)
 
-    def rename(self, version: str | int) -> Future[None]:
+    def rename(self, version: str | int, *, abort_all_requests: bool = False) -> Future[None]:
         """Call the weights something else.
+
+        Args:
+            version: The new name.
+            abort_all_requests: Whether to end what runs and waits, at the moment of the change.
 
         Raises:
             RequestError: If the version is no good.
@@ -138,6 +146,8 @@ class Lifecycle:
         named = checked_version(version)
 
         def work() -> None:
+            if abort_all_requests:
+                self._engine.abort_all()
             self._engine.weight_version = named
             self._engine.metrics.weights_renamed(named)
 
@@ -379,14 +389,15 @@ def checked_version(version: object) -> str:
     """Return a version of the weights as text.
 
     Raises:
-        RequestError: If it is neither a number nor a text of 1 to 128 characters.
+        RequestError: If it is neither a number nor a text of 1 to 128 printable characters.
     """
     if isinstance(version, int) and not isinstance(version, bool):
         version = str(version)
-    if not isinstance(version, str) or not 0 < len(version) <= MAX_VERSION_LEN:
+    is_text = isinstance(version, str) and version.isprintable()  # it becomes a label of a metric
+    if not is_text or not 0 < len(version) <= MAX_VERSION_LEN:
         raise RequestError(
-            f"a weight version must be an integer or a text of 1 to {MAX_VERSION_LEN} characters, "
-            f"got {str(version)[:40]!r}.",
+            "a weight version must be an integer or a text of 1 to "
+            f"{MAX_VERSION_LEN} printable characters, got {str(version)[:40]!r}.",
             param="weight_version",
         )
     return version

@@ -71,6 +71,14 @@ class EngineThread:
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
+        try:
+            self._turn()
+        except BaseException as error:
+            # Nothing that a request causes gets here. Whatever does must not leave anyone waiting.
+            logger.exception("the engine's loop has ended")
+            self.engine.stop(f"its loop has ended: {type(error).__name__}: {error}")
+
+    def _turn(self) -> None:
         engine = self.engine
         while True:
             if not engine.has_work:

@@ -376,6 +376,11 @@ def check_pairs(first: Sequence[str], second: Sequence[str]) -> None:
                 raise RequestError(
                     f"{name} must hold texts, got {type(text).__name__}.", param=name
                 )
+            if not text:
+                raise RequestError(
+                    f"{name} must not hold an empty string: nothing can be compared with it.",
+                    param=name,
+                )
     if len(first) not in (1, len(second)):
         raise RequestError(
             f"data_1 must hold one text, or as many as data_2; got {len(first)} and {len(second)}.",

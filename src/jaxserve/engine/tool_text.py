@@ -81,7 +81,7 @@ def _call_text(call: object) -> str:
         )
     arguments: object = function.get("arguments") or {}
     if isinstance(arguments, str):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     body = json.dumps({"name": function.get("name"), "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{body}\n</tool_call>"

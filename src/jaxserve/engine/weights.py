@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,8 @@ def prepare_weights(
     Raises:
         ConfigError: Names everything that is missing, unknown, of a wrong shape or no array.
     """
+    if names not in get_args(Names):
+        raise ConfigError(f"names must be {' or '.join(get_args(Names))}, got {names!r}.")
     given = _given(params)
     turned = names == "hf"
     weights = [path for path in specs if not is_scale(path)]
@@ -189,12 +191,17 @@ def _given(params: object) -> dict[str, object]:
 def _as_array(leaf: object) -> jax.Array | np.ndarray | None:
     """Return an array of numbers, or None for what is none."""
     if isinstance(leaf, jax.Array):
-        return None if leaf.is_deleted() or not jnp.issubdtype(leaf.dtype, jnp.number) else leaf
+        return None if leaf.is_deleted() or not _is_real(leaf) else leaf
     try:
         array = np.asarray(leaf)
     except (TypeError, ValueError, RuntimeError):
         return None
-    return array if jnp.issubdtype(array.dtype, jnp.number) else None
+    return array if _is_real(array) else None
+
+
+def _is_real(array: jax.Array | np.ndarray) -> bool:
+    is_number = jnp.issubdtype(array.dtype, jnp.number)
+    return is_number and not jnp.issubdtype(array.dtype, jnp.complexfloating)
 
 
 def _why_not(leaf: object) -> str:

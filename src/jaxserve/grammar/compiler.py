@@ -24,7 +24,14 @@ logger = logging.getLogger(__name__)
 MAX_KEPT = 256
 """Compiled grammars kept for further requests; the least recently used goes first. Those that a
 request waits for or uses are kept besides."""
+MAX_ROW_ITEMS = 4_000
+"""Ways in which a grammar may go on at one place of a text: four per optional property of an object
+that is still to come. So many take tens of milliseconds per mask, for which the batch waits."""
 NUM_THREADS = 2
+STACK_BYTES = 256 << 20
+"""Stack of a thread that compiles; memory is taken only as far as it is used. The grammar engine
+descends into rules and references with about 4 kB each, and a stack that is too small would end the
+whole process."""
 _POLL_S = 0.05
 _PARAM = "structured_outputs"
 
@@ -165,7 +172,11 @@ class GrammarCompiler:
     def _start(self, text: str, pending: PendingGrammar) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="jaxserve-grammar")
-        self._pool.submit(self._compile, text, pending)
+        before = threading.stack_size(STACK_BYTES)  # of threads that are started from here on
+        try:
+            self._pool.submit(self._compile, text, pending)
+        finally:
+            threading.stack_size(before)
 
     def _compile(self, text: str, pending: PendingGrammar) -> None:
         start = pending.started = time.monotonic()
@@ -173,7 +184,7 @@ class GrammarCompiler:
         try:
             from llguidance import LLMatcher, LLParserLimits  # noqa: PLC0415  loaded when needed
 
-            limits = LLParserLimits(verbose_errors=False)
+            limits = LLParserLimits(verbose_errors=False, max_items_in_row=MAX_ROW_ITEMS)
             matcher = LLMatcher(self._words(pending), text, log_level=0, limits=limits)
             start = pending.started
             problem = matcher.get_error() if matcher.is_error() else ""

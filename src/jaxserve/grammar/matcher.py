@@ -172,16 +172,20 @@ class MaskWriter:
         Args:
             matcher: Where the sequence stands; stays there.
             drafts: Tokens to be verified together.
-            masks: One row more than there are drafts; rows behind the first draft that the
-                grammar forbids stay as they are.
+            masks: One row more than there are drafts.
 
         Returns:
-            How many drafts the grammar allows.
+            How many drafts may be verified: the grammar allows them, and what may follow each has
+            been written. Rows behind further drafts say nothing, since the grammar forbids these,
+            or fails there.
         """
         probe = matcher.copy()
         for row in range(len(drafts) + 1):
             self.write([(probe, row)], masks)
-            if row == len(drafts) or not probe.validate(drafts[row : row + 1]):
+            if probe.error:
+                return max(0, row - 1)
+            if row == len(drafts):
                 return row
-            probe.take(drafts[row])
+            if not probe.validate(drafts[row : row + 1]) or not probe.take(drafts[row]):
+                return row
         raise AssertionError("the last row returns")

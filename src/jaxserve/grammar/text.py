@@ -11,11 +11,15 @@ from typing import Any
 
 from jaxserve.core.errors import RequestError
 from jaxserve.core.structured import ReasoningSpan, StructuredOutputsParams
+from jaxserve.grammar.endless import is_endless
 
 WHITESPACE = r"[ ]{1,2}|\r?\n[ \t]{0,40}"
 """White space of JSON unless a request names another: without a bound, a small model may write
 spaces until it runs out of tokens."""
 
+MAX_LEVELS = 20_000
+"""Rules, groups and schemas of one grammar. The compiler descends into one from within another, and
+its threads have stacks for so many (`compiler.STACK_BYTES`)."""
 MAX_ASCII = 127
 _PARAM = "structured_outputs"
 
@@ -44,15 +48,29 @@ def grammar_text(params: StructuredOutputsParams, defaults: GrammarDefaults) -> 
         JSON text `{"grammars": [...]}`; whether it compiles is not known yet.
 
     Raises:
-        RequestError: If the constraint is malformed.
+        RequestError: If the constraint is malformed, or no text can satisfy it.
     """
     parts = _parts(params, defaults)
     if params.reasoning is not None:
         parts = [{"name": "whole", "lark_grammar": _with_reasoning(params.reasoning)}, *parts]
     try:
-        return json.dumps({"grammars": parts}, ensure_ascii=False)
+        text = json.dumps({"grammars": parts}, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise RequestError(f"the schema is not JSON: {error}.", param=_PARAM) from error
+    levels = sum(map(_most_levels, parts))
+    if levels > MAX_LEVELS:
+        raise RequestError(
+            f"the grammar may nest too deeply: it has {levels} rules, groups and schemas with "
+            f"references among them, at most {MAX_LEVELS} are compiled. Send a smaller one.",
+            param=_PARAM,
+        )
+    if params.json is not None and '"$ref"' in text and is_endless(params.schema):
+        raise RequestError(
+            "the schema cannot be met: it requires itself, so that no value of it has an end. Make "
+            "one of the properties optional, or allow another form.",
+            param=_PARAM,
+        )
+    return text
 
 
 def _parts(params: StructuredOutputsParams, defaults: GrammarDefaults) -> list[dict[str, Any]]:
@@ -68,6 +86,18 @@ def _parts(params: StructuredOutputsParams, defaults: GrammarDefaults) -> list[d
     if params.grammar is not None:
         return [{"name": "inner", "lark_grammar": _lark(params.grammar)}]
     return [{"name": "inner", "lark_grammar": _tags(params.structural_tag or "", params, defaults)}]
+
+
+def _most_levels(part: Mapping[str, Any]) -> int:
+    """Bound from above how deeply the compiler may have to descend into a part.
+
+    Without references no schema is deeper than `MAX_SCHEMA_DEPTH`, and regular expressions have a
+    limit of their own.
+    """
+    grammar = part.get("lark_grammar")
+    text = json.dumps(part["json_schema"]) if grammar is None else str(grammar)
+    schemas = text.count("{") if "$ref" in text else 0
+    return schemas if grammar is None else schemas + text.count(":") + text.count("(")
 
 
 def quoted(text: str) -> str:
@@ -186,7 +216,9 @@ def _tags(text: str, params: StructuredOutputsParams, defaults: GrammarDefaults)
         return StructTag.to_grammar(tags, assume_special=False)
     except RequestError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError,
+    ) as error:  # fmt: skip
         raise RequestError(
             'structural_tag must be JSON {"structures": [{"begin", "schema", "end"}], '
             f'"triggers": [...]}}; the form with "format" is not known here ({error!r}).',

@@ -45,6 +45,8 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _HUB_IGNORED = ["[!0-9]*/*", "consolidated*"]
 """Second copies of the weights in other formats. Folders with a number hold pooling settings."""
 _POLL_S = 0.1
+_SHOWN = 100
+"""Most characters of a name to repeat."""
 _CHUNK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _Read = Callable[[int], bytes]
@@ -217,15 +219,15 @@ def resolve_model(name: str | Path, *, revision: str | None = None, progress: bo
         ConfigError: If the cache directory cannot be written.
     """
     text = str(name)
-    path = Path(text).expanduser()
-    if revision is not None and (path.exists() or text in KNOWN_MODELS):
+    path, is_there = _place(text)
+    if revision is not None and (is_there or text in KNOWN_MODELS):
         # No error: the same revision may be meant for another part, such as the tokenizer.
         _logger.warning(
             "revision %r has no effect on %s: only models of the Hugging Face hub have revisions",
             revision,
             text,
         )
-    if path.exists():
+    if is_there:
         return path
     if text in KNOWN_MODELS:
         return _resolve_known(KNOWN_MODELS[text], progress=progress)
@@ -233,8 +235,8 @@ def resolve_model(name: str | Path, *, revision: str | None = None, progress: bo
         return _resolve_on_hub(text, revision, progress=progress)
     hint = did_you_mean(text, KNOWN_MODELS)
     raise ModelNotFoundError(
-        f"model {text!r} not found: expected a path that exists, a name on the Hugging Face hub "
-        f"(org/name), or one of {', '.join(KNOWN_MODELS)}.{hint}"
+        f"model {text[:_SHOWN]!r} not found: expected a path that exists, a name on the Hugging "
+        f"Face hub (org/name), or one of {', '.join(KNOWN_MODELS)}.{hint}"
     )
 
 
@@ -500,10 +502,29 @@ def resolve_adapter(name: str) -> Path:
         ModelNotFoundError: If the hub does not have it, or cannot be reached.
         CapacityError: If the disk is full.
     """
-    path = Path(name).expanduser()
-    if path.exists() or not _HUB_NAME.fullmatch(name):
+    path, is_there = _place(name)
+    if is_there or not _HUB_NAME.fullmatch(name):
         return path
     return _resolve_on_hub(name, None, progress=False)
+
+
+def _place(name: str) -> tuple[Path, bool]:
+    """Read a name as a path, and tell whether there is something.
+
+    Raises:
+        ModelNotFoundError: If the system refuses to look: the name is too long, say, or lies in a
+            folder that may not be read.
+    """
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # the home of somebody unknown
+        return Path(name), False
+    try:
+        return path, path.exists()
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{name[:_SHOWN]!r} cannot be looked up as a path ({error.strerror}); check it."
+        ) from error
 
 
 def _resolve_on_hub(name: str, revision: str | None, *, progress: bool) -> Path:

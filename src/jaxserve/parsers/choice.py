@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxserve.core.errors import RequestError, did_you_mean
-from jaxserve.core.structured import StructuredOutputsParams
+from jaxserve.core.structured import StructuredOutputsParams, check_depth
 from jaxserve.parsers.base import Tool, ToolParser
 
 Mode = Literal["none", "auto", "required", "named"]
@@ -169,6 +169,7 @@ def _function(tool: object, place: int) -> Tool:
             f"{where}.function.parameters must be a JSON schema, got {type(parameters).__name__}.",
             param=f"{where}.function.parameters",
         )
+    check_depth(parameters, param=f"{where}.function.parameters")
     return function
 
 

@@ -23,6 +23,7 @@ class PythonicParser(ToolParser):
         """Stand at the beginning of a text."""
         super().__init__(tools)
         self._state = "start"
+        self._end = _CallEnd()
 
     def _advance(self, *, final: bool) -> bool:
         if self._state == "text":
@@ -39,6 +40,7 @@ class PythonicParser(ToolParser):
         if text[0] == opening:
             self._raw += self._take(1 + len(self._rest) - len(text))
             self._state = "call"
+            self._end = _CallEnd()
         elif self._state == "next" and text[0] == "]":
             self._rest = text[1:]
             self._state = "text"
@@ -47,7 +49,7 @@ class PythonicParser(ToolParser):
         return True
 
     def _advance_call(self, *, final: bool) -> bool:
-        end = _end_of_call(self._rest)
+        end = self._end.find(self._rest)
         if end == 0 and not final:
             return False
         found = _read_call(self._rest[:end].strip()) if end > 0 else None
@@ -63,28 +65,47 @@ class PythonicParser(ToolParser):
         return True
 
 
-def _end_of_call(text: str) -> int:
-    """Return where the call at the beginning of a text ends; 0 if it has not yet, -1 if never."""
-    depth, quote, escaped = 0, "", False
-    for at, char in enumerate(text):
-        if quote:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == quote:
-                quote = ""
-        elif char in "'\"" and depth:
-            quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-            if depth <= 0:
-                return at + 1 if depth == 0 else -1
-        elif not depth and not (char.isalnum() or char in "_." + _SPACE):
-            return -1  # a name comes first
-    return 0
+class _CallEnd:
+    """Finds where a call ends in a text that grows; looks at every character once."""
+
+    __slots__ = ("_at", "_depth", "_escaped", "_quote")
+
+    def __init__(self) -> None:
+        self._at = 0
+        self._depth = 0
+        self._quote = ""
+        self._escaped = False
+
+    def find(self, text: str) -> int:
+        """Return where the call at the beginning ends; 0 if it has not yet, -1 if never.
+
+        Args:
+            text: The same as last time, or longer.
+        """
+        while self._at < len(text):
+            char = text[self._at]
+            self._at += 1
+            if self._quote:
+                self._in_quotes(char)
+            elif char in "'\"" and self._depth:
+                self._quote = char
+            elif char in "([{":
+                self._depth += 1
+            elif char in ")]}":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return self._at if self._depth == 0 else -1
+            elif not self._depth and not (char.isalnum() or char in "_." + _SPACE):
+                return -1  # a name comes first
+        return 0
+
+    def _in_quotes(self, char: str) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif char == "\\":
+            self._escaped = True
+        elif char == self._quote:
+            self._quote = ""
 
 
 def _read_call(text: str) -> tuple[str, dict[str, Any]] | None:
@@ -259,8 +280,7 @@ def typed(text: str, schema: object) -> Any:  # noqa: ANN401  a JSON value
         return _WORDS[word.lower()]
     try:
         value = json.loads(word)
-    except ValueError:
+        json.dumps(value, allow_nan=False)  # arguments are JSON, which has no NaN and no infinity
+    except (ValueError, RecursionError):
         return text
-    if isinstance(value, str) or value != value or value in (float("inf"), float("-inf")):
-        return text
-    return value
+    return text if isinstance(value, str) else value

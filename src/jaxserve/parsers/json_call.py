@@ -146,7 +146,7 @@ class JsonCall:
         if self._state == "key" or self._key in _NAMES:
             try:
                 value = json.loads(self._raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, str) or (self._state != "key" and not value):
                 self.has_failed = True

@@ -17,6 +17,7 @@ from jaxserve import __version__
 from jaxserve.core.control import PauseMode, SleepTag, WeightUpdate
 from jaxserve.core.errors import ConfigError, RequestError
 from jaxserve.serve.openai_api import Body
+from jaxserve.serve.reply_models import ERRORS
 from jaxserve.serve.sse import encode_json
 from jaxserve.serve.state import ServerState
 
@@ -75,7 +76,7 @@ def check_access(request: Request, *, is_open: bool, flag: str = "--enable-admin
         )
 
 
-router = APIRouter(dependencies=[Depends(_guard)])
+router = APIRouter(dependencies=[Depends(_guard)], responses=ERRORS)
 
 
 class ReleaseBody(Body):
@@ -271,12 +272,18 @@ async def weight_info(request: Request) -> Response:
 
 @router.post("/update_weight_version")
 async def update_weight_version(body: VersionBody, request: Request) -> Response:
-    """Call the weights being served something else."""
-    state = _state(request)
-    engine = state.ready_engine()
-    if body.abort_all_requests:
-        await state.abort(None)
-    await engine.update_weight_version(body.new_version)
+    """Call the weights being served something else.
+
+    Raises:
+        RequestError: If the version is no good; nothing is aborted then.
+    """
+    engine = _state(request).ready_engine()
+    try:
+        await engine.update_weight_version(
+            body.new_version, abort_all_requests=body.abort_all_requests
+        )
+    except RequestError as error:
+        raise RequestError(str(error), param="new_version") from error
     return _json(
         {
             "success": True,
@@ -294,8 +301,7 @@ async def update_weights(body: UpdateBody, request: Request) -> Response:
     Raises:
         RequestError: If it is damaged, missing, or of another model; the old weights stay.
     """
-    state = _state(request)
-    engine = state.ready_engine()
+    engine = _state(request).ready_engine()
     info: UpdateInfo = body.update_info or body
     if info.model_path is None:
         raise RequestError(
@@ -303,14 +309,13 @@ async def update_weights(body: UpdateBody, request: Request) -> Response:
             "or a name.",
             param="model_path",
         )
-    if info.abort_all_requests:
-        await state.abort(None)
     try:
         done: WeightUpdate = await engine.update_weights_from_disk(
             info.model_path,
             version=info.weight_version,
             flush_cache=info.flush_cache,
             recompute=info.recompute,
+            abort_all_requests=info.abort_all_requests,
         )
     except ConfigError as error:
         raise RequestError(str(error), param="model_path") from error

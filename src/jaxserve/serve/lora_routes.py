@@ -14,6 +14,7 @@ from jaxserve.core.lora import LoRARequest
 from jaxserve.serve.admin import check_access
 from jaxserve.serve.openai_api import Body
 from jaxserve.serve.options import ApiOptions, lora_module
+from jaxserve.serve.reply_models import ERRORS, Responses
 from jaxserve.serve.sse import encode_json
 from jaxserve.serve.state import ServerState
 
@@ -29,11 +30,10 @@ def load_modules(engine: "AsyncLLM", options: ApiOptions) -> None:
     """
     if not options.lora_modules:
         return
-    if "generate" not in engine.tasks:
-        raise ConfigError(
-            "lora_modules: a model that only embeds and scores takes no adapters; leave it out."
-        )
-    store = engine.host.adapters
+    try:
+        store = engine.host.adapters
+    except RequestError:
+        raise ConfigError("lora_modules: an encoder takes no adapters; leave it out.") from None
     for module in map(lora_module, options.lora_modules):
         if module.name in options.served_model_name:
             raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself.")
@@ -56,7 +56,11 @@ async def _guard(request: Request) -> None:
     check_access(request, is_open=is_open, flag="--allow-runtime-lora-updating")
 
 
-router = APIRouter(dependencies=[Depends(_guard)])
+router = APIRouter(dependencies=[Depends(_guard)], responses=ERRORS)
+
+_TEXT: Responses = {
+    200: {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
 
 
 class LoadLoraBody(Body):
@@ -137,14 +141,14 @@ async def _unload(body: UnloadLoraBody, request: Request) -> ServerState:
     return state
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", responses=_TEXT)
 async def load_lora_adapter(body: LoadLoraBody, request: Request) -> Response:
     """Load an adapter; requests then choose it by its name as their model."""
     await _load(body, request)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", responses=_TEXT)
 async def unload_lora_adapter(body: UnloadLoraBody, request: Request) -> Response:
     """Forget an adapter; requests that use it finish with it."""
     await _unload(body, request)
