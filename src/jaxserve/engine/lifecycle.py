@@ -393,11 +393,11 @@ def checked_version(version: object) -> str:
     """
     if isinstance(version, int) and not isinstance(version, bool):
         version = str(version)
-    is_text = isinstance(version, str) and version.isprintable()  # it becomes a label of a metric
-    if not is_text or not 0 < len(version) <= MAX_VERSION_LEN:
-        raise RequestError(
-            "a weight version must be an integer or a text of 1 to "
-            f"{MAX_VERSION_LEN} printable characters, got {str(version)[:40]!r}.",
-            param="weight_version",
-        )
-    return version
+    # It becomes a label of a metric.
+    if isinstance(version, str) and version.isprintable() and 0 < len(version) <= MAX_VERSION_LEN:
+        return version
+    raise RequestError(
+        "a weight version must be an integer or a text of 1 to "
+        f"{MAX_VERSION_LEN} printable characters, got {str(version)[:40]!r}.",
+        param="weight_version",
+    )
