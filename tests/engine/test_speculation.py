@@ -123,8 +123,9 @@ def assert_same(found, expected):
         slow({}),
         {"kv_layout": "pages", "async_scheduling": False},
         slow({"max_num_batched_tokens": 9, "num_gpu_blocks_override": 26}),
+        {"attention_backend": "pallas"},
     ],
-    ids=["slots", "pages", "tight"],
+    ids=["slots", "pages", "tight", "pallas"],
 )
 def test_tokens_are_those_of_plain_decoding(module, settings, expected):
     """Drafts right and wrong in turn, whoever else is in the batch, also when preempted."""

@@ -19,8 +19,8 @@ from jaxserve.pallas_kernels.plan import Plan, PlanSpec
 from jaxserve.pallas_kernels.planner import make_plan
 from jaxserve.pallas_kernels.prefixes import SharedPrefix
 from jaxserve.pallas_kernels.variant import AttentionVariant
-from tests.kernels import oracle
-from tests.kernels.oracle import Options
+from tests.kernels import request_oracle
+from tests.kernels.request_oracle import Options
 from tests.kernels.plans import lengths, page_table
 
 MAX_REQUESTS, MAX_TOKENS, LONGEST = 5, 72, 260
@@ -145,7 +145,7 @@ class Problem:
     def answer(self) -> tuple[np.ndarray, np.ndarray]:
         """Return what the oracle says."""
         pools = (np.asarray(part).astype(np.float64) for part in (self.kv.k, self.kv.v))
-        return oracle.attend(
+        return request_oracle.attend(
             self.q.astype(np.float64), *pools, self.table, self.q_len, self.options
         )
 

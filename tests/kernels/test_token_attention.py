@@ -22,7 +22,7 @@ def arguments_of(q, cache, table, tokens):
 
 @settings(max_examples=10)
 @given(
-    kv_len=st.lists(st.sampled_from([1, 5, 40]), min_size=1, max_size=3),
+    kv_len=st.sampled_from([[1], [40, 5], [9, 1, 30]]),
     heads=st.sampled_from([(4, 4), (6, 2)]),
     name=st.sampled_from(["plain", "capped", "sigmoid", "rope"]),
     share=st.sampled_from([0.0, 0.3, 1.0]),

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxserve.core.request import SamplingParams
+from jaxserve.engine.kernel_plans import fill_plans
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
 from jaxserve.engine.shapes import FLAGS, FLOAT_FIELDS, PackedStep, ShapeTable, StepShape
@@ -154,6 +155,8 @@ def build(
         block = _fill_blocks(packed, item, offset, block)
         offset += item.num_tokens
     fields["num_blocks"][...] = block
+    if shape.plans:
+        fill_plans(packed, items)
     return packed
 
 

@@ -18,6 +18,7 @@ from jaxserve.cache.buffers import KvBuffers
 from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.compiling import Programs
+from jaxserve.engine.kernel_plans import fields_of
 from jaxserve.engine.pooled import Pooled, pool_chunks
 from jaxserve.engine.sampler import (
     Drafts,
@@ -45,6 +46,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.lora import Factors, LoraBuffers, LoraShape, StepLora
 from jaxserve.models.registry import flatten_params
+from jaxserve.pallas_kernels.plan import Plan
 from jaxserve.sharding.rules import TENSOR_AXIS, LogicalAxisRules
 
 MAX_MOVES = 64
@@ -605,6 +607,10 @@ def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array
         block_context=part["block_context"],
         num_context_blocks=part["num_context_blocks"],
         page_table=part["page_table"] if spec.use_pages else None,
+        kernel_plans=tuple(
+            Plan(buffer=part[name], spec=one)
+            for name, one in zip(fields_of(shape.plans), shape.plans, strict=True)
+        ),
         rows=shape.rows,
         kv_tile=spec.shapes.kv_tile,
         q_block=shape.q_block,

@@ -14,7 +14,7 @@ import psutil
 from flax import nnx
 
 from jaxserve import cpu_kernels
-from jaxserve.attention.metadata import Backend
+from jaxserve.attention.metadata import KERNEL_BACKENDS, Backend
 from jaxserve.cache.buffers import slot_capacity
 from jaxserve.core.config import AttentionBackend, EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError
@@ -23,6 +23,7 @@ from jaxserve.core.units import format_bytes
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.draft_runner import DraftedRunner, DraftModel
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.kernel_plans import KernelPlans
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
@@ -56,6 +57,7 @@ from jaxserve.models.registry import (
     fill,
     flatten_params,
 )
+from jaxserve.pallas_kernels.attention.backends import present_device
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import LogicalAxisRules
@@ -72,6 +74,7 @@ _SLOT_SHARE = 0.75
 _CPU_CACHE_SHARE = 0.25
 _CPU_CACHE_BYTES = 4 << 30
 _SHORTEST_AUTO_LEN = 256
+_PAGED_BACKENDS = ("pallas", *KERNEL_BACKENDS)
 _CPU_DRAFT_COST, _GPU_DRAFT_COST = 0.1, 0.005
 """Time of one draft token, as a share of that of a step without drafts. Measured with SmolLM2-135M
 on two cores: 0.02 to 0.11 in either precision; a guess on GPUs."""
@@ -319,7 +322,7 @@ def _plan_cache(
     shape, cache = model.config, config.cache
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     kv_tile = _kv_tile(config, on_cpu=on_cpu)
-    use_pages = cache.kv_layout == "pages" or (cache.kv_layout == "auto" and not on_cpu)
+    use_pages = _uses_pages(config, on_cpu=on_cpu)
     per_token = _token_bytes(shape, dtype)
     if draft is not None:
         per_token += _token_bytes(draft.config, dtype)
@@ -358,6 +361,18 @@ def _plan_cache(
     return _CachePlan(
         max_model_len=longest, num_pages=num_pages, use_pages=use_pages, keep_store=keep_store
     )
+
+
+def _uses_pages(config: EngineConfig, *, on_cpu: bool) -> bool:
+    layout, backend = config.cache.kv_layout, config.runner.attention_backend
+    if backend not in _PAGED_BACKENDS:
+        return layout == "pages" or (layout == "auto" and not on_cpu)
+    if layout == "slots":
+        raise ConfigError(
+            f"attention_backend={backend!r} reads pages, but kv_layout is 'slots'; "
+            "use kv_layout='pages' or 'auto'."
+        )
+    return True
 
 
 def _fit_length(model: LoadedModel, max_model_len: int) -> LoadedModel:
@@ -411,12 +426,67 @@ class Assembled:
     default_sampling: dict[str, Any]
 
 
+def _kernel_plans(
+    config: EngineConfig, model: LoadedModel, dtype: str, plan: _CachePlan, backend: Backend
+) -> KernelPlans:
+    """Say what the paged kernels plan with."""
+    shape = model.config
+    return KernelPlans(
+        backend=KERNEL_BACKENDS[backend],
+        q_heads=shape.num_heads,
+        kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        page_size=config.cache.block_size,
+        dtype=dtype,
+        windows=tuple(dict.fromkeys(kind.window for kind in shape.kinds)),
+        cap=shape.attention_soft_cap,
+        max_model_len=plan.max_model_len,
+        batch_invariant=config.runner.batch_invariant,
+        shares=config.cache.enable_prefix_caching,
+    )
+
+
+def _choose_kernels(
+    config: EngineConfig, model: LoadedModel, dtype: str, plan: _CachePlan, *, has_draft: bool
+) -> tuple[Backend, KernelPlans] | None:
+    """Choose paged kernels, if they were asked for or are the best that there is.
+
+    Raises:
+        ConfigError: If those that were asked for cannot serve this model here.
+    """
+    wanted, mesh = config.runner.attention_backend, model.mesh
+    is_automatic = wanted == "auto"
+    if not is_automatic and wanted not in _PAGED_BACKENDS:
+        return None
+    reasons: dict[str, str] = {}
+    if mesh.devices.size != 1:
+        reasons["every kernel"] = f"it works on one device, found {mesh.devices.size}"
+    elif has_draft:
+        reasons["every kernel"] = "a model that drafts advances on the device, where nothing plans"
+    else:
+        names: dict[AttentionBackend, tuple[Backend, ...]] = {
+            # What is no faster than the way without plans is nobody's own choice.
+            "auto": ("mosaic",) if plan.use_pages else (),
+            "pallas": ("mosaic", "triton", "pallas-xla"),
+        }
+        for name in names.get(wanted, (cast(Backend, wanted),)):
+            plans = _kernel_plans(config, model, dtype, plan, name)
+            reason = plans.refusal(*present_device())
+            if reason is None:
+                return name, plans
+            reasons[name] = reason
+    if is_automatic:
+        return None
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ConfigError(f"attention_backend={wanted!r} cannot serve this. {told}; use 'auto'.")
+
+
 def _choose_backend(wanted: AttentionBackend, mesh: jax.sharding.Mesh) -> Backend:
     is_one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
     if wanted == "auto":
         return "llvm" if is_one_cpu and cpu_kernels.is_available() else "xla"
     if wanted != "llvm":
-        return wanted
+        return cast(Backend, wanted)
     if not is_one_cpu:
         raise ConfigError(
             f"attention_backend='llvm' works on one CPU device, found {mesh.devices.size} of "
@@ -474,7 +544,12 @@ def assemble(
     plan = _plan_cache(config, model, dtype, max_num_seqs, draft)
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
-    backend = _choose_backend(runner_options.attention_backend, model.mesh)
+    kernels: KernelPlans | None = None
+    chosen = _choose_kernels(config, model, dtype, plan, has_draft=draft is not None)
+    if chosen is None:
+        backend = _choose_backend(runner_options.attention_backend, model.mesh)
+    else:
+        backend, kernels = chosen
     resolved = dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -505,6 +580,7 @@ def assemble(
         min_rows=4 if on_cpu and dtype == "bfloat16" else 1,
         num_draft=num_draft,
         has_lora=config.lora.enable_lora,
+        kernels=kernels,
     )
     max_logprobs = runner_options.max_logprobs
     vocab = model.config.vocab_size

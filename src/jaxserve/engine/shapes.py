@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxserve.engine.kernel_plans import KernelPlans, fields_of
 from jaxserve.engine.sampler import MAX_BANNED
+from jaxserve.pallas_kernels.plan import PlanSpec
 
 _SMALLEST_PREFILL = 32
 
@@ -83,6 +85,7 @@ class StepShape:
         drafts: Draft tokens behind the decode rows, padding included. They attend as prefill
             tokens do, but each has a token drawn behind it.
         has_lora: Whether rows say which adapter they use.
+        plans: Specs of the plans of paged kernels; with any, there is no page table besides.
     """
 
     rows: int
@@ -91,6 +94,7 @@ class StepShape:
     pages_per_row: int
     drafts: int = 0
     has_lora: bool = False
+    plans: tuple[PlanSpec, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -116,8 +120,9 @@ class StepShape:
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name every part of the packed buffer with its shape, in order; the sampler's first."""
         rows, blocks = self.rows, self.num_blocks
-        fields = {
+        fields: dict[str, tuple[int, ...]] = {
             **self.draw.fields(),
+            **fields_of(self.plans),
             "prefill_token": (self.prefill,),
             "token_row": (self.num_tokens,),
             "token_position": (self.num_tokens,),
@@ -214,6 +219,7 @@ class ShapeTable:
         num_draft: Most draft tokens per sequence; 0 without speculation.
         max_draft: Most draft tokens per step.
         has_lora: Whether rows say which adapter they use.
+        kernels: What the paged kernels plan with; None where there are none.
     """
 
     row_buckets: tuple[int, ...]
@@ -226,6 +232,7 @@ class ShapeTable:
     num_draft: int = 0
     max_draft: int = 0
     has_lora: bool = False
+    kernels: KernelPlans | None = None
 
     @classmethod
     def build(
@@ -242,6 +249,7 @@ class ShapeTable:
         min_rows: int = 1,
         num_draft: int = 0,
         has_lora: bool = False,
+        kernels: KernelPlans | None = None,
     ) -> "ShapeTable":
         """Choose buckets: powers of two, ending at the limits themselves.
 
@@ -258,6 +266,7 @@ class ShapeTable:
                 of fewer than four rows.
             num_draft: Most draft tokens per sequence; 0 without speculation.
             has_lora: Whether rows say which adapter they use.
+            kernels: What the paged kernels plan with; None where there are none.
         """
         rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
         prefill = _powers(min(_SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
@@ -274,13 +283,14 @@ class ShapeTable:
             q_block=min(q_block, prefill[-1]),
             kv_tile=kv_tile,
             pages_per_row=-(-(max_model_len + q_block) // kv_tile) * (kv_tile // page_size)
-            if use_pages
+            if use_pages and kernels is None
             else 0,
             # Drafts are rows of products too, so that one sequence with some is never a single row.
             draft_row_buckets=_powers(1, max_num_seqs) if num_draft else (),
             num_draft=num_draft,
             max_draft=min(num_draft * max_num_seqs, max_num_batched_tokens),
             has_lora=has_lora,
+            kernels=kernels,
         )
 
     def draft_buckets(self, rows: int) -> tuple[int, ...]:
@@ -313,18 +323,26 @@ class ShapeTable:
                 prefill=0,
                 q_block=self.num_draft,
                 pages_per_row=self.pages_per_row,
-                drafts=_ceil_to(drafts, self.draft_buckets(rows)),
+                drafts=(drafts := _ceil_to(drafts, self.draft_buckets(rows))),
                 has_lora=self.has_lora,
+                plans=self._plans(rows, rows + drafts, has_drafts=True),
             )
         buckets = self.mixed_row_buckets if prefill else self.row_buckets
         tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
+        rows = _ceil_to(rows, buckets)
         return StepShape(
-            rows=_ceil_to(rows, buckets),
+            rows=rows,
             prefill=tokens,
             q_block=min(self.q_block, tokens) if tokens else self.q_block,
             pages_per_row=self.pages_per_row,
             has_lora=self.has_lora,
+            plans=self._plans(rows, rows + tokens, has_drafts=False),
         )
+
+    def _plans(self, rows: int, tokens: int, *, has_drafts: bool) -> tuple[PlanSpec, ...]:
+        if self.kernels is None:
+            return ()
+        return self.kernels.specs(rows=rows, tokens=tokens, has_drafts=has_drafts)
 
     def all_shapes(self) -> list[StepShape]:
         """List every shape, those that the first request needs first."""

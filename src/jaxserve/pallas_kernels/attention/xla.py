@@ -23,9 +23,9 @@ FEW_TOKENS = 4
 """Requests with at most so many query tokens are attended token by token."""
 TILE_TOKENS = 64
 """Query tokens of the tiles of other requests."""
-CHUNK = 512
+CHUNK = 256
 """Keys of a chunk, if pages are not larger."""
-STEP_KEYS = 4096
+STEP_KEYS = 2048
 """Keys per step of the loop over single tokens."""
 _MASKED, _LOWEST = -1e30, -1e29
 """Score of a hidden key, and the least maximum of a row: its weight is then 0 without a test."""
@@ -161,7 +161,8 @@ class _Work:
         if spec.split_mode != "balanced":
             return self._one_chunk_each(state, request, begin, count)
         last = jnp.cumsum(count)
-        width = max(1, min(STEP_KEYS // size, 8 * tokens))
+        most = tokens + spec.max_pages * spec.page_size // size
+        width = max(1, min(STEP_KEYS // size, most))
 
         def step(i: Int[Array, ""], state: _State) -> _State:
             number = i * width + jnp.arange(width)
