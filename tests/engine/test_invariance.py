@@ -98,7 +98,9 @@ def test_one_request_at_a_time_agrees_with_the_dense_loop(module, expected):
         slow({"attention_backend": "reference"}),
         slow({"attention_backend": "reference", "kv_layout": "pages"}),
         {"attention_backend": "pallas"},
-        slow({"attention_backend": "pallas", "async_scheduling": False, "max_num_batched_tokens": 16}),
+        slow(
+            {"attention_backend": "pallas", "async_scheduling": False, "max_num_batched_tokens": 16}
+        ),
         slow({"attention_backend": "pallas-reference", "max_num_batched_tokens": 40}),
         {"batch_invariant": True},
         slow({"scheduling_policy": "priority", "block_size": 16}),
@@ -111,9 +113,12 @@ def test_requests_side_by_side_agree_with_the_dense_loop(module, expected, setti
         assert_as_expected(output, expected[name])
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
-def test_a_prefix_from_the_cache_changes_nothing(module, expected, layout):
-    bench = Bench(module, kv_layout=layout)
+@pytest.mark.parametrize(
+    "settings",
+    [{"kv_layout": "slots"}, {"kv_layout": "pages"}, slow({"attention_backend": "pallas"})],
+)
+def test_a_prefix_from_the_cache_changes_nothing(module, expected, settings):
+    bench = Bench(module, **settings)
     run_all(bench)
     for name, output in run_all(bench).items():
         assert_as_expected(output, expected[name])

@@ -28,7 +28,6 @@ from jaxserve.attention.metadata import (
 from jaxserve.cache.buffers import KvLayer
 from jaxserve.pallas_kernels.attention.api import attention
 from jaxserve.pallas_kernels.paged import PagedKV
-from jaxserve.pallas_kernels.variant import PLAIN, soft_cap
 
 _MOST_STATIC_BLOCKS = 8
 """Blocks of queries that are unrolled; longer chunks get longer blocks."""
@@ -374,7 +373,7 @@ def _attend_kernels(
         q,
         PagedKV(k=keys, v=values),
         paged,
-        variant=PLAIN if rule.soft_cap is None else soft_cap(rule.soft_cap),
+        extra=plan.extra,
         sm_scale=rule.scale,
         backend=KERNEL_BACKENDS[plan.backend],
     )

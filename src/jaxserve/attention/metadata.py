@@ -102,7 +102,9 @@ class AttentionPlan:
         page_table: Pages of each sequence row, 0 where there is none; None with dense slots, and
             of width 0 where kernels have plans, which hold the pages.
         kernel_plans: For backends that run planned kernels: one plan per kind of window that the
-            model's layers have. Request i of a plan is sequence row i.
+            model's layers have. Request i of a plan is sequence row i. Their specs say how
+            attention differs from the plain one, soft caps included.
+        extra: Arrays that the variant of the plans reads.
         rows: Number of decode rows.
         kv_tile: Keys per tile; a multiple of the page size that divides the length of a row.
         q_block: Tokens per prefill block.
@@ -123,6 +125,7 @@ class AttentionPlan:
     num_context_blocks: Int[Array, ""]
     page_table: Int[Array, "rows pages_per_row"] | None
     kernel_plans: tuple[Plan, ...] = ()
+    extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     rows: int = dataclasses.field(metadata={"static": True})
     kv_tile: int = dataclasses.field(metadata={"static": True})
     q_block: int = dataclasses.field(metadata={"static": True})

@@ -12,7 +12,6 @@ sees a request. Nothing that a request can cause raises out of `step`.
 import contextlib
 import logging
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

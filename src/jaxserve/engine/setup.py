@@ -14,6 +14,7 @@ import psutil
 from flax import nnx
 
 from jaxserve import cpu_kernels
+from jaxserve.attention.custom import CustomAttention
 from jaxserve.attention.metadata import KERNEL_BACKENDS, Backend
 from jaxserve.cache.buffers import slot_capacity
 from jaxserve.core.config import AttentionBackend, EngineConfig, ModelOptions
@@ -57,7 +58,9 @@ from jaxserve.models.registry import (
     fill,
     flatten_params,
 )
+from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.attention.backends import present_device
+from jaxserve.pallas_kernels.variant import compose, soft_cap
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import LogicalAxisRules
@@ -427,58 +430,92 @@ class Assembled:
 
 
 def _kernel_plans(
-    config: EngineConfig, model: LoadedModel, dtype: str, plan: _CachePlan, backend: Backend
+    config: EngineConfig,
+    model: LoadedModel,
+    dtype: str,
+    plan: _CachePlan,
+    attention: CustomAttention | None,
 ) -> KernelPlans:
-    """Say what the paged kernels plan with."""
-    shape = model.config
+    """Say what the paged kernels plan with; which of them is not yet chosen."""
+    shape, parts = model.config, []
+    if shape.attention_soft_cap is not None:
+        parts.append(soft_cap(shape.attention_soft_cap))
+    if attention is not None:
+        # A plan has room for few more items than tiles, and a block mask may cut tiles at will.
+        parts.append(dataclasses.replace(attention.variant, block_mask=None))
     return KernelPlans(
-        backend=KERNEL_BACKENDS[backend],
+        backend="",
         q_heads=shape.num_heads,
         kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         page_size=config.cache.block_size,
         dtype=dtype,
         windows=tuple(dict.fromkeys(kind.window for kind in shape.kinds)),
-        cap=shape.attention_soft_cap,
         max_model_len=plan.max_model_len,
         batch_invariant=config.runner.batch_invariant,
         shares=config.cache.enable_prefix_caching,
+        variant=compose(*parts),
+        extra={} if attention is None else attention.arrays(shape.num_heads),
     )
 
 
 def _choose_kernels(
-    config: EngineConfig, model: LoadedModel, dtype: str, plan: _CachePlan, *, has_draft: bool
+    config: EngineConfig,
+    model: LoadedModel,
+    plans: KernelPlans,
+    *,
+    use_pages: bool,
+    has_draft: bool,
 ) -> tuple[Backend, KernelPlans] | None:
     """Choose paged kernels, if they were asked for or are the best that there is.
 
     Raises:
         ConfigError: If those that were asked for cannot serve this model here.
     """
-    wanted, mesh = config.runner.attention_backend, model.mesh
+    wanted, devices = config.runner.attention_backend, model.mesh.devices
     is_automatic = wanted == "auto"
     if not is_automatic and wanted not in _PAGED_BACKENDS:
         return None
     reasons: dict[str, str] = {}
-    if mesh.devices.size != 1:
-        reasons["every kernel"] = f"it works on one device, found {mesh.devices.size}"
+    if devices.size != 1:
+        reasons["every kernel"] = f"it works on one device, found {devices.size}"
+    elif devices.flat[0].platform != jax.devices()[0].platform:
+        reasons["every kernel"] = (
+            f"it works on the default device, of platform {jax.devices()[0].platform}, found one "
+            f"of platform {devices.flat[0].platform}"
+        )
     elif has_draft:
         reasons["every kernel"] = "a model that drafts advances on the device, where nothing plans"
     else:
         names: dict[AttentionBackend, tuple[Backend, ...]] = {
             # What is no faster than the way without plans is nobody's own choice.
-            "auto": ("mosaic",) if plan.use_pages else (),
+            "auto": ("mosaic",) if use_pages else (),
             "pallas": ("mosaic", "triton", "pallas-xla"),
         }
         for name in names.get(wanted, (cast(Backend, wanted),)):
-            plans = _kernel_plans(config, model, dtype, plan, name)
-            reason = plans.refusal(*present_device())
+            named = dataclasses.replace(plans, backend=KERNEL_BACKENDS[name])
+            reason = named.refusal(*present_device())
+            if name == "triton" != wanted and triton_launch.is_interpreting():
+                reason = "TRITON_INTERPRET is set, and the interpreter is for tests"
             if reason is None:
-                return name, plans
+                return name, named
             reasons[name] = reason
     if is_automatic:
         return None
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ConfigError(f"attention_backend={wanted!r} cannot serve this. {told}; use 'auto'.")
+    near = "'auto'" if "every kernel" in reasons else "'pallas', the best that there is here"
+    raise ConfigError(f"attention_backend={wanted!r} cannot serve this. {told}; use {near}.")
+
+
+def _check_custom(config: EngineConfig) -> None:
+    """Check that attention of the caller's own meets what can serve it."""
+    wanted = config.runner.attention_backend
+    if wanted not in _PAGED_BACKENDS:
+        known = ", ".join(map(repr, _PAGED_BACKENDS))
+        raise ConfigError(
+            f"attention of your own needs an attention_backend among {known}, got {wanted!r}; use "
+            "attention_backend='pallas'."
+        )
 
 
 def _choose_backend(wanted: AttentionBackend, mesh: jax.sharding.Mesh) -> Backend:
@@ -508,6 +545,7 @@ def assemble(
     tokenizer: Tokenizer | None = None,
     mesh: jax.sharding.Mesh | None = None,
     scheduler: Scheduler | None = None,
+    attention: CustomAttention | None = None,
     progress: bool = False,
 ) -> Assembled:
     """Load a model and build its engine.
@@ -519,8 +557,15 @@ def assemble(
         tokenizer: Used instead of the model's own.
         mesh: Devices.
         scheduler: Used instead of the configured policy.
+        attention: How attention differs from the model's own.
         progress: Whether to show progress bars.
+
+    Raises:
+        ConfigError: If settings, name, files or parameters are wrong.
+        CapacityError: If the cache does not fit into memory.
     """
+    if attention is not None:
+        _check_custom(config)
     if config.runner.batch_invariant and config.cache.enable_prefix_caching:
         # Which part of a prompt is computed and which is found would depend on earlier requests.
         logger.info("batch_invariant: prefixes are not cached")
@@ -545,7 +590,13 @@ def assemble(
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
-    chosen = _choose_kernels(config, model, dtype, plan, has_draft=draft is not None)
+    chosen = _choose_kernels(
+        config,
+        model,
+        _kernel_plans(config, model, dtype, plan, attention),
+        use_pages=plan.use_pages,
+        has_draft=draft is not None,
+    )
     if chosen is None:
         backend = _choose_backend(runner_options.attention_backend, model.mesh)
     else:

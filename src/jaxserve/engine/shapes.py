@@ -113,6 +113,11 @@ class StepShape:
         return 0 if not size else -(-size // self.q_block) + self.rows
 
     @property
+    def shares(self) -> bool:
+        """Whether prefixes that several rows hold are read once for all of them."""
+        return any(spec.cascade_levels for spec in self.plans)
+
+    @property
     def draw(self) -> DrawShape:
         """What the step draws."""
         return DrawShape(rows=self.rows, drafts=self.drafts)
@@ -306,13 +311,16 @@ class ShapeTable:
         parts = {max(1, rows // part) * self.num_draft for part in (4, 2)}
         return tuple(sorted({whole, *(part for part in parts if part < whole)}))
 
-    def shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
+    def shape(self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False) -> StepShape:
         """Return the smallest shape that holds so many rows and tokens; no shape has both kinds.
 
         Args:
             rows: Decode rows.
             prefill: Prefill tokens.
             drafts: Draft tokens.
+            shares: Whether a decode reads shared prefixes once for all who share them. Kernels
+                that can are slower where nothing is shared, so there are decodes of both kinds;
+                steps with prefill or drafts always can.
         """
         if drafts:
             if prefill:
@@ -325,7 +333,7 @@ class ShapeTable:
                 pages_per_row=self.pages_per_row,
                 drafts=(drafts := _ceil_to(drafts, self.draft_buckets(rows))),
                 has_lora=self.has_lora,
-                plans=self._plans(rows, rows + drafts, has_drafts=True),
+                plans=self._plans(rows, rows + drafts, has_drafts=True, shares=True),
             )
         buckets = self.mixed_row_buckets if prefill else self.row_buckets
         tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
@@ -336,17 +344,23 @@ class ShapeTable:
             q_block=min(self.q_block, tokens) if tokens else self.q_block,
             pages_per_row=self.pages_per_row,
             has_lora=self.has_lora,
-            plans=self._plans(rows, rows + tokens, has_drafts=False),
+            plans=self._plans(rows, rows + tokens, has_drafts=False, shares=shares or bool(tokens)),
         )
 
-    def _plans(self, rows: int, tokens: int, *, has_drafts: bool) -> tuple[PlanSpec, ...]:
+    def _plans(
+        self, rows: int, tokens: int, *, has_drafts: bool, shares: bool
+    ) -> tuple[PlanSpec, ...]:
         if self.kernels is None:
             return ()
-        return self.kernels.specs(rows=rows, tokens=tokens, has_drafts=has_drafts)
+        return self.kernels.specs(rows=rows, tokens=tokens, has_drafts=has_drafts, shares=shares)
 
     def all_shapes(self) -> list[StepShape]:
         """List every shape, those that the first request needs first."""
-        decodes = [self.shape(rows=r, prefill=0) for r in self.row_buckets]
+        decodes = dict.fromkeys(
+            self.shape(rows=r, prefill=0, shares=shares)
+            for r in self.row_buckets
+            for shares in (False, True)
+        )
         mixed = [
             self.shape(rows=r, prefill=p)
             for p in self.prefill_buckets

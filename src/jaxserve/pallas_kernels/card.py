@@ -80,6 +80,7 @@ class KernelCard:
         num_bytes: Bytes that must be read and written, by sizes and dtype.
         num_flops: Floating-point operations that must be done, by sizes.
         source: Papers or public implementations that were followed.
+        auto: Backends that `auto` chooses from, the preferred first; None is all of them.
     """
 
     name: str
@@ -96,6 +97,7 @@ class KernelCard:
     num_bytes: Callable[[Sizes, str], int]
     num_flops: Callable[[Sizes], int]
     source: str
+    auto: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that tensors are written in the axes of the card."""

@@ -1,15 +1,13 @@
-"""Every operation's card, by name; a module is imported when its card is asked for."""
+"""Every operation's card."""
 
-import importlib
 from collections.abc import Iterator
 
+from jaxserve.pallas_kernels.attention import card as attention
 from jaxserve.pallas_kernels.card import KernelCard
-
-MODULES = {"attention": "jaxserve.pallas_kernels.attention.card"}
-"""Where each operation's `CARD` is."""
+from jaxserve.pallas_kernels.operator_cards import CARDS
 
 
 def iter_cards() -> Iterator[KernelCard]:
-    """Import and return all cards, in order of their names."""
-    for name in sorted(MODULES):
-        yield importlib.import_module(MODULES[name]).CARD
+    """Return all cards: attention's, and those of the other operations in order of their names."""
+    yield attention.CARD
+    yield from (CARDS[name] for name in sorted(CARDS))

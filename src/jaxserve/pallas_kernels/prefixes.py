@@ -69,10 +69,9 @@ def find_shared_prefixes(
         if members.size < 2 or level == levels or q_len[members].sum() * group < min_rows:
             return
         pages = table.indices[table.indptr[members] + depth]
-        for page in np.unique(pages):
+        values, counts = np.unique(pages, return_counts=True)
+        for page in values[counts > 1]:
             same = members[pages == page]
-            if same.size < 2:
-                continue
             most = int(before[same].min())
             rows = table.indices[table.indptr[same][:, None] + np.arange(depth, most)]
             differs = (rows != rows[0]).any(axis=0)

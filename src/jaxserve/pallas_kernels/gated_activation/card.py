@@ -51,6 +51,7 @@ def _card(name: str, run: Callable[..., Any], kind: Kind, source: str) -> Kernel
         reference=partial(reference.gated, kind=kind),
         tolerances=TOLERANCES,
         backends=("triton", "xla"),
+        auto=("xla",),
         supports=supports,
         num_bytes=lambda sizes, dtype: (
             sizes["rows"] * sizes["two_hidden"] * 3 * jnp.dtype(dtype).itemsize // 2

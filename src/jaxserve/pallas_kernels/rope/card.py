@@ -62,6 +62,7 @@ CARD = KernelCard(
     reference=reference.rope,
     tolerances=TOLERANCES,
     backends=("triton", "xla"),
+    auto=("xla",),
     supports=supports,
     num_bytes=_num_bytes,
     num_flops=lambda sizes: 6 * sizes["tokens"] * sizes["heads"] * sizes["pairs"],
