@@ -107,6 +107,7 @@ plan = make_plan(spec, q_len, table)
 q = rng.standard_normal((spec.max_tokens, Q_HEADS, DIM)).astype(np.float32) * 3
 k, v = rng.standard_normal((2, PAGES, KV_HEADS, PAGE, DIM)).astype(np.float32)
 slopes = alibi_slopes(Q_HEADS)
+extra = {"slopes": jnp.asarray(slopes)}
 print("slopes", slopes)
 
 # %% [markdown]
@@ -147,7 +148,7 @@ kv = PagedKV(k=jnp.asarray(k), v=jnp.asarray(v))
 served = []
 for backend in BACKENDS:
     try:
-        got = attention(jnp.asarray(q), kv, plan, extra={"slopes": slopes}, backend=backend)
+        got = attention(jnp.asarray(q), kv, plan, extra=extra, backend=backend)
     except UnsupportedError as error:
         print(f"{backend:10} {str(error).split('. ')[0]}")
         continue
@@ -178,7 +179,7 @@ assert (plain_weights > 0).all()
 # %%
 parts = compose(soft_cap(20.0), alibi(), window(24))
 shorter = make_plan(dataclasses.replace(spec, variant=parts), q_len, table)
-got = attention(jnp.asarray(q), kv, shorter, extra={"slopes": slopes})
+got = attention(jnp.asarray(q), kv, shorter, extra=extra)
 print(f"{plan.num_items} items of work became {shorter.num_items}")
 assert np.abs(np.asarray(got, np.float64) - want).max() < 5e-3
 
@@ -195,7 +196,7 @@ traced = []
 @jax.jit
 def step(q, plan):
     traced.append(q.shape)
-    return attention(q, kv, plan, extra={"slopes": slopes})
+    return attention(q, kv, plan, extra=extra)
 
 
 for _ in range(20):

@@ -27,6 +27,7 @@ PROMPTS = [_RANDOM.integers(0, 299, length).tolist() for length in (5, 90, 41)]
 GREEDY = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, logprobs=1)
 GEMMA = {
     "model_type": "gemma2",
+    "hidden_activation": "gelu_pytorch_tanh",
     "sliding_window": 40,
     "query_pre_attn_scalar": 8,
     "attn_logit_softcapping": 2.0,
@@ -94,7 +95,6 @@ CASES = {
         slow("windowed", {"batch_invariant": True}),
         slow("windowed", {"attention_backend": "pallas-reference"}),
         slow("tilted", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}),
-        slow("tilted", {"num_gpu_blocks_override": 20}),  # preempts
     ],
 )
 def test_an_engine_attends_as_told(monkeypatch, name, settings):

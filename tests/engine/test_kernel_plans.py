@@ -138,6 +138,18 @@ def test_planning_adds_no_compilation(wide):
     assert bench.metrics.num_compilations == before
 
 
+@pytest.mark.slow
+def test_half_precision_takes_the_same_way():
+    """Log-probabilities, since tokens may be nearly equal."""
+    narrow = tiny_module(dtype="bfloat16")
+    prompts = [PREFIX[:50], PREFIX[60:67]]
+    first = SamplingParams(max_tokens=1, temperature=0, logprobs=1)
+    wanted = figures(Bench(narrow, attention_backend="reference").generate(prompts, [first] * 2))
+    found = figures(Bench(narrow, attention_backend="pallas").generate(prompts, [first] * 2))
+    for (_, values), (_, golden) in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(values, golden, atol=0.05)
+
+
 def test_batch_invariant_plans_cut_at_fixed_places(wide):
     bench = Bench(wide, attention_backend="pallas", batch_invariant=True, **LONG)
     for shape in bench.engine.runner.spec.shapes.all_shapes():
