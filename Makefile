@@ -12,14 +12,17 @@ OUT ?= benchmarks/results
 VENV ?= .venv
 OLDEST ?= .venv-jax0112
 ORACLES ?= .venv-oracles
+AOT ?= .venv-aot
+AOT_TESTS := aot and not slow
+TRITON ?= .venv-triton
 
 UV := scripts/uv
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-oldest check format docs notebooks bench robustness gpu \
-  oracles constraints clean
+.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow test-triton check format docs \
+  notebooks bench robustness gpu oracles constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,14 +34,27 @@ serve: $(VENV)/.stamp-serve ## serve a model on PORT: make serve [MODEL=...] [PO
 	@exec $(BIN)/python -m jaxserve.serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.stamp-dev ## run the tests: make test [TESTS='tests/unit -k name'] [JOBS=2]
-	@$(BIN)/python $(PYTEST) -m "not slow" $(TESTS)
+	@$(BIN)/python $(PYTEST) -m "not slow and not aot" $(TESTS)
 
 test-slow: $(VENV)/.stamp-dev ## run the tests that take long
-	@$(BIN)/python $(PYTEST) -m slow $(TESTS)
+	@$(BIN)/python $(PYTEST) -m "slow and not aot" $(TESTS)
 
 # How hard LLVM tries depends on no version of JAX; make test has it try as hard as ever.
 test-oldest: $(OLDEST)/.stamp-dev ## run the engine tests on the oldest supported JAX
 	@XLA_FLAGS=--xla_backend_optimization_level=0 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(or $(TESTS),tests/engine)
+
+test-aot: $(AOT)/.stamp $(AOT)-jax0112/.stamp ## compile kernels for a GPU that need not be there
+	@set -e; for environment in $(AOT) $(AOT)-jax0112; do \
+	  JAX_PLATFORMS=cpu PYTHONPATH=src $$environment/bin/python $(PYTEST) -m "$(AOT_TESTS)" \
+	    $(or $(TESTS),tests/kernels); \
+	done
+
+test-aot-slow: AOT_TESTS := aot and slow
+test-aot-slow: test-aot ## compile the kernels that test-aot leaves out
+
+test-triton: $(TRITON)/.stamp ## run the tests of Triton kernels: interpreted, then compiled for GPUs that are not there
+	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m "interpreted and not slow" $(or $(TESTS),tests/triton)
+	@$(TRITON)/bin/python $(PYTEST) -m "compiled and not slow" $(or $(TESTS),tests/triton)
 
 check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
 	@$(BIN)/ruff format --check .
@@ -97,8 +113,9 @@ constraints: ## resolve the pins again (constraints*.txt)
 	@scripts/pin
 
 clean: ## remove everything that these targets made
-	rm -rf .venv .venv-jax0112 .venv-oracles .tools .cache build dist docs/notebooks .pytest_cache
-	rm -rf .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-jax0112 .venv-oracles .venv-aot .venv-aot-jax0112 .venv-triton
+	rm -rf .tools .cache build dist
+	rm -rf docs/notebooks .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/bin/python:
@@ -124,6 +141,18 @@ $(OLDEST)/.stamp-dev: pyproject.toml constraints-jax-0.11.2.txt | $(OLDEST)/bin/
 	    --constraint constraints-jax-0.11.2.txt --editable '.[serve]' --group test
 	@touch $@
 
+$(TRITON)/.stamp: pyproject.toml constraints.txt scripts/make-triton-env | $(TRITON)/bin/python
+	@scripts/make-triton-env $(TRITON)
+	@touch $@
+
 $(ORACLES)/.stamp: scripts/make-oracles-env
 	@scripts/make-oracles-env $(ORACLES)
+	@touch $@
+
+$(AOT)/.stamp: scripts/make-aot-env constraints.txt constraints-aot.txt
+	@scripts/make-aot-env $(AOT) constraints.txt
+	@touch $@
+
+$(AOT)-jax0112/.stamp: scripts/make-aot-env constraints-jax-0.11.2.txt constraints-aot.txt
+	@scripts/make-aot-env $(AOT)-jax0112 constraints-jax-0.11.2.txt
 	@touch $@

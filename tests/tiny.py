@@ -14,6 +14,7 @@ import safetensors.numpy
 import tokenizers
 from flax import nnx
 
+from jaxserve.attention.custom import CustomAttention
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
@@ -145,6 +146,7 @@ class Bench:
         source: The model.
         tokenizer: For text.
         scheduler: Used instead of the configured policy.
+        attention: Used instead of the model's own.
         **settings: Settings of the engine; small ones by default.
     """
 
@@ -154,6 +156,7 @@ class Bench:
         *,
         tokenizer: Tokenizer | None = None,
         scheduler: Scheduler | None = None,
+        attention: CustomAttention | None = None,
         **settings: object,
     ) -> None:
         small = {
@@ -169,6 +172,7 @@ class Bench:
             clock=WallClock(),
             tokenizer=tokenizer,
             scheduler=scheduler,
+            attention=attention,
         )
         self.engine = made.engine
         self.graph = made.model.graph

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxserve.attention.custom import CustomAttention
     from jaxserve.core.config import EngineConfig
     from jaxserve.core.errors import (
         CapacityError,
@@ -46,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "CustomAttention",
     "EngineConfig",
     "EngineDeadError",
     "FinishReason",
@@ -76,6 +78,7 @@ _HOMES = {
     "export": "jaxserve.engine.export",
     "load_params": "jaxserve.engine.export",
     "dequantize": "jaxserve.models.quantization",
+    "CustomAttention": "jaxserve.attention.custom",
     "EngineConfig": "jaxserve.core.config",
     "CompletionOutput": "jaxserve.core.event",
     "FinishReason": "jaxserve.core.event",

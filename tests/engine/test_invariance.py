@@ -97,6 +97,11 @@ def test_one_request_at_a_time_agrees_with_the_dense_loop(module, expected):
         {"kv_layout": "pages", "async_scheduling": False, "max_num_batched_tokens": 40},
         slow({"attention_backend": "reference"}),
         slow({"attention_backend": "reference", "kv_layout": "pages"}),
+        {"attention_backend": "pallas"},
+        slow(
+            {"attention_backend": "pallas", "async_scheduling": False, "max_num_batched_tokens": 16}
+        ),
+        slow({"attention_backend": "pallas-reference", "max_num_batched_tokens": 40}),
         {"batch_invariant": True},
         slow({"scheduling_policy": "priority", "block_size": 16}),
     ],
@@ -108,9 +113,12 @@ def test_requests_side_by_side_agree_with_the_dense_loop(module, expected, setti
         assert_as_expected(output, expected[name])
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
-def test_a_prefix_from_the_cache_changes_nothing(module, expected, layout):
-    bench = Bench(module, kv_layout=layout)
+@pytest.mark.parametrize(
+    "settings",
+    [{"kv_layout": "slots"}, {"kv_layout": "pages"}, slow({"attention_backend": "pallas"})],
+)
+def test_a_prefix_from_the_cache_changes_nothing(module, expected, settings):
+    bench = Bench(module, **settings)
     run_all(bench)
     for name, output in run_all(bench).items():
         assert_as_expected(output, expected[name])
@@ -169,15 +177,17 @@ def test_a_row_forgets_the_bias_of_the_request_before(module, expected):
     assert_as_expected(output, expected["greedy"])
 
 
-@pytest.mark.parametrize("layout", ["slots", "pages"])
-def test_batch_invariant_results_are_equal_bit_by_bit(module, layout):
+@pytest.mark.parametrize(
+    "settings", [{"kv_layout": "slots"}, {"kv_layout": "pages"}, {"attention_backend": "pallas"}]
+)
+def test_batch_invariant_results_are_equal_bit_by_bit(module, settings):
     def exact(output):
         return [
             (one.token_ids, [tuple(lp.logprob for lp in e.values()) for e in one.logprobs])
             for one in output.outputs
         ]
 
-    settings = {"kv_layout": layout, "batch_invariant": True, "max_num_batched_tokens": 32}
+    settings = {**settings, "batch_invariant": True, "max_num_batched_tokens": 32}
     alone = Bench(module, **settings)
     wanted = {n: exact(alone.generate([p], [s])[0]) for n, (p, s) in CASES.items()}
     bench = Bench(module, **settings)

@@ -124,8 +124,16 @@ def assert_same(found, expected):
         slow({}),
         {"kv_layout": "pages", "async_scheduling": False},
         slow({"max_num_batched_tokens": 9, "num_gpu_blocks_override": 26}),
+        {"attention_backend": "pallas"},
+        slow(
+            {
+                "attention_backend": "pallas",
+                "max_num_batched_tokens": 9,
+                "num_gpu_blocks_override": 26,
+            }
+        ),
     ],
-    ids=["slots", "pages", "tight"],
+    ids=["slots", "pages", "tight", "pallas", "tight pallas"],
 )
 def test_tokens_are_those_of_plain_decoding(module, settings, expected):
     """Drafts right and wrong in turn, whoever else is in the batch, also when preempted."""
@@ -163,7 +171,8 @@ def test_tokens_agree_with_a_model_without_any_cache(module):
 
 
 @pytest.mark.slow
-def test_windows_and_soft_caps_see_drafts_as_they_see_tokens():
+@pytest.mark.parametrize("backend", ["auto", "pallas"])
+def test_windows_and_soft_caps_see_drafts_as_they_see_tokens(backend):
     module = tiny_module(
         model_type="gemma2", sliding_window=16, query_pre_attn_scalar=8,
         attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
@@ -172,7 +181,8 @@ def test_windows_and_soft_caps_see_drafts_as_they_see_tokens():
     params = [SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, logprobs=1)]
     expected = Bench(module, max_num_seqs=1).generate(PROMPTS[:1], params)
     answers = [[*PROMPTS[0], *expected[0].outputs[0].token_ids]]
-    drafted = told(eager(module, max_num_seqs=1), Prompter(answers, wrong_every=7))
+    bench = eager(module, max_num_seqs=1, attention_backend=backend)
+    drafted = told(bench, Prompter(answers, wrong_every=7))
     assert_same(drafted.generate(PROMPTS[:1], params), expected)
     assert drafted.metrics.num_accepted_tokens > 15
 

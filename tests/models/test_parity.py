@@ -106,7 +106,7 @@ def test_prefill_and_decode_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [slow("llama_llama3_rope"), slow("qwen3_plain"), "gemma2_plain"])
-@pytest.mark.parametrize("backend", ["xla", slow("reference")])
+@pytest.mark.parametrize("backend", ["xla", slow("reference"), "pallas-xla"])
 def test_prefill_and_decode_agree_with_pages(name: str, backend: str) -> None:
     check_engine(GOLDEN / name, kv_layout="pages", attention_backend=backend)
 

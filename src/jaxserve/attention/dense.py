@@ -4,8 +4,8 @@ Two layouts of the cache, both head-major so that a head's keys are contiguous:
 
 * slots, `[rows, kv_heads, capacity, head_dim]`: one dense row per running sequence. On a CPU a
   gather of pages in every step costs more than the attention itself.
-* pages, `[pages, kv_heads, page_size, head_dim]`: gathered through a page table; page 0 is a
-  dummy that padding writes to.
+* pages, `[pages, kv_heads, page_size, head_dim]`: gathered through a page table, or read by planned
+  kernels; page 0 is a dummy that padding writes to.
 """
 
 import functools
@@ -18,8 +18,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve import cpu_kernels
 from jaxserve.attention import reference, xla
-from jaxserve.attention.metadata import AttentionPlan, CausalPlan, PaddedPlan, ScoreRule
+from jaxserve.attention.metadata import (
+    KERNEL_BACKENDS,
+    AttentionPlan,
+    CausalPlan,
+    PaddedPlan,
+    ScoreRule,
+)
 from jaxserve.cache.buffers import KvLayer
+from jaxserve.pallas_kernels.attention.api import attention
+from jaxserve.pallas_kernels.paged import PagedKV
 
 _MOST_STATIC_BLOCKS = 8
 """Blocks of queries that are unrolled; longer chunks get longer blocks."""
@@ -69,6 +77,8 @@ def attend(
         return xla.padded(q, k, v, seen, rule=rule), cache
     if cache is None:
         raise ValueError("an AttentionPlan needs a cache, got None; use a CausalPlan without one.")
+    if plan.kernel_plans:
+        return _attend_kernels(q, k, v, cache, plan, rule=rule)
     if plan.page_table is None:
         return _attend_slots(q, k, v, cache, plan, rule=rule)
     return _attend_pages(q, k, v, cache, plan, plan.page_table, rule=rule)
@@ -342,6 +352,32 @@ def _by_token(x: Array, group: int) -> Array:
 
 def _pad_tail(x: Array, extra: int) -> Array:
     return jnp.pad(x, ((0, extra), *((0, 0) for _ in x.shape[1:])))
+
+
+def _attend_kernels(
+    q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, *, rule: ScoreRule
+) -> tuple[Array, KvLayer]:
+    """Attend with planned paged kernels."""
+    paged = next((p for p in plan.kernel_plans if p.spec.window == rule.window), None)
+    if paged is None:
+        windows = [p.spec.window for p in plan.kernel_plans]
+        raise ValueError(f"a layer has the window {rule.window}, but plans are for {windows}.")
+    size = paged.spec.page_size
+    row = jnp.maximum(plan.token_row, 0)
+    page = paged.kv_indices[paged.kv_indptr[row] + plan.token_position // size]
+    page = jnp.where(plan.token_row >= 0, page, 0)
+    offset = plan.token_position % size
+    keys = cache[0].at[page, :, offset].set(k)
+    values = cache[1].at[page, :, offset].set(v)
+    out = attention(
+        q,
+        PagedKV(k=keys, v=values),
+        paged,
+        extra=plan.extra,
+        sm_scale=rule.scale,
+        backend=KERNEL_BACKENDS[plan.backend],
+    )
+    return out, (keys, values)
 
 
 def _attend_pages(

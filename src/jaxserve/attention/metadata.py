@@ -6,14 +6,28 @@ program serves every mix of lengths.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Backend = Literal["xla", "llvm", "reference"]
-"""`xla` runs everywhere; `llvm` decodes with kernels compiled for this CPU; `reference` is slow."""
+from jaxserve.pallas_kernels.plan import Plan
+
+Backend = Literal["xla", "llvm", "reference", "mosaic", "triton", "pallas-xla", "pallas-reference"]
+"""`xla` runs everywhere; `llvm` decodes with kernels compiled for this CPU; `reference` is slow.
+
+The others run planned paged kernels; see `KERNEL_BACKENDS`.
+"""
+
+KERNEL_BACKENDS: Mapping[Backend, str] = {
+    "mosaic": "mosaic",
+    "triton": "triton",
+    "pallas-xla": "xla",
+    "pallas-reference": "reference",
+}
+"""What the backends that run planned paged kernels are called in `pallas_kernels.attention`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +99,12 @@ class AttentionPlan:
         block_len: Tokens of each block.
         block_context: Tokens of its sequence that the cache held before this step.
         num_context_blocks: Blocks up to the last one with a context; 0 if there is none.
-        page_table: Pages of each sequence row, 0 where there is none; None with dense slots.
+        page_table: Pages of each sequence row, 0 where there is none; None with dense slots, and
+            of width 0 where kernels have plans, which hold the pages.
+        kernel_plans: For backends that run planned kernels: one plan per kind of window that the
+            model's layers have. Request i of a plan is sequence row i. Their specs say how
+            attention differs from the plain one, soft caps included.
+        extra: Arrays that the variant of the plans reads.
         rows: Number of decode rows.
         kv_tile: Keys per tile; a multiple of the page size that divides the length of a row.
         q_block: Tokens per prefill block.
@@ -105,6 +124,8 @@ class AttentionPlan:
     block_context: Int[Array, " blocks"]
     num_context_blocks: Int[Array, ""]
     page_table: Int[Array, "rows pages_per_row"] | None
+    kernel_plans: tuple[Plan, ...] = ()
+    extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     rows: int = dataclasses.field(metadata={"static": True})
     kv_tile: int = dataclasses.field(metadata={"static": True})
     q_block: int = dataclasses.field(metadata={"static": True})

@@ -1,4 +1,4 @@
-"""`jaxserve serve | pull | convert | models | version`."""
+"""`jaxserve serve | pull | convert | models | doctor | version`."""
 
 import argparse
 import importlib.metadata
@@ -22,6 +22,7 @@ commands:
   pull NAME               download a model
   convert SOURCE TARGET   write a model as safetensors or Orbax (convert --help lists the flags)
   models                  list the models on this machine
+  doctor                  say which kernels this machine runs, and why
   version                 print versions
 """
 
@@ -153,6 +154,22 @@ def models(argv: Sequence[str]) -> int:
     return 0
 
 
+def doctor(argv: Sequence[str]) -> int:
+    """Say which backend serves which operation on this machine, and why.
+
+    Returns:
+        The exit code.
+    """
+    parser = _Parser(prog="jaxserve doctor", description="Which kernels this machine runs.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(list(argv))
+    from jaxserve.cli.doctor import examine  # noqa: PLC0415  loads JAX
+
+    found = examine()
+    _out(found.as_json() if given.json else found.as_text())
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print versions of jaxserve and of what it stands on, without loading them.
 
@@ -175,6 +192,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pull": pull,
     "convert": convert,
     "models": models,
+    "doctor": doctor,
     "version": version,
 }
 

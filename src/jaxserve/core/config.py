@@ -18,7 +18,17 @@ QuantizationScheme = Literal["int8", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 WarmupMode = Literal["none", "lazy", "background", "full"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
-AttentionBackend = Literal["auto", "xla", "llvm", "reference"]
+AttentionBackend = Literal[
+    "auto",
+    "xla",
+    "llvm",
+    "reference",
+    "pallas",
+    "mosaic",
+    "triton",
+    "pallas-xla",
+    "pallas-reference",
+]
 KvLayout = Literal["auto", "slots", "pages"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 ContentFormat = Literal["auto", "string", "openai"]
@@ -234,7 +244,9 @@ class RunnerOptions:
     attention_backend: AttentionBackend = option(
         "auto",
         "Implementation of attention and, with llvm, of decoding's matrix products: kernels that "
-        "LLVM compiles for this CPU, the choice of auto where there are some.",
+        "LLVM compiles for this CPU, the choice of auto where there are some. pallas: planned "
+        "paged kernels, the best that this device has; mosaic, triton, pallas-xla, "
+        "pallas-reference: one of them.",
     )
     warmup: WarmupMode = option(
         "background",

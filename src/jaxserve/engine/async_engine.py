@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxserve.attention.custom import CustomAttention
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import RequestError
 from jaxserve.core.event import CompletionOutput, RequestOutput, TokenEvent, failure_of
@@ -67,6 +68,7 @@ class AsyncLLM(AsyncControls):
         config: Settings; or give them one by one.
         mesh: Devices.
         scheduler: Used instead of the configured policy.
+        attention: How attention differs from the model's own; needs `attention_backend="pallas"`.
         progress: Whether to show progress bars on stderr.
         on_warm_up: Told about the progress of compilation.
         **settings: Single settings, named as in `EngineConfig`.
@@ -84,6 +86,7 @@ class AsyncLLM(AsyncControls):
         config: EngineConfig | None = None,
         mesh: jax.sharding.Mesh | None = None,
         scheduler: Scheduler | None = None,
+        attention: CustomAttention | None = None,
         progress: bool = False,
         on_warm_up: Progress | None = None,
         **settings: Any,  # noqa: ANN401  checked by EngineConfig
@@ -95,6 +98,7 @@ class AsyncLLM(AsyncControls):
             config=config,
             mesh=mesh,
             scheduler=scheduler,
+            attention=attention,
             progress=progress,
             on_warm_up=on_warm_up,
             **settings,

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxserve.core.request import SamplingParams
+from jaxserve.engine.kernel_plans import Request, StepPlanner
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
 from jaxserve.engine.shapes import FLAGS, FLOAT_FIELDS, PackedStep, ShapeTable, StepShape
@@ -48,8 +49,13 @@ class Item:
 class ShapeChooser(Protocol):
     """Picks a compiled shape."""
 
-    def __call__(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
-        """Return a shape with at least so many rows, prefill tokens and draft tokens."""
+    def __call__(
+        self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False
+    ) -> StepShape:
+        """Return a shape with at least so many rows, prefill tokens and draft tokens.
+
+        One that `shares` reads shared prefixes once; it is a wish.
+        """
         ...
 
 
@@ -122,7 +128,13 @@ def build(
     num_prefill = sum(item.num_tokens for item in prefills)
     num_drafts = sum(len(item.drafts) for item in items)
     rows = 1 + max(item.row for item in items)
-    shape = (choose or shapes.shape)(rows=rows, prefill=num_prefill, drafts=num_drafts)
+    planner = _planner(items, rows, shapes)
+    shape = (choose or shapes.shape)(
+        rows=rows,
+        prefill=num_prefill,
+        drafts=num_drafts,
+        shares=planner is not None and bool(planner.shared),
+    )
     packed = PackedStep(shape)
     fields = packed.fields
     table.fill(packed)
@@ -154,7 +166,42 @@ def build(
         block = _fill_blocks(packed, item, offset, block)
         offset += item.num_tokens
     fields["num_blocks"][...] = block
+    if planner is not None:
+        planner.fill(shape.plans, fields, _first_tokens(items, rows, packed))
     return packed
+
+
+def _planner(items: Sequence[Item], rows: int, shapes: ShapeTable) -> StepPlanner | None:
+    """Begin the plan of a step; None where nothing needs one.
+
+    Request i is sequence row i. Drafts, which do not stand behind the decode that they follow, are
+    requests of their own, behind all rows.
+    """
+    if shapes.kernels is None:
+        return None
+    requests: list[Request] = []
+    num = rows
+    for item in items:
+        pages, start = item.sequence.pages, item.start
+        is_decode = item.sequence.has_device_token
+        requests.append(Request(item.row, start, 1 if is_decode else item.num_tokens, pages))
+        if item.drafts:
+            num = 2 * rows
+            requests.append(Request(rows + item.row, start + 1, len(item.drafts), pages))
+    return StepPlanner(shapes.kernels, num, requests)
+
+
+def _first_tokens(items: Sequence[Item], rows: int, packed: PackedStep) -> np.ndarray:
+    """Say at which packed token each request of the plan begins."""
+    has_drafts = any(item.drafts for item in items)
+    first = np.zeros(rows * (2 if has_drafts else 1), np.int64)
+    behind = packed.shape.rows
+    for item in items:
+        is_decode = item.sequence.has_device_token
+        first[item.row] = item.row if is_decode else behind + item.prefill_start
+        if item.drafts:
+            first[rows + item.row] = behind + item.draft_start
+    return first
 
 
 def _fill_sampling(packed: PackedStep, item: Item) -> None:

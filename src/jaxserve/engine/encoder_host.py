@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.attention.custom import CustomAttention
 from jaxserve.attention.metadata import Backend
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
@@ -48,6 +49,7 @@ EncoderSource = str | Path | Bert | tuple[BertConfig, object]
 
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16384
 _CPU_BATCH_TEXTS, _GPU_BATCH_TEXTS = 64, 512
+_BACKENDS: dict[str, Backend] = {"auto": "xla", "xla": "xla", "reference": "reference"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +219,7 @@ def open_host(
     config: EngineConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
     scheduler: Scheduler | None = None,
+    attention: CustomAttention | None = None,
     progress: bool = False,
     on_warm_up: Progress | None = None,
     **settings: Any,  # noqa: ANN401  checked by EngineConfig
@@ -229,6 +232,7 @@ def open_host(
         config: Settings; or give them one by one.
         mesh: Devices.
         scheduler: Used instead of the configured policy; encoders have none.
+        attention: How attention differs from the model's own; for decoders.
         progress: Whether to show progress bars on stderr.
         on_warm_up: Told about the progress of compilation.
         **settings: Single settings, named as in `EngineConfig`.
@@ -248,9 +252,13 @@ def open_host(
     }  # fmt: skip
     encoder = _as_encoder(source, chosen, progress=progress)
     if encoder is None:
-        return EngineHost(cast(ModelSource, source), scheduler=scheduler, **shared)
+        return EngineHost(
+            cast(ModelSource, source), scheduler=scheduler, attention=attention, **shared
+        )
     if scheduler is not None:
         raise ConfigError("an encoder has no scheduler; leave scheduler out.")
+    if attention is not None:
+        raise ConfigError("encoders run no paged kernels; leave attention out.")
     if chosen.lora.enable_lora:
         raise ConfigError("encoders serve no adapters; leave enable_lora out.")
     return EncoderHost(encoder, **shared)
@@ -365,7 +373,12 @@ def _plan(model: LoadedEncoder, config: EngineConfig) -> tuple[EncoderSpec, Engi
     )
     max_rows = options.max_num_seqs or (_CPU_BATCH_TEXTS if on_cpu else _GPU_BATCH_TEXTS)
     chosen = config.runner.attention_backend
-    backend: Backend = "xla" if chosen == "auto" else chosen
+    if chosen not in _BACKENDS:
+        raise ConfigError(
+            f"attention_backend={chosen!r} serves decoders only, and this model is an encoder; use "
+            f"one of {', '.join(map(repr, _BACKENDS))}."
+        )
+    backend = _BACKENDS[chosen]
     dtype = str(jax.tree.leaves(model.state)[0].dtype)
     spec = EncoderSpec(
         config=model.config,

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from tqdm.auto import tqdm
 
+from jaxserve.attention.custom import CustomAttention
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError
@@ -58,6 +59,7 @@ class EngineHost:
         config: Settings; or give them one by one.
         mesh: Devices.
         scheduler: Used instead of the configured policy.
+        attention: How attention differs from the model's own; needs `attention_backend="pallas"`.
         progress: Whether to show progress bars on stderr.
         on_warm_up: Told about the progress of compilation.
         **settings: Single settings, named as in `EngineConfig`.
@@ -69,6 +71,7 @@ class EngineHost:
         config: Settings with every "auto" resolved.
         default_sampling: Sampling defaults of the model.
         adapters: Low-rank adapters that have been read.
+        has_custom_attention: Whether attention is not the model's own.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class EngineHost:
         config: EngineConfig | None = None,
         mesh: jax.sharding.Mesh | None = None,
         scheduler: Scheduler | None = None,
+        attention: CustomAttention | None = None,
         progress: bool = False,
         on_warm_up: Progress | None = None,
         **settings: Any,  # noqa: ANN401  checked by EngineConfig
@@ -96,8 +100,10 @@ class EngineHost:
             tokenizer=tokenizer,
             mesh=mesh,
             scheduler=scheduler,
+            attention=attention,
             progress=progress,
         )
+        self.has_custom_attention = attention is not None
         # Not kept whole: it holds the first weights, which an update lets go.
         self.engine = made.engine
         self.name = made.model.name

@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
+from jaxserve.attention.custom import CustomAttention
 from jaxserve.core.config import ContentFormat, EngineConfig
-from jaxserve.core.errors import RequestError
+from jaxserve.core.errors import RequestError, UnsupportedError
 from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent, failure_of
 from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
@@ -56,6 +57,7 @@ class LLM(Controls):
         config: Settings; or give them one by one.
         mesh: Devices; live parameters bring their own.
         scheduler: Used instead of the configured policy.
+        attention: How attention differs from the model's own; needs `attention_backend="pallas"`.
         use_tqdm: Whether loading and warm-up show progress bars.
         **settings: Single settings, named as in `EngineConfig`: `dtype`, `max_model_len`,
             `max_num_seqs`, `max_num_batched_tokens`, `gpu_memory_utilization`, `warmup`, ...
@@ -73,6 +75,7 @@ class LLM(Controls):
         config: EngineConfig | None = None,
         mesh: jax.sharding.Mesh | None = None,
         scheduler: Scheduler | None = None,
+        attention: CustomAttention | None = None,
         use_tqdm: bool = False,
         **settings: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
@@ -85,6 +88,7 @@ class LLM(Controls):
             config=config,
             mesh=mesh,
             scheduler=scheduler,
+            attention=attention,
             progress=use_tqdm,
             **settings,
         )
@@ -417,7 +421,11 @@ class LLM(Controls):
         Returns:
             Log-probability of each token given those before it; 0 for the first. Agrees with
             what sampling reports.
+
+        Raises:
+            UnsupportedError: If attention is not the model's own.
         """
+        self._check_plain("logprobs")
         return token_logprobs(self._host.graph_for(params), params, tokens, mask)
 
     def forward(
@@ -442,7 +450,9 @@ class LLM(Controls):
 
         Raises:
             RequestError: If a name is unknown.
+            UnsupportedError: If attention is not the model's own.
         """
+        self._check_plain("forward")
         weights = self.params if params is None else params
         return forward(
             self._host.graph_for(weights),
@@ -451,6 +461,13 @@ class LLM(Controls):
             return_hidden=return_hidden,
             hooks=hooks or {},
         )
+
+    def _check_plain(self, name: str) -> None:
+        if self._host.has_custom_attention:
+            raise UnsupportedError(
+                f"{name}() knows the model's own attention only, and this engine has another; ask "
+                "generate() for logprobs or prompt_logprobs, or leave attention out."
+            )
 
     # Odds and ends -----------------------------------------------------------------------------
 

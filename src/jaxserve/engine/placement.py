@@ -1,5 +1,6 @@
 """Where sequences lie on the device: rows, pages, adapter slots, and the prefixes they share."""
 
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
@@ -139,7 +140,7 @@ class Placement:
         self.rows[row] = sequence
         sequence.row = row
         sequence.phase = Phase.RUNNING
-        sequence.pages = [*pages, *fresh]
+        sequence.pages = array("i", [*pages, *fresh])
         sequence.num_named = len(pages)
         sequence.is_stale = False
         sequence.num_computed = len(pages) * self.pool.page_size
@@ -152,7 +153,7 @@ class Placement:
     def leave(self, sequence: SequenceState) -> None:
         """Take row, pages and slot from a sequence; the pages that are named stay findable."""
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages = array("i")
         sequence.num_named = 0
         sequence.has_device_token = False
         if sequence.lora_slot:

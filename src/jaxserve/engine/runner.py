@@ -18,6 +18,7 @@ from jaxserve.cache.buffers import KvBuffers
 from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.compiling import Programs
+from jaxserve.engine.kernel_plans import fields_of
 from jaxserve.engine.pooled import Pooled, pool_chunks
 from jaxserve.engine.sampler import (
     Drafts,
@@ -45,6 +46,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.lora import Factors, LoraBuffers, LoraShape, StepLora
 from jaxserve.models.registry import flatten_params
+from jaxserve.pallas_kernels.plan import Plan
 from jaxserve.sharding.rules import TENSOR_AXIS, LogicalAxisRules
 
 MAX_MOVES = 64
@@ -238,15 +240,18 @@ class Runner:
             todo += [self._adapter_program]
         return todo
 
-    def choose_shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
+    def choose_shape(
+        self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False
+    ) -> StepShape:
         """Return the smallest shape that holds a step, or a larger one that is compiled already.
 
         Args:
             rows: Decode rows.
             prefill: Prefill tokens.
             drafts: Draft tokens.
+            shares: Whether prefixes are shared; what is ready is taken before what could share.
         """
-        exact = self.spec.shapes.shape(rows=rows, prefill=prefill, drafts=drafts)
+        exact = self.spec.shapes.shape(rows=rows, prefill=prefill, drafts=drafts, shares=shares)
         if not self.programs.takes_larger or ("step", exact) in self.programs:
             return exact
         ready = [
@@ -259,7 +264,7 @@ class Runner:
             and bool(shape.prefill) == bool(prefill)
             and bool(shape.drafts) == bool(drafts)
         ]
-        return min(ready, key=lambda shape: shape.num_tokens, default=exact)
+        return min(ready, key=lambda s: (s.num_tokens, s.shares != shares), default=exact)
 
     def _step_program(self, shape: StepShape) -> Callable[..., Any]:
         self._draw_program(shape.draw)  # first: whoever finds the step's program finds this one too
@@ -594,6 +599,7 @@ def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array
         shape: The step's shape.
         part: Its packed buffer, taken apart.
     """
+    kernels = spec.shapes.kernels
     return AttentionPlan(
         token_row=part["token_row"],
         token_position=part["token_position"],
@@ -605,6 +611,11 @@ def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array
         block_context=part["block_context"],
         num_context_blocks=part["num_context_blocks"],
         page_table=part["page_table"] if spec.use_pages else None,
+        kernel_plans=tuple(
+            Plan(buffer=part[name], spec=one)
+            for name, one in zip(fields_of(shape.plans), shape.plans, strict=True)
+        ),
+        extra={} if kernels is None else {n: jnp.asarray(x) for n, x in kernels.extra.items()},
         rows=shape.rows,
         kv_tile=spec.shapes.kv_tile,
         q_block=shape.q_block,

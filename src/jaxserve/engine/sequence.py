@@ -1,6 +1,7 @@
 """`SequenceState`: the one mutable record of the engine. Only the engine touches it."""
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,7 +79,7 @@ class SequenceState:
     num_computed: int = 0
     num_in_flight: int = 0
     row: int = -1
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))
     hashes: list[PageHash] = field(default_factory=list)
     num_named: int = 0
     is_stale: bool = False

@@ -14,7 +14,8 @@ import psutil
 from flax import nnx
 
 from jaxserve import cpu_kernels
-from jaxserve.attention.metadata import Backend
+from jaxserve.attention.custom import CustomAttention
+from jaxserve.attention.metadata import KERNEL_BACKENDS, Backend
 from jaxserve.cache.buffers import slot_capacity
 from jaxserve.core.config import AttentionBackend, EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError
@@ -23,6 +24,7 @@ from jaxserve.core.units import format_bytes
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.draft_runner import DraftedRunner, DraftModel
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.kernel_plans import KernelPlans
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
@@ -56,6 +58,9 @@ from jaxserve.models.registry import (
     fill,
     flatten_params,
 )
+from jaxserve.pallas_kernels import triton_launch
+from jaxserve.pallas_kernels.attention.backends import present_device
+from jaxserve.pallas_kernels.variant import compose, soft_cap
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import LogicalAxisRules
@@ -72,6 +77,7 @@ _SLOT_SHARE = 0.75
 _CPU_CACHE_SHARE = 0.25
 _CPU_CACHE_BYTES = 4 << 30
 _SHORTEST_AUTO_LEN = 256
+_PAGED_BACKENDS = ("pallas", *KERNEL_BACKENDS)
 _CPU_DRAFT_COST, _GPU_DRAFT_COST = 0.1, 0.005
 """Time of one draft token, as a share of that of a step without drafts. Measured with SmolLM2-135M
 on two cores: 0.02 to 0.11 in either precision; a guess on GPUs."""
@@ -319,7 +325,7 @@ def _plan_cache(
     shape, cache = model.config, config.cache
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     kv_tile = _kv_tile(config, on_cpu=on_cpu)
-    use_pages = cache.kv_layout == "pages" or (cache.kv_layout == "auto" and not on_cpu)
+    use_pages = _uses_pages(config, on_cpu=on_cpu)
     per_token = _token_bytes(shape, dtype)
     if draft is not None:
         per_token += _token_bytes(draft.config, dtype)
@@ -358,6 +364,18 @@ def _plan_cache(
     return _CachePlan(
         max_model_len=longest, num_pages=num_pages, use_pages=use_pages, keep_store=keep_store
     )
+
+
+def _uses_pages(config: EngineConfig, *, on_cpu: bool) -> bool:
+    layout, backend = config.cache.kv_layout, config.runner.attention_backend
+    if backend not in _PAGED_BACKENDS:
+        return layout == "pages" or (layout == "auto" and not on_cpu)
+    if layout == "slots":
+        raise ConfigError(
+            f"attention_backend={backend!r} reads pages, but kv_layout is 'slots'; "
+            "use kv_layout='pages' or 'auto'."
+        )
+    return True
 
 
 def _fit_length(model: LoadedModel, max_model_len: int) -> LoadedModel:
@@ -411,12 +429,101 @@ class Assembled:
     default_sampling: dict[str, Any]
 
 
+def _kernel_plans(
+    config: EngineConfig,
+    model: LoadedModel,
+    dtype: str,
+    plan: _CachePlan,
+    attention: CustomAttention | None,
+) -> KernelPlans:
+    """Say what the paged kernels plan with; which of them is not yet chosen."""
+    shape, parts = model.config, []
+    if shape.attention_soft_cap is not None:
+        parts.append(soft_cap(shape.attention_soft_cap))
+    if attention is not None:
+        # A plan has room for few more items than tiles, and a block mask may cut tiles at will.
+        parts.append(dataclasses.replace(attention.variant, block_mask=None))
+    return KernelPlans(
+        backend="",
+        q_heads=shape.num_heads,
+        kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        page_size=config.cache.block_size,
+        dtype=dtype,
+        windows=tuple(dict.fromkeys(kind.window for kind in shape.kinds)),
+        max_model_len=plan.max_model_len,
+        batch_invariant=config.runner.batch_invariant,
+        shares=config.cache.enable_prefix_caching,
+        variant=compose(*parts),
+        extra={} if attention is None else attention.arrays(shape.num_heads),
+    )
+
+
+def _choose_kernels(
+    config: EngineConfig,
+    model: LoadedModel,
+    plans: KernelPlans,
+    *,
+    use_pages: bool,
+    has_draft: bool,
+) -> tuple[Backend, KernelPlans] | None:
+    """Choose paged kernels, if they were asked for or are the best that there is.
+
+    Raises:
+        ConfigError: If those that were asked for cannot serve this model here.
+    """
+    wanted, devices = config.runner.attention_backend, model.mesh.devices
+    is_automatic = wanted == "auto"
+    if not is_automatic and wanted not in _PAGED_BACKENDS:
+        return None
+    reasons: dict[str, str] = {}
+    if devices.size != 1:
+        reasons["every kernel"] = f"it works on one device, found {devices.size}"
+    elif devices.flat[0].platform != jax.devices()[0].platform:
+        reasons["every kernel"] = (
+            f"it works on the default device, of platform {jax.devices()[0].platform}, found one "
+            f"of platform {devices.flat[0].platform}"
+        )
+    elif has_draft:
+        reasons["every kernel"] = "a model that drafts advances on the device, where nothing plans"
+    else:
+        names: dict[AttentionBackend, tuple[Backend, ...]] = {
+            # What is no faster than the way without plans is nobody's own choice.
+            "auto": ("mosaic",) if use_pages else (),
+            "pallas": ("mosaic", "triton", "pallas-xla"),
+        }
+        for name in names.get(wanted, (cast(Backend, wanted),)):
+            named = dataclasses.replace(plans, backend=KERNEL_BACKENDS[name])
+            reason = named.refusal(*present_device())
+            if name == "triton" != wanted and triton_launch.is_interpreting():
+                reason = "TRITON_INTERPRET is set, and the interpreter is for tests"
+            if reason is None:
+                return name, named
+            reasons[name] = reason
+    if is_automatic:
+        return None
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    near = "'auto'" if "every kernel" in reasons else "'pallas', the best that there is here"
+    raise ConfigError(f"attention_backend={wanted!r} cannot serve this. {told}; use {near}.")
+
+
+def _check_custom(config: EngineConfig) -> None:
+    """Check that attention of the caller's own meets what can serve it."""
+    wanted = config.runner.attention_backend
+    if wanted not in _PAGED_BACKENDS:
+        known = ", ".join(map(repr, _PAGED_BACKENDS))
+        raise ConfigError(
+            f"attention of your own needs an attention_backend among {known}, got {wanted!r}; use "
+            "attention_backend='pallas'."
+        )
+
+
 def _choose_backend(wanted: AttentionBackend, mesh: jax.sharding.Mesh) -> Backend:
     is_one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
     if wanted == "auto":
         return "llvm" if is_one_cpu and cpu_kernels.is_available() else "xla"
     if wanted != "llvm":
-        return wanted
+        return cast(Backend, wanted)
     if not is_one_cpu:
         raise ConfigError(
             f"attention_backend='llvm' works on one CPU device, found {mesh.devices.size} of "
@@ -438,6 +545,7 @@ def assemble(
     tokenizer: Tokenizer | None = None,
     mesh: jax.sharding.Mesh | None = None,
     scheduler: Scheduler | None = None,
+    attention: CustomAttention | None = None,
     progress: bool = False,
 ) -> Assembled:
     """Load a model and build its engine.
@@ -449,8 +557,15 @@ def assemble(
         tokenizer: Used instead of the model's own.
         mesh: Devices.
         scheduler: Used instead of the configured policy.
+        attention: How attention differs from the model's own.
         progress: Whether to show progress bars.
+
+    Raises:
+        ConfigError: If settings, name, files or parameters are wrong.
+        CapacityError: If the cache does not fit into memory.
     """
+    if attention is not None:
+        _check_custom(config)
     if config.runner.batch_invariant and config.cache.enable_prefix_caching:
         # Which part of a prompt is computed and which is found would depend on earlier requests.
         logger.info("batch_invariant: prefixes are not cached")
@@ -474,7 +589,18 @@ def assemble(
     plan = _plan_cache(config, model, dtype, max_num_seqs, draft)
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
-    backend = _choose_backend(runner_options.attention_backend, model.mesh)
+    kernels: KernelPlans | None = None
+    chosen = _choose_kernels(
+        config,
+        model,
+        _kernel_plans(config, model, dtype, plan, attention),
+        use_pages=plan.use_pages,
+        has_draft=draft is not None,
+    )
+    if chosen is None:
+        backend = _choose_backend(runner_options.attention_backend, model.mesh)
+    else:
+        backend, kernels = chosen
     resolved = dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -505,6 +631,7 @@ def assemble(
         min_rows=4 if on_cpu and dtype == "bfloat16" else 1,
         num_draft=num_draft,
         has_lora=config.lora.enable_lora,
+        kernels=kernels,
     )
     max_logprobs = runner_options.max_logprobs
     vocab = model.config.vocab_size

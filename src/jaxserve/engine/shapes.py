@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxserve.engine.kernel_plans import KernelPlans, fields_of
 from jaxserve.engine.sampler import MAX_BANNED
+from jaxserve.pallas_kernels.plan import PlanSpec
 
 _SMALLEST_PREFILL = 32
 
@@ -83,6 +85,7 @@ class StepShape:
         drafts: Draft tokens behind the decode rows, padding included. They attend as prefill
             tokens do, but each has a token drawn behind it.
         has_lora: Whether rows say which adapter they use.
+        plans: Specs of the plans of paged kernels; with any, there is no page table besides.
     """
 
     rows: int
@@ -91,6 +94,7 @@ class StepShape:
     pages_per_row: int
     drafts: int = 0
     has_lora: bool = False
+    plans: tuple[PlanSpec, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +113,11 @@ class StepShape:
         return 0 if not size else -(-size // self.q_block) + self.rows
 
     @property
+    def shares(self) -> bool:
+        """Whether prefixes that several rows hold are read once for all of them."""
+        return any(spec.cascade_levels for spec in self.plans)
+
+    @property
     def draw(self) -> DrawShape:
         """What the step draws."""
         return DrawShape(rows=self.rows, drafts=self.drafts)
@@ -116,8 +125,9 @@ class StepShape:
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name every part of the packed buffer with its shape, in order; the sampler's first."""
         rows, blocks = self.rows, self.num_blocks
-        fields = {
+        fields: dict[str, tuple[int, ...]] = {
             **self.draw.fields(),
+            **fields_of(self.plans),
             "prefill_token": (self.prefill,),
             "token_row": (self.num_tokens,),
             "token_position": (self.num_tokens,),
@@ -214,6 +224,7 @@ class ShapeTable:
         num_draft: Most draft tokens per sequence; 0 without speculation.
         max_draft: Most draft tokens per step.
         has_lora: Whether rows say which adapter they use.
+        kernels: What the paged kernels plan with; None where there are none.
     """
 
     row_buckets: tuple[int, ...]
@@ -226,6 +237,7 @@ class ShapeTable:
     num_draft: int = 0
     max_draft: int = 0
     has_lora: bool = False
+    kernels: KernelPlans | None = None
 
     @classmethod
     def build(
@@ -242,6 +254,7 @@ class ShapeTable:
         min_rows: int = 1,
         num_draft: int = 0,
         has_lora: bool = False,
+        kernels: KernelPlans | None = None,
     ) -> "ShapeTable":
         """Choose buckets: powers of two, ending at the limits themselves.
 
@@ -258,6 +271,7 @@ class ShapeTable:
                 of fewer than four rows.
             num_draft: Most draft tokens per sequence; 0 without speculation.
             has_lora: Whether rows say which adapter they use.
+            kernels: What the paged kernels plan with; None where there are none.
         """
         rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
         prefill = _powers(min(_SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
@@ -274,13 +288,14 @@ class ShapeTable:
             q_block=min(q_block, prefill[-1]),
             kv_tile=kv_tile,
             pages_per_row=-(-(max_model_len + q_block) // kv_tile) * (kv_tile // page_size)
-            if use_pages
+            if use_pages and kernels is None
             else 0,
             # Drafts are rows of products too, so that one sequence with some is never a single row.
             draft_row_buckets=_powers(1, max_num_seqs) if num_draft else (),
             num_draft=num_draft,
             max_draft=min(num_draft * max_num_seqs, max_num_batched_tokens),
             has_lora=has_lora,
+            kernels=kernels,
         )
 
     def draft_buckets(self, rows: int) -> tuple[int, ...]:
@@ -296,13 +311,16 @@ class ShapeTable:
         parts = {max(1, rows // part) * self.num_draft for part in (4, 2)}
         return tuple(sorted({whole, *(part for part in parts if part < whole)}))
 
-    def shape(self, *, rows: int, prefill: int, drafts: int = 0) -> StepShape:
+    def shape(self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False) -> StepShape:
         """Return the smallest shape that holds so many rows and tokens; no shape has both kinds.
 
         Args:
             rows: Decode rows.
             prefill: Prefill tokens.
             drafts: Draft tokens.
+            shares: Whether a decode reads shared prefixes once for all who share them. Kernels
+                that can are slower where nothing is shared, so there are decodes of both kinds;
+                steps with prefill or drafts always can.
         """
         if drafts:
             if prefill:
@@ -313,22 +331,36 @@ class ShapeTable:
                 prefill=0,
                 q_block=self.num_draft,
                 pages_per_row=self.pages_per_row,
-                drafts=_ceil_to(drafts, self.draft_buckets(rows)),
+                drafts=(drafts := _ceil_to(drafts, self.draft_buckets(rows))),
                 has_lora=self.has_lora,
+                plans=self._plans(rows, rows + drafts, has_drafts=True, shares=True),
             )
         buckets = self.mixed_row_buckets if prefill else self.row_buckets
         tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
+        rows = _ceil_to(rows, buckets)
         return StepShape(
-            rows=_ceil_to(rows, buckets),
+            rows=rows,
             prefill=tokens,
             q_block=min(self.q_block, tokens) if tokens else self.q_block,
             pages_per_row=self.pages_per_row,
             has_lora=self.has_lora,
+            plans=self._plans(rows, rows + tokens, has_drafts=False, shares=shares or bool(tokens)),
         )
+
+    def _plans(
+        self, rows: int, tokens: int, *, has_drafts: bool, shares: bool
+    ) -> tuple[PlanSpec, ...]:
+        if self.kernels is None:
+            return ()
+        return self.kernels.specs(rows=rows, tokens=tokens, has_drafts=has_drafts, shares=shares)
 
     def all_shapes(self) -> list[StepShape]:
         """List every shape, those that the first request needs first."""
-        decodes = [self.shape(rows=r, prefill=0) for r in self.row_buckets]
+        decodes = dict.fromkeys(
+            self.shape(rows=r, prefill=0, shares=shares)
+            for r in self.row_buckets
+            for shares in (False, True)
+        )
         mixed = [
             self.shape(rows=r, prefill=p)
             for p in self.prefill_buckets

@@ -1,0 +1,1 @@
+"""Operators on the device, each with a plain reference, a card and interchangeable backends."""

@@ -1,0 +1,1 @@
+"""Paged attention: `api.attention`, its reference, its backends and its card."""

@@ -1,0 +1,188 @@
+"""Proof of Mosaic GPU kernels without a GPU: interpreted with race detection, and compiled.
+
+Neither is enough alone. The interpreter knows barriers and copies but no register layouts, so a
+kernel that passes may still not compile; the compiler knows nothing of races. This module is the
+only user of JAX's internals: whether races were found, and what the assembler reported, have no
+public name.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src.pallas.mosaic_gpu.interpret import (  # noqa: TID251
+    interpret_pallas_call as internals,
+)
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxserve.core.errors import UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Interpreted[T]:
+    """What came of an interpreted call.
+
+    Attributes:
+        value: The function's result.
+        races_found: Whether two accesses to one place, one of them a write, were unordered; of
+            the last kernel, if the function runs several. None if nobody looked.
+    """
+
+    value: T
+    races_found: bool | None
+
+
+def interpret[T](
+    function: Callable[..., T], *args: object, detect_races: bool = True
+) -> Interpreted[T]:
+    """Run a function whose Mosaic GPU kernels are interpreted on the CPU.
+
+    Interpreting is slow, seconds for a few hundred keys.
+
+    Args:
+        function: Anything that calls kernels; it is compiled anew.
+        *args: Its arguments.
+        detect_races: Whether to look for races.
+    """
+    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    if hasattr(params, "on_race"):  # from JAX 0.12 on; a race would raise, but the caller decides
+        params = dataclasses.replace(params, on_race="warn")
+    try:
+        with plgpu.force_gpu_interpret_mode(params):
+            value = jax.block_until_ready(_fresh(function)(*args))
+        races = internals.get_races().races_found if detect_races else None
+    finally:
+        # An interpreter that failed remembers its threads and barriers.
+        internals.reset_gpu_interpret_mode_state()
+    return Interpreted(value=value, races_found=races)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What the assembler and the launch say of one compiled kernel.
+
+    Attributes:
+        registers: Registers per thread.
+        stack: Bytes of stack per thread.
+        spill_stores: Bytes per thread written because registers ran out.
+        spill_loads: Bytes per thread read back.
+        shared_memory: Bytes of shared memory per CTA.
+        threads: Threads per CTA.
+    """
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared_memory: int
+    threads: int
+
+    @property
+    def ctas_per_multiprocessor(self) -> int:
+        """CTAs that fit a Hopper multiprocessor: 64 Ki registers, 228 KiB, 2048 threads."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min(
+            65_536 // registers, 233_472 // (self.shared_memory + 1024), 2048 // self.threads
+        )
+
+
+def gpu_target(description: str) -> jax.sharding.Sharding:
+    """Return where to place arguments of what is compiled for a GPU that need not be there.
+
+    Args:
+        description: XLA's text description of a GPU.
+
+    Raises:
+        UnsupportedError: If JAX's CUDA plugin is not installed.
+    """
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology="1x1x1", target_config=description
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"compiling for a GPU needs JAX's CUDA plugin ({error}); run in the environment that "
+            "`make test-aot` makes."
+        ) from error
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def compile_for(
+    target: jax.sharding.Sharding, function: Callable[..., object], *args: object
+) -> tuple[Resources, ...]:
+    """Compile a function for a GPU that need not be there.
+
+    Args:
+        target: From `gpu_target`.
+        function: What to compile; it is traced anew.
+        *args: Arguments, or trees of shapes and dtypes that stand for them.
+
+    Returns:
+        One record for each Mosaic GPU kernel of the function, in the order of compilation.
+    """
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), args
+    )
+    with _dump() as folder:
+        _fresh(function).lower(*shapes).compile()
+        return tuple(_read(report) for report in sorted(folder.glob("*.ptxas")))
+
+
+def _fresh(function: Callable[..., object]) -> Any:  # noqa: ANN401  a jitted function
+    """Jit a function so that no program from before is taken, traced under other settings."""
+
+    def anew(*args: object) -> object:
+        return function(*args)
+
+    return jax.jit(anew)
+
+
+@contextlib.contextmanager
+def _dump() -> Generator[Path]:
+    """Have the compiler write its reports to a folder of its own."""
+    names = ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTXAS")
+    before = {name: os.environ.get(name) for name in names}
+    cached = jax.config.jax_enable_compilation_cache
+    # A program from the cache would write no report.
+    jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(zip(names, (folder, "1"), strict=True))
+        try:
+            yield Path(folder)
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cached)
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _read(report: Path) -> Resources:
+    text = report.read_text()
+    module = report.with_suffix(".after_layout_inference.txt").read_text()
+
+    def number(pattern: str, where: str) -> int:
+        found = re.search(pattern, where)
+        if found is None:
+            raise RuntimeError(
+                f"no {pattern!r} in the compiler's report {report.name}; this version of JAX "
+                "writes another form, so teach jaxserve.pallas_kernels.testing to read it."
+            )
+        return int(found.group(1))
+
+    return Resources(
+        registers=number(r"Used (\d+) registers", text),
+        stack=number(r"(\d+) bytes stack frame", text),
+        spill_stores=number(r"(\d+) bytes spill stores", text),
+        spill_loads=number(r"(\d+) bytes spill loads", text),
+        shared_memory=number(r"dynamic_shared_memory_size %c(\d+)_i32", module),
+        threads=number(r"threads\([^)]*\) in \(%\w+ = %c(\d+)", module),
+    )

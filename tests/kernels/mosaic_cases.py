@@ -1,0 +1,202 @@
+"""Tiny steps for the Mosaic kernels, interpreted, next to the oracle's answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxserve.pallas_kernels.attention import mosaic_decode, mosaic_prefill
+from jaxserve.pallas_kernels.attention.mosaic import changed_queries
+from jaxserve.pallas_kernels.paged import PagedKV
+from jaxserve.pallas_kernels.plan import Plan, PlanSpec
+from jaxserve.pallas_kernels.planner import make_plan
+from jaxserve.pallas_kernels.testing import interpret
+from jaxserve.pallas_kernels.variant import PLAIN, AttentionVariant
+from tests.kernels.mosaic_oracle import Rules, attend
+from tests.kernels.plans import page_table
+
+FP8 = ml_dtypes.float8_e4m3fn
+TOLERANCE = {
+    # Inputs and weights are rounded to the dtype; a little more than half a unit of the output.
+    "float16": 2e-3,
+    "bfloat16": 1.5e-2,
+    # Weights and values have 11 bits, but so few keys do not average errors of 8-bit values.
+    "float8_e4m3fn": 4e-3,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: requests, heads, and how to attend.
+
+    Attributes:
+        q_len: Query tokens of each request.
+        kv_len: Keys of each request.
+        q_heads: Heads of queries.
+        kv_heads: Heads of keys.
+        dim: Dimension of heads.
+        page_size: Tokens per page.
+        dtype: Dtype of queries.
+        kv_dtype: Dtype of keys; None is that of queries.
+        scales: "none", "tensor", "head" or "page".
+        rules: For the oracle.
+        variant: For the kernel.
+        extra: For the kernel.
+        plan: Further settings of the plan.
+    """
+
+    q_len: Sequence[int]
+    kv_len: Sequence[int]
+    q_heads: int = 4
+    kv_heads: int = 1
+    dim: int = 64
+    page_size: int = 16
+    dtype: str = "float16"
+    kv_dtype: str | None = None
+    scales: str = "none"
+    rules: Rules = field(default_factory=Rules)
+    variant: AttentionVariant = PLAIN
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    plan: Mapping[str, object] = field(default_factory=dict)
+
+
+def spec_of(step: Step, tile_q: int) -> PlanSpec:
+    """Return the spec of a step."""
+    settings = {"num_ctas": 2, "tile_kv": 64, "max_tokens": max(1, sum(step.q_len)), **step.plan}
+    return PlanSpec(
+        q_heads=step.q_heads,
+        kv_heads=step.kv_heads,
+        head_dim=step.dim,
+        page_size=step.page_size,
+        q_dtype=step.dtype,
+        kv_dtype=step.kv_dtype or step.dtype,
+        max_requests=len(step.q_len),
+        max_pages=max(1, sum(-(-n // step.page_size) for n in step.kv_len)),
+        causal=step.rules.causal,
+        window=step.rules.window,
+        variant=step.variant,
+        tile_q=tile_q,
+        **settings,
+    )
+
+
+def pool_of(step: Step, table, num_pages: int, seed: int):
+    """Make a pool with NaN wherever no key is, and each request's keys and values.
+
+    Eight-bit numbers have a NaN of their own.
+    """
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(jnp.dtype(step.kv_dtype or step.dtype))
+    shape = (num_pages, step.kv_heads, step.page_size, step.dim)
+    pools, scales, dense = [], [], []
+    for _ in range(2):
+        pool = rng.standard_normal(shape).astype(dtype)
+        scale_shape = {
+            "none": None,
+            "tensor": (),
+            "head": (step.kv_heads,),
+            "page": (num_pages, step.kv_heads),
+        }[step.scales]
+        scale = None
+        true = pool.astype(np.float64)
+        if scale_shape is not None:
+            scale = rng.uniform(0.5, 2.0, scale_shape).astype(np.float32)
+            full = scale if scale.ndim == 2 else np.broadcast_to(scale, (1, step.kv_heads))
+            true = true * full[:, :, None, None]
+        used = np.zeros(shape[:1] + shape[2:3], bool)
+        parts = []
+        for request, length in enumerate(step.kv_len):
+            pages = table.indices[table.indptr[request] : table.indptr[request + 1]]
+            rows = np.moveaxis(true[pages], 1, 0).reshape(step.kv_heads, -1, step.dim)
+            parts.append(rows[:, :length])
+            slots = np.arange(pages.size * step.page_size).reshape(-1, step.page_size) < length
+            used[pages] |= slots
+        pool[~np.broadcast_to(used[:, None, :, None], shape)] = np.nan
+        pools.append(pool)
+        scales.append(scale)
+        dense.append(parts)
+    kv = PagedKV(k=pools[0], v=pools[1], k_scale=scales[0], v_scale=scales[1])
+    return kv, dense[0], dense[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a kernel made of a step.
+
+    Attributes:
+        o: Its outputs.
+        lse: Its logarithms of mass.
+        races_found: Whether accesses raced.
+        want_o: The oracle's outputs.
+        want_lse: The oracle's logarithms.
+        step: The step.
+    """
+
+    o: np.ndarray
+    lse: np.ndarray
+    races_found: bool | None
+    want_o: np.ndarray
+    want_lse: np.ndarray
+    step: Step
+
+    def check(self) -> None:
+        """Compare with the oracle."""
+        dtype = self.step.kv_dtype or self.step.dtype
+        limit = TOLERANCE[dtype] * max(1.0, np.abs(self.want_o).max(initial=0.0))
+        np.testing.assert_allclose(self.o, self.want_o, rtol=0, atol=limit)
+        if self.step.rules.softmax:
+            sees = ~np.isneginf(self.want_lse)
+            np.testing.assert_array_equal(~np.isneginf(self.lse), sees)
+            np.testing.assert_allclose(self.lse[sees], self.want_lse[sees], rtol=0, atol=2e-3)
+
+
+def run(step: Step, *, kernel: str, seed: int = 0, **config) -> Outcome:
+    """Run a step through a kernel, interpreted, and through the oracle.
+
+    Args:
+        step: What to do.
+        kernel: "decode", "prefill" with one computing warpgroup, or "prefill2" with two.
+        seed: Of the numbers.
+        **config: Of the kernel.
+    """
+    spec = spec_of(step, tile_q(step, kernel))
+    table, num_pages = page_table(step.kv_len, step.page_size, seed=seed)
+    kv, keys, values = pool_of(step, table, num_pages, seed)
+    rng = np.random.default_rng(seed + 1)
+    q = rng.standard_normal((spec.max_tokens, step.q_heads, step.dim))
+    q = q.astype(np.dtype(jnp.dtype(step.dtype)))
+    plan = make_plan(spec, np.asarray(step.q_len), table)
+
+    def attention(q, kv, buffer, extra):
+        planned = Plan(buffer=buffer, spec=spec)
+        arguments = {"variant": step.variant, "extra": extra, "sm_scale": step.rules.scale}
+        q = changed_queries(q, planned, **arguments)
+        if kernel == "decode":
+            sizes = mosaic_decode.TuningConfig(**{"stages": 2, **config})
+            return mosaic_decode.decode(q, kv, planned, **arguments, config=sizes)
+        settings = {"tile_kv": 64, "schedule_barrier": kernel == "prefill2", **config}
+        sizes = mosaic_prefill.TuningConfig(portable_pv=True, **settings)
+        return mosaic_prefill.prefill(q, kv, planned, **arguments, config=sizes)
+
+    done = interpret(attention, q, kv, plan.buffer, dict(step.extra))
+    count = sum(step.q_len)
+    o, lse = (np.asarray(part[:count], np.float64) for part in done.value)
+    want_o, want_lse = attend(q[:count], keys, values, step.q_len, step.rules)
+    return Outcome(
+        o=o,
+        lse=lse,
+        races_found=done.races_found,
+        want_o=want_o,
+        want_lse=want_lse,
+        step=step,
+    )
+
+
+def tile_q(step: Step, kernel: str) -> int:
+    """Return the rows of a tile that make a plan fit a kernel."""
+    group = step.q_heads // step.kv_heads
+    if kernel == "decode":
+        return group * max(step.q_len)
+    return mosaic_prefill.tile_q(group, warpgroups=2 if kernel == "prefill2" else 1)

@@ -1,0 +1,208 @@
+"""The Mosaic attention kernels, interpreted: numbers equal the oracle's, and nothing races."""
+
+import numpy as np
+import pytest
+
+from jaxserve.pallas_kernels import variant as variants
+from jaxserve.pallas_kernels.attention import mosaic_decode
+from tests.kernels.mosaic_cases import Step, run
+from tests.kernels.mosaic_oracle import Rules
+
+SLOPES = variants.alibi_slopes(8)
+
+
+def rotate(x, positions):
+    """Rotate halves, as `variant.rope` does."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None] * 10_000.0 ** (-2.0 * np.arange(half) / x.shape[-1])
+    low, high = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def tree_mask(q_len, kv_len, heads=None, seed=3):
+    """Random masks in which every token sees its own key."""
+    rng = np.random.default_rng(seed)
+    masks = []
+    for count, length in zip(q_len, kv_len, strict=True):
+        shape = (count, length) if heads is None else (heads, count, length)
+        mask = rng.random(shape) < 0.6
+        for token in range(count):
+            mask[..., token, length - count + token] = True
+        masks.append(mask)
+    return masks
+
+
+def masked(masks, *, per_head):
+    def rule(request, token, head):
+        return masks[request][head, token] if per_head else masks[request][token]
+
+    return rule
+
+
+MASKS = tree_mask([3, 2], [45, 70])
+HEAD_MASKS = tree_mask([3, 2], [45, 70], heads=4)
+
+DECODE = {
+    "plain": Step(q_len=[1, 1, 1], kv_len=[70, 1, 16]),
+    "no_keys": Step(q_len=[1, 1], kv_len=[65, 1], plan={"max_tokens": 2}),
+    "split": Step(q_len=[1, 1], kv_len=[150, 20], plan={"fixed_split_size": 64}),
+    "balanced": Step(q_len=[1, 1], kv_len=[200, 3], plan={"num_ctas": 3}),
+    "group_of_5_drafts": Step(q_len=[2, 1], kv_len=[70, 9], q_heads=10, kv_heads=2),
+    "group_of_7": Step(q_len=[1], kv_len=[66], q_heads=7),
+    "group_of_16": Step(q_len=[1], kv_len=[66], q_heads=16),
+    "no_group": Step(q_len=[1, 1], kv_len=[66, 5], q_heads=2, kv_heads=2),
+    "page_8": Step(q_len=[1], kv_len=[75], page_size=8),
+    "page_128": Step(q_len=[1], kv_len=[150], page_size=128),
+    "dim_128": Step(q_len=[1], kv_len=[70], dim=128),
+    "dim_256": Step(q_len=[1], kv_len=[70], dim=256),
+    "bfloat16": Step(q_len=[1], kv_len=[70], dtype="bfloat16"),
+    "window": Step(q_len=[1, 2], kv_len=[140, 30], rules=Rules(window=20)),
+    "fp8_heads": Step(
+        q_len=[1], kv_len=[70], q_heads=4, kv_heads=2, kv_dtype="float8_e4m3fn", scales="head"
+    ),
+    "fp8_pages": Step(
+        q_len=[1], kv_len=[70], q_heads=4, kv_heads=2, kv_dtype="float8_e4m3fn", scales="page"
+    ),
+    "scale_of_all": Step(q_len=[1], kv_len=[70], scales="tensor"),
+    "soft_cap": Step(
+        q_len=[1],
+        kv_len=[70],
+        variant=variants.soft_cap(2.0),
+        rules=Rules(score=lambda s, p, k, h: 2.0 * np.tanh(s / 2.0)),
+    ),
+    "alibi_and_window": Step(
+        q_len=[2, 1],
+        kv_len=[70, 9],
+        q_heads=8,
+        kv_heads=2,
+        variant=variants.compose(variants.alibi(), variants.window(30, first=3)),
+        extra={"slopes": SLOPES},
+        rules=Rules(
+            score=lambda s, p, k, h: s + SLOPES[h] * (k - p),
+        ),
+    ),
+    "sigmoid": Step(
+        q_len=[1],
+        kv_len=[70],
+        variant=variants.sigmoid(-2.0),
+        rules=Rules(score=lambda s, p, k, h: 1.0 / (1.0 + np.exp(2.0 - s)), softmax=False),
+    ),
+    "sigmoid_split": Step(
+        q_len=[1],
+        kv_len=[150],
+        variant=variants.sigmoid(-2.0),
+        rules=Rules(score=lambda s, p, k, h: 1.0 / (1.0 + np.exp(2.0 - s)), softmax=False),
+        plan={"fixed_split_size": 64},
+    ),
+    "mask": Step(
+        q_len=[3, 2],
+        kv_len=[45, 70],
+        variant=variants.packed_mask(),
+        extra={"mask": variants.pack_mask(MASKS)},
+        rules=Rules(mask=masked(MASKS, per_head=False)),
+    ),
+    "mask_per_head": Step(
+        q_len=[3, 2],
+        kv_len=[45, 70],
+        variant=variants.packed_mask(per_head=True),
+        extra={"mask": variants.pack_mask(HEAD_MASKS)},
+        rules=Rules(mask=masked(HEAD_MASKS, per_head=True)),
+    ),
+}
+QUICK_DECODE = ("plain", "split", "group_of_5_drafts")
+
+PREFILL = {
+    "ragged": Step(q_len=[17, 5], kv_len=[70, 5]),
+    "dim_128": Step(q_len=[9], kv_len=[70], dim=128),
+    "group_of_5": Step(q_len=[14, 2], kv_len=[70, 2], q_heads=5),
+    "no_group": Step(q_len=[70], kv_len=[70], q_heads=1),
+    "not_causal": Step(q_len=[9, 3], kv_len=[70, 3], rules=Rules(causal=False)),
+    "split": Step(q_len=[17, 1], kv_len=[150, 70], plan={"fixed_split_size": 64}),
+    "balanced": Step(q_len=[20, 1], kv_len=[200, 70], plan={"num_ctas": 3}),
+    "window": Step(q_len=[20], kv_len=[150], rules=Rules(window=20)),
+    "bfloat16": Step(q_len=[9], kv_len=[70], dtype="bfloat16"),
+    "fp8_heads": Step(
+        q_len=[9], kv_len=[70], q_heads=4, kv_heads=2, kv_dtype="float8_e4m3fn", scales="head"
+    ),
+    "fp8_pages": Step(
+        q_len=[9], kv_len=[70], q_heads=4, kv_heads=2, kv_dtype="float8_e4m3fn", scales="page"
+    ),
+    "rope": Step(
+        q_len=[9],
+        kv_len=[70],
+        variant=variants.rope(),
+        rules=Rules(rotate=rotate),
+    ),
+    "mask": Step(
+        q_len=[3, 2],
+        kv_len=[45, 70],
+        variant=variants.packed_mask(),
+        extra={"mask": variants.pack_mask(MASKS)},
+        rules=Rules(mask=masked(MASKS, per_head=False)),
+    ),
+    "mask_per_head": Step(
+        q_len=[3, 2],
+        kv_len=[45, 70],
+        variant=variants.packed_mask(per_head=True),
+        extra={"mask": variants.pack_mask(HEAD_MASKS)},
+        rules=Rules(mask=masked(HEAD_MASKS, per_head=True)),
+    ),
+    "sigmoid": Step(
+        q_len=[9],
+        kv_len=[70],
+        variant=variants.sigmoid(-2.0),
+        rules=Rules(score=lambda s, p, k, h: 1.0 / (1.0 + np.exp(2.0 - s)), softmax=False),
+    ),
+}
+QUICK_PREFILL = ("ragged",)
+
+
+def quick_or_slow(cases, quick):
+    return [
+        pytest.param(case, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, case in cases.items()
+    ]
+
+
+def proves(step, kernel):
+    outcome = run(step, kernel=kernel)
+    outcome.check()
+    assert outcome.races_found is False
+
+
+@pytest.mark.parametrize("step", quick_or_slow(DECODE, QUICK_DECODE))
+def test_decoding_equals_the_oracle_without_races(step):
+    proves(step, "decode")
+
+
+@pytest.mark.parametrize("step", quick_or_slow(PREFILL, QUICK_PREFILL))
+def test_prefill_equals_the_oracle_without_races(step):
+    proves(step, "prefill")
+
+
+@pytest.mark.parametrize("step", quick_or_slow(PREFILL, ("split",)))
+def test_prefill_by_two_warpgroups_equals_the_oracle_without_races(step):
+    proves(step, "prefill2")
+
+
+class Deaf:
+    """Mosaic GPU, except that some barrier of a kernel is never waited for."""
+
+    def __init__(self, module, skipped):
+        self.module, self.skipped, self.waits = module, skipped, 0
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def barrier_wait(self, barrier):
+        self.waits += 1
+        if self.waits - 1 != self.skipped:
+            self.module.barrier_wait(barrier)
+
+
+# In the order in which they are traced: queries, keys and values of the computing warpgroup.
+@pytest.mark.parametrize("skipped", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_wait_left_out_is_reported_as_a_race(monkeypatch, skipped):
+    monkeypatch.setattr(mosaic_decode, "plgpu", Deaf(mosaic_decode.plgpu, skipped))
+    assert run(Step(q_len=[1], kv_len=[20]), kernel="decode").races_found is True

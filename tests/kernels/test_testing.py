@@ -1,0 +1,144 @@
+"""The proofs themselves: what is right passes, and what is wrong is reported."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxserve.core.errors import UnsupportedError
+from jaxserve.pallas_kernels.testing import compile_for, gpu_target, interpret
+
+ROWS, COLUMNS = 64, 64
+
+
+def copy_and_add(x, *, waits=True):
+    """Two warpgroups: one copies rows in, the other adds one and copies them out."""
+
+    def body(x_ref, y_ref, tile, full):
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _add():
+            plgpu.barrier_wait(full)
+            tile[...] = tile[...] + 1.0
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, y_ref)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == 1)
+        def _copy():
+            plgpu.copy_gmem_to_smem(x_ref, tile, full)
+            if waits:
+                plgpu.barrier_wait(full)
+
+    def body_without_wait(x_ref, y_ref, tile, full):
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _add():
+            tile[...] = tile[...] + 1.0
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, y_ref)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == 1)
+        def _copy():
+            plgpu.copy_gmem_to_smem(x_ref, tile, full)
+            plgpu.barrier_wait(full)
+
+    return plgpu.kernel(
+        body if waits else body_without_wait,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier()],
+        num_threads=2,
+        thread_name="warpgroup",
+    )(x)
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((ROWS, COLUMNS)), jnp.float32)
+
+
+def test_a_kernel_with_barriers_runs_interpreted_without_races(x):
+    got = interpret(copy_and_add, x)
+    np.testing.assert_array_equal(got.value, x + 1.0)
+    assert got.races_found is False
+
+
+def test_a_missing_wait_is_reported_as_a_race(x):
+    assert interpret(functools.partial(copy_and_add, waits=False), x).races_found is True
+
+
+def test_an_interpreter_that_failed_can_be_used_again(x):
+    def fails(x):
+        def body(x_ref, y_ref):
+            y_ref[0] = x_ref[jnp.int32(x.shape[0] + 5)]
+
+        return plgpu.kernel(body, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    with pytest.raises(Exception, match="ut-of-bounds"):
+        interpret(fails, x[:, 0])
+    np.testing.assert_array_equal(interpret(copy_and_add, x).value, x + 1.0)
+
+
+def test_races_are_not_looked_for_when_nobody_asks(x):
+    assert interpret(copy_and_add, x, detect_races=False).races_found is None
+
+
+def test_without_the_plugin_compiling_says_where_to_run():
+    if importlib.util.find_spec("jax_cuda13_plugin"):
+        pytest.skip("the plugin is here")
+    with pytest.raises(UnsupportedError, match="make test-aot"):
+        gpu_target('platform_name: "nonsense"')
+
+
+@pytest.mark.aot
+def test_compiling_reports_what_a_kernel_takes(h200, x):
+    (kernel,) = compile_for(h200, copy_and_add, x)
+    assert kernel.threads == 256
+    assert 0 < kernel.registers < 128
+    assert kernel.shared_memory >= ROWS * COLUMNS * 4
+    assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
+    assert kernel.ctas_per_multiprocessor >= 2
+
+
+@pytest.mark.aot
+def test_spills_are_reported(h200):
+    """Eight products that are all alive at once need more registers than a thread has."""
+
+    def hungry(a):
+        def body(a_ref, y_ref, tile, ready):
+            plgpu.copy_gmem_to_smem(a_ref, tile, ready)
+            plgpu.barrier_wait(ready)
+
+            def product(acc):
+                plgpu.wgmma(acc, tile, tile.transpose((1, 0)))
+                return acc[...]
+
+            def squares(count, values):
+                del count
+                return tuple(
+                    value * (i + 1.0) + other
+                    for i, (value, other) in enumerate(zip(values, values[::-1], strict=True))
+                )
+
+            parts = [pl.run_scoped(product, plgpu.ACC((128, 128), jnp.float32)) for _ in range(4)]
+            parts = lax.fori_loop(0, y_ref.shape[0], squares, tuple(parts))
+            y_ref[...] = sum(parts)
+
+        return plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((128, 128), jnp.float32),
+            scratch_types=[plgpu.SMEM((128, 64), jnp.bfloat16), plgpu.Barrier()],
+        )(a)
+
+    (kernel,) = compile_for(h200, hungry, jax.ShapeDtypeStruct((128, 64), jnp.bfloat16))
+    assert kernel.spill_stores > 0
+    assert kernel.spill_loads > 0

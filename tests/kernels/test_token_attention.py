@@ -1,0 +1,171 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.core.errors import UnsupportedError
+from jaxserve.pallas_kernels import triton_launch
+from jaxserve.pallas_kernels import variant as variants
+from jaxserve.pallas_kernels.state import AttentionState, merge
+from jaxserve.pallas_kernels.token_attention import TokenLists, token_attention
+from jaxserve.pallas_kernels.variant import AttentionVariant
+from tests.token_lists import random_lists
+from tests.triton.attention_oracle import attend64, random_case
+
+
+def arguments_of(q, cache, table, tokens):
+    indptr, indices, kv_len = map(jnp.asarray, (table.indptr, table.indices, table.kv_len))
+    return q, cache, indptr, indices, kv_len, tokens
+
+
+@settings(max_examples=10)
+@given(
+    kv_len=st.sampled_from([[1], [40, 5], [9, 1, 30]]),
+    heads=st.sampled_from([(4, 4), (6, 2)]),
+    name=st.sampled_from(["plain", "capped", "sigmoid", "rope"]),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    kv_dtype=st.sampled_from(["float32", "float8_e4m3fn"]),
+    seed=st.integers(0, 1 << 20),
+)
+def test_only_listed_tokens_are_read(kv_len, heads, name, share, kv_dtype, seed):
+    rng = np.random.default_rng(seed)
+    lengths = [1] * len(kv_len)
+    q, cache, table = random_case(
+        rng,
+        q_len=lengths,
+        kv_len=kv_len,
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=8,
+        page_size=4,
+        kv_dtype=kv_dtype,
+        scale_axes=int(rng.integers(3)),
+    )
+    tokens, chosen = random_lists(rng, kv_len, heads[1], share)
+    variant = {
+        "plain": variants.PLAIN,
+        "capped": variants.compose(variants.soft_cap(3.0), variants.alibi(), variants.window(9)),
+        "sigmoid": variants.sigmoid(),
+        "rope": variants.rope(50.0),
+    }[name]
+    extra = {"slopes": jnp.asarray(variants.alibi_slopes(heads[0]))} if variant.extras else {}
+    got = token_attention(*arguments_of(q, cache, table, tokens), variant=variant, extra=extra)
+    o, lse = attend64(
+        q,
+        cache,
+        table,
+        lengths,
+        sm_scale=8**-0.5,
+        variant=variant,
+        extra=extra,
+        chosen=chosen,
+    )
+    np.testing.assert_allclose(got.o, o, rtol=1e-5, atol=1e-5)
+    if variant.use_softmax:
+        np.testing.assert_allclose(got.lse, lse, rtol=1e-4, atol=1e-4)
+
+
+def make(kv_heads=2):
+    q, cache, table = random_case(
+        np.random.default_rng(0),
+        q_len=[1, 1],
+        kv_len=[20, 9],
+        q_heads=4,
+        kv_heads=kv_heads,
+        head_dim=8,
+        page_size=4,
+    )
+    return q, cache, table
+
+
+def test_states_of_disjoint_lists_merge_into_dense_attention():
+    rng = np.random.default_rng(1)
+    q, cache, table = make()
+    parts = []
+    orders = {(r, h): rng.permutation(n) for r, n in enumerate([20, 9]) for h in range(2)}
+    for part in range(2):
+        rows = [order[part::2] for order in orders.values()]
+        lists = TokenLists(
+            indptr=jnp.asarray(np.cumsum([0, *map(len, rows)]), jnp.int32),
+            positions=jnp.asarray(np.concatenate(rows), jnp.int32),
+        )
+        parts.append(token_attention(*arguments_of(q, cache, table, lists)))
+    merged = merge(*parts)
+    o, lse = attend64(q, cache, table, [1, 1], sm_scale=8**-0.5)
+    assert isinstance(merged, AttentionState)
+    np.testing.assert_allclose(merged.o, o, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(merged.lse, lse, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_and_changes_of_the_output_come_last():
+    q, cache, table = make()
+    tokens, chosen = random_lists(np.random.default_rng(3), [20, 9], 2, 1.0)
+    variant = variants.compose(
+        variants.sinks(), AttentionVariant(out_mod=lambda o, ctx, lse, q_pos, head: o * head + lse)
+    )
+    sink = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
+    got = token_attention(
+        *arguments_of(q, cache, table, tokens), variant=variant, extra={"sinks": jnp.asarray(sink)}
+    )
+    o, lse = attend64(q, cache, table, [1, 1], sm_scale=8**-0.5, chosen=chosen)
+    mass = np.exp2(lse)
+    full = mass + np.exp(sink)
+    o = o * (mass / full)[..., None] * np.arange(4)[:, None] + np.log2(full)[..., None]
+    np.testing.assert_allclose(got.o, o, rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_of_lists_compile_nothing():
+    q, cache, table = make()
+    count = 0
+
+    @jax.jit
+    def step(*arguments):
+        nonlocal count
+        count += 1
+        return token_attention(*arguments)
+
+    for lengths in ([20, 9, 3, 1], [0, 0, 0, 0], [1, 2, 9, 9]):
+        lists = TokenLists(
+            indptr=jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
+            positions=jnp.asarray(np.tile(np.arange(9), 5), jnp.int32),
+        )
+        assert np.isfinite(step(*arguments_of(q, cache, table, lists)).o).all()
+    assert count == 1
+
+
+def test_bad_input_is_named():
+    q, cache, table = make()
+    tokens, _ = random_lists(np.random.default_rng(3), [20, 9], 2, 0.5)
+    good = arguments_of(q, cache, table, tokens)
+    with pytest.raises(ValueError, match=r"a multiple of 2 heads, 8\] to fit .* got \(2, 3, 8\)"):
+        token_attention(q[:, :3], *good[1:])
+    with pytest.raises(UnsupportedError, match=r"q must have one of .* got int32; cast it"):
+        token_attention(q.astype(int), *good[1:])
+    short = TokenLists(indptr=tokens.indptr[1:], positions=tokens.positions)
+    with pytest.raises(ValueError, match=r"requests \* kv_heads \+ 1 = 5 .* got \(4,\) and"):
+        token_attention(*good[:-1], short)
+    with pytest.raises(ValueError, match=r"2 requests need kv_indptr of 3 .* got \(3,\) and \(1,"):
+        token_attention(*good[:4], good[4][:1], tokens)
+    with pytest.raises(ValueError, match=r"chunk must be a power of 2 from 16, got 48; 32 is near"):
+        token_attention(*good, chunk=48)
+    with pytest.raises(UnsupportedError, match=r"take no packed mask; leave tokens out"):
+        token_attention(*good, variant=variants.packed_mask())
+    with pytest.raises(ValueError, match=r"reads the extras \['slopes'\], which were not passed"):
+        token_attention(*good, variant=variants.alibi())
+    wide = random_case(
+        np.random.default_rng(0),
+        q_len=[1],
+        kv_len=[1],
+        q_heads=1,
+        kv_heads=1,
+        head_dim=320,
+        page_size=1,
+    )
+    lists, _ = random_lists(np.random.default_rng(0), [1], 1, 1.0)
+    with (
+        triton_launch.record_launches(),
+        pytest.raises(UnsupportedError, match=r"heads of at most 256 numbers, got 320; use backe"),
+    ):
+        token_attention(*arguments_of(*wide, lists), backend="triton")

@@ -1,0 +1,44 @@
+"""What is checked of every Triton kernel: that it compiles everywhere, and fits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from jaxserve.pallas_kernels import triton_launch
+from jaxserve.pallas_kernels.triton_compile import Compiled, compile_launch
+
+
+def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def compile_all(
+    function: Callable[..., Any],
+    *arguments: Any,
+    capabilities: tuple[int, ...] = (80, 89, 90),
+    spills: bool = False,
+) -> list[Compiled]:
+    """Compile every launch of a function for every capability, and check what they take."""
+    compiled: list[Compiled] = []
+    for capability in capabilities:
+        with triton_launch.record_launches(capability) as launches:
+            jax.eval_shape(function, *arguments)
+        assert launches
+        compiled += [compile_launch(launch, capability) for launch in launches]
+    for program in compiled:
+        assert program.shared_bytes <= triton_launch.shared_bytes(program.capability), program.name
+        assert program.registers * program.threads <= 65536, program.name
+        assert spills or program.stack_bytes == 0, (program.name, program.capability)
+    return compiled
+
+
+def lower_for_cuda(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *arguments: Any, **jit: Any
+) -> str:
+    """Lower a function into a program for a GPU, launches included; returns the program's text."""
+    monkeypatch.setattr(triton_launch, "_device_capability", lambda: 90)
+    monkeypatch.setattr(triton_launch, "unavailable", lambda: None)
+    traced = jax.jit(function, **jit).trace(*arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
