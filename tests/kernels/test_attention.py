@@ -106,11 +106,28 @@ def test_fixed_splits_give_a_request_the_same_bits_in_any_company(mode):
         alone,
         kv=PagedKV(k=jnp.nan_to_num(alone.kv.k), v=jnp.nan_to_num(alone.kv.v)),
         table=PageTable.from_rows(rows, np.array([160, 150, 33]), 16),
-        q=np.concatenate([q[10:30], q[:3], q[30:]])[: len(q)],
+        q=np.concatenate([q[10:30], q[:3], q[10:]])[: len(q)],
         q_len=[20, 3, 7],
     )
     second, _ = run(company, "xla")
     assert (first[:3] == second[20:23]).all()
+
+
+@pytest.mark.parametrize("backend", PORTABLE)
+@pytest.mark.parametrize("mode", [{}, {"fixed_split_size": 64}])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_request_gone_bad_harms_no_other(backend, mode, bad):
+    p = problem(Case(settings=mode), [1, 2, 1, 9], [100, 77, 50, 30], seed=3)
+    pages = p.table.indices[p.table.indptr[1] : p.table.indptr[2]]
+    kv = dataclasses.replace(p.kv, k=p.kv.k.at[pages, 0].set(bad), v=p.kv.v.at[pages, 1].set(bad))
+    o, lse = run(p, backend)
+    spoilt, spoilt_lse = run(dataclasses.replace(p, kv=kv), backend)
+    others = [0, *range(3, len(o))]
+    assert (spoilt[others] == o[others]).all()
+    assert (spoilt_lse[others] == lse[others]).all()
+    # And it is not hidden from the request itself.
+    assert not np.isfinite(spoilt[1:3]).all(axis=-1).any()
+    assert np.isnan(spoilt_lse[1:3, :2]).all()
 
 
 def test_nothing_compiles_when_lengths_change():
@@ -234,7 +251,7 @@ def changed(**change):
     ("change", "message"),
     [
         ({"q": jnp.zeros((3, 4, 16))}, r"q must be .* = \(72, 4, 16\) .* got \(3, 4, 16\)"),
-        ({"q": jnp.zeros((72, 4, 16), jnp.bfloat16)}, "dtype of q is bfloat16, but the plan .* 32"),
+        ({"q": jnp.zeros((72, 4, 16), jnp.bfloat16)}, "dtype of q is bfloat16, but the plan was made for float32"),
         (
             {"kv": PagedKV(k=jnp.zeros((9, 2, 8, 16)), v=jnp.zeros((9, 2, 8, 16)))},
             "page_size is 8, but the plan was made for 16",
@@ -267,6 +284,13 @@ def changed(**change):
             {"variant": variant.alibi(), "extra": {"slopes": jnp.zeros(3)}},
             r"'slopes' is one per head, so of shape \(4,\), got \(3,\)",
         ),
+        (
+            {
+                "variant": variant.alibi(),
+                "extra": {"slopes": jnp.zeros(4), "mask": jnp.zeros(4, jnp.uint32)},
+            },
+            "unknown extra 'mask'. The variant reads: slopes",
+        ),
         ({"variant": variant.packed_mask()}, "of which the plan knows nothing"),
         ({"variant": variant.sigmoid(), "return_lse": True}, "no lse without softmax"),
     ],
@@ -274,6 +298,12 @@ def changed(**change):
 def test_arguments_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         changed(**change)
+
+
+def test_rotation_wants_heads_of_two_halves():
+    p = problem(Case(settings={"head_dim": 15}), [2], [30])
+    with pytest.raises(ValueError, match="head_dim is 15; pad it to 16"):
+        attention(jnp.asarray(p.q), p.kv, p.plan(), variant=variant.rope())
 
 
 def test_masks_of_the_wrong_form_are_refused():

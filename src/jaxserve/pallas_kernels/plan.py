@@ -217,15 +217,23 @@ class PlanSpec:
                 f"fixed_split_size must be a multiple of tile_kv = {self.tile_kv}, got {size}; the "
                 f"nearest is {-(-size // self.tile_kv) * self.tile_kv}."
             )
-        if self.cascade_levels and self.variant.packed_mask != "none":
+        self.check_variant(self.variant)
+
+    def check_variant(self, variant: AttentionVariant) -> None:
+        """Check that a variant goes with the numbers of the spec.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self.cascade_levels and variant.packed_mask != "none":
             raise ValueError(
                 "a packed mask says nothing about rows of several requests; set "
                 "cascade_levels to 0."
             )
-        if self.head_dim % 2 and (self.variant.q_mod or self.variant.k_mod):
+        if self.head_dim % 2 and (variant.q_mod or variant.k_mod):
             raise ValueError(
                 f"q_mod and k_mod see two halves of a head, but head_dim is {self.head_dim}; pad "
-                "it to an even number."
+                f"it to {self.head_dim + 1}."
             )
 
     def __hash__(self) -> int:

@@ -279,6 +279,7 @@ def _check_variant(
             f"the variant has a packed mask ({variant.packed_mask}), of which the plan knows "
             "nothing; make a plan with this variant."
         )
+    spec.check_variant(variant)
     if return_lse and not variant.use_softmax:
         raise ValueError("there is no lse without softmax; drop return_lse.")
     shapes = {
