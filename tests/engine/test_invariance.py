@@ -98,7 +98,9 @@ def test_one_request_at_a_time_agrees_with_the_dense_loop(module, expected):
         slow({"attention_backend": "reference"}),
         slow({"attention_backend": "reference", "kv_layout": "pages"}),
         {"attention_backend": "pallas"},
-        slow({"attention_backend": "pallas", "async_scheduling": False, "max_num_batched_tokens": 16}),
+        slow(
+            {"attention_backend": "pallas", "async_scheduling": False, "max_num_batched_tokens": 16}
+        ),
         slow({"attention_backend": "pallas-reference", "max_num_batched_tokens": 40}),
         {"batch_invariant": True},
         slow({"scheduling_policy": "priority", "block_size": 16}),

@@ -251,7 +251,10 @@ def changed(**change):
     ("change", "message"),
     [
         ({"q": jnp.zeros((3, 4, 16))}, r"q must be .* = \(72, 4, 16\) .* got \(3, 4, 16\)"),
-        ({"q": jnp.zeros((72, 4, 16), jnp.bfloat16)}, "dtype of q is bfloat16, but the plan was made for float32"),
+        (
+            {"q": jnp.zeros((72, 4, 16), jnp.bfloat16)},
+            "dtype of q is bfloat16, but the plan was made for float32",
+        ),
         (
             {"kv": PagedKV(k=jnp.zeros((9, 2, 8, 16)), v=jnp.zeros((9, 2, 8, 16)))},
             "page_size is 8, but the plan was made for 16",
@@ -333,16 +336,33 @@ class Picky:
         return f"it wants pages of 7, got {case.spec.page_size}"
 
 
-def test_backends_refuse_or_fall_back_but_never_silently(monkeypatch):
+def test_backends_refuse_or_fall_back_but_never_silently(monkeypatch, caplog):
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda n: Picky if n == "triton" else load(n))
     message = "'triton' cannot do this: it wants pages of 7, got 16. Backends that can: xla, ref"
     with pytest.raises(UnsupportedError, match=message):
         changed(backend="triton")
+    assert not caplog.records
     assert (changed(backend="triton", fallback=True) == changed(backend="xla")).all()
+    assert "runs on 'xla'. mosaic: " in caplog.text
+    assert "triton: it wants pages of 7, got 16" in caplog.text
     monkeypatch.setattr(backends, "load", lambda n: Picky)
     with pytest.raises(UnsupportedError, match=r"no backend can do this. mosaic: it wants"):
         changed()
+
+
+def test_no_kernel_on_a_gpu_is_told_once(monkeypatch, caplog):
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda n: Picky if n in ("mosaic", "triton") else load(n))
+    spec = Case(page_size=8).spec()
+    for _ in range(2):
+        case = backends.Case(spec=spec, variant=spec.variant, platform="gpu", capability="9.0")
+        assert backends.choose(case) == "xla"
+    (record,) = caplog.records
+    assert "wants pages of 7, got 8" in record.getMessage()
+    caplog.clear()
+    assert backends.choose(dataclasses.replace(case, platform="cpu")) == "xla"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("names", [("soft_cap", "alibi"), ("alibi", "soft_cap")])

@@ -340,6 +340,11 @@ class PlanSpec:
         layout["end"] = (start, start, ())
         return types.MappingProxyType(layout)
 
+    @functools.cached_property
+    def slices(self) -> tuple[tuple[str, slice], ...]:
+        """The parts of a plan's buffer and where they are."""
+        return tuple((name, slice(low, end)) for name, (low, end, _) in self.layout.items())[:-1]
+
     @property
     def num_words(self) -> int:
         """Length of a plan's buffer."""
