@@ -94,8 +94,8 @@ def test_physical_pages_do_not_matter_to_the_last_bit(backend):
     assert (results[0][1] == results[1][1]).all()
 
 
-@pytest.mark.parametrize("mode", [{"fixed_split_size": 64}, {"disable_split": True}])
-def test_fixed_splits_give_a_request_the_same_bits_in_any_company(mode):
+@pytest.mark.parametrize("mode", [{}, {"fixed_split_size": 64}, {"disable_split": True}])
+def test_a_request_gets_the_same_bits_on_xla_in_any_company(mode):
     case = Case(settings=mode)
     alone = problem(case, [3], [150], seed=1)
     first, _ = run(alone, "xla")
