@@ -17,7 +17,7 @@ from jaxserve.pallas_kernels.variant import AttentionVariant
 from tests.kernels.cases import Case, problem
 from tests.kernels.request_oracle import Options
 from tests.token_lists import random_lists
-from tests.triton.attention_oracle import attend64, random_case
+from tests.triton.attention_oracle import random_case
 
 
 def arguments_of(q, cache, table, tokens):
@@ -107,38 +107,36 @@ def make(kv_heads=2):
 
 def test_states_of_disjoint_lists_merge_into_dense_attention():
     rng = np.random.default_rng(1)
-    q, cache, table = make()
+    p = problem(Case(), [1, 1], [20, 9])
     parts = []
     orders = {(r, h): rng.permutation(n) for r, n in enumerate([20, 9]) for h in range(2)}
     for part in range(2):
         rows = [order[part::2] for order in orders.values()]
         lists = TokenLists(
             indptr=jnp.asarray(np.cumsum([0, *map(len, rows)]), jnp.int32),
-            positions=jnp.asarray(np.concatenate(rows), jnp.int32),
+            positions=jnp.asarray(np.resize(np.concatenate(rows), 40), jnp.int32),
         )
-        parts.append(token_attention(*arguments_of(q, cache, table, lists)))
+        arguments = arguments_of(jnp.asarray(p.q[:2]), p.kv, p.table, lists)
+        parts.append(attend(*arguments, variant=variants.PLAIN, extra={}))
     merged = merge(*parts)
-    o, lse = attend64(q, cache, table, [1, 1], sm_scale=8**-0.5)
+    o, lse = replace(p, q=p.q[:2]).answer()
     assert isinstance(merged, AttentionState)
     np.testing.assert_allclose(merged.o, o, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(merged.lse, lse, rtol=1e-5, atol=1e-5)
 
 
 def test_sinks_and_changes_of_the_output_come_last():
-    q, cache, table = make()
-    tokens, chosen = random_lists(np.random.default_rng(3), [20, 9], 2, 1.0)
     variant = variants.compose(
         variants.sinks(), AttentionVariant(out_mod=lambda o, ctx, lse, q_pos, head: o * head + lse)
     )
-    sink = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
-    got = token_attention(
-        *arguments_of(q, cache, table, tokens), variant=variant, extra={"sinks": jnp.asarray(sink)}
-    )
-    o, lse = attend64(q, cache, table, [1, 1], sm_scale=8**-0.5, chosen=chosen)
-    mass = np.exp2(lse)
-    full = mass + np.exp(sink)
-    o = o * (mass / full)[..., None] * np.arange(4)[:, None] + np.log2(full)[..., None]
+    p = problem(Case(kind=variant, extras=("sinks",)), [1, 1], [20, 9])
+    tokens, _ = random_lists(np.random.default_rng(3), [20, 9], 2, 1.0)
+    arguments = arguments_of(jnp.asarray(p.q[:2]), p.kv, p.table, tokens)
+    got = attend(*arguments, variant=variant, extra=p.extra)
+    o, lse = replace(p, q=p.q[:2]).answer()
+    o = o * np.arange(4)[:, None] + lse[..., None]
     np.testing.assert_allclose(got.o, o, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.lse, lse, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_of_lists_compile_nothing():
