@@ -315,6 +315,22 @@ def test_masks_of_the_wrong_form_are_refused():
         run(dataclasses.replace(p, extra={"mask": np.zeros(7, np.int32)}), "xla")
 
 
+def test_masks_and_pages_that_are_not_there_are_told():
+    p = problem(CASES["mask"], [2], [40])
+    short = dataclasses.replace(p, extra={"mask": p.extra["mask"][:3]})
+    with pytest.raises(ValueError, match=r"the mask has 3 words, but .* need 4; pack_mask"):
+        run(short, "xla")
+    p = problem(CASES["plain"], [2], [30])
+    few = PagedKV(k=p.kv.k[:2], v=p.kv.v[:2])
+    with pytest.raises(ValueError, match="names pages 0 to 2, but the pool has 2: 0 to 1"):
+        run(dataclasses.replace(p, kv=few), "xla")
+
+
+def test_no_tokens_get_no_output():
+    p = problem(CASES["plain"], [], [])
+    assert api.decode(jnp.asarray(p.q[:0]), p.kv, p.table).shape == (0, 4, 16)
+
+
 def test_a_plan_that_skips_serves_no_other_variant():
     p = problem(CASES["first and window"], [2], [30])
     with pytest.raises(ValueError, match="so it serves no other variant"):

@@ -35,6 +35,7 @@ def plans(draw, *, cascade: bool = False):
         tile_kv=draw(st.sampled_from([64, 128])),
         num_ctas=draw(st.sampled_from([1, 3, 16, 132])),
         item_cost=draw(st.sampled_from([0, 64, 128])),
+        decode_tokens=draw(st.sampled_from([0, 1, 16])),
         cascade_levels=3 if cascade else 0,
         **draw(st.sampled_from(MODES)),
     )
@@ -364,6 +365,7 @@ def test_prefixes_that_are_none_are_refused(prefixes, message):
     [
         ({"q_heads": 6, "kv_heads": 4}, "multiple of kv_heads, got 6 and 4; the nearest is 8"),
         ({"page_size": 24}, "multiple or a divisor of page_size, got 64 and 24; .* is 72"),
+        ({"item_cost": -1}, "item_cost must not be negative, got -1"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"num_ctas": 5000}, "num_ctas must be below 4096, got 5000"),
         ({"fixed_split_size": 100}, "multiple of tile_kv = 64, got 100; the nearest is 128"),

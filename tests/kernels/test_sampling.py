@@ -132,11 +132,11 @@ def test_rows_do_not_depend_on_their_neighbours():
         "top_p": jnp.asarray([1.0, 1.0, 0.5, 0.9, 1.0, 0.3]),
         "min_p": jnp.asarray([0.0, 0.0, 0.0, 0.1, 0.0, 0.0]),
     }
-    together = sample(logits, key, **options, backend="xla")
+    together = sample_rows(logits, key, options, "xla")
     for row in range(6):
         mine = slice(row, row + 1)
         part = {name: value[mine] for name, value in options.items()}
-        alone = sample(logits[mine], key[mine], **part, backend="xla")
+        alone = sample_rows(logits[mine], key[mine], part, "xla")
         assert alone[0] == together[row]
     assert together[1] == jnp.argmax(logits[1])
     assert together[4] == jnp.argmax(logits[4])

@@ -49,6 +49,7 @@ _AT_LEAST_ONE = (
     "max_items",
     "max_units",
 )
+_NOT_NEGATIVE = ("decode_tokens", "cascade_levels", "item_cost", "row_cost")
 
 
 class Item(enum.IntEnum):
@@ -192,6 +193,9 @@ class PlanSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.q_heads % self.kv_heads:
             near = round(self.q_heads / self.kv_heads) * self.kv_heads
             raise ValueError(

@@ -412,7 +412,8 @@ def _tiles(spec: PlanSpec, requests: _Requests) -> _Tiles:
             request = q_len.nonzero()[0]
             count, keys, start = q_len[request], kv_len[request], start[request]
         offset = np.zeros(request.size, np.int64)
-        low, flags = keys - 1, count  # which are 1, as is the flag of decoding
+        low = keys - 1
+        flags = count * int(ItemFlag.DECODE) if spec.decode_tokens else offset
     else:
         number = -(-q_len // most)
         request = index.repeat(number)
