@@ -604,12 +604,12 @@ def _cut_evenly(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
     # What is left behind the cut, rounded to tiles; an item is entered behind its overhead.
     key = most - ((ends[tile] - place + size // 2) // size)
     # Cut at the nearest place that leaves enough on both sides, be it the border of an item:
-    # within `last` of the middle, both counted twice, it is not a border.
-    last = most - least
+    # within `room` of the middle, both counted twice, it is not a border.
+    room = np.maximum(most - least, 0)
     off = key + key - most
-    is_inside = np.abs(off) < last
-    item = block * count + tile + (off >= last)
-    key = np.minimum(np.maximum(key, least), last) * size
+    is_inside = np.abs(off) < room
+    item = block * count + tile + (off >= room)
+    key = np.minimum(np.maximum(key, least), room) * size
     if not least:  # two cuts may have met in one place
         is_inside[1:] &= (item[1:] != item[:-1]) | (key[1:] != key[:-1])
     return _split(spec, tiles, item, key, is_inside)
