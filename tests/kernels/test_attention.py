@@ -45,13 +45,37 @@ def check(p: Problem, backend: str) -> None:
         np.testing.assert_allclose(lse, want_lse, atol=max(limit, 1e-4), rtol=limit)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", PORTABLE)
+QUICK = {
+    "xla": (
+        "plain",
+        "wide group",
+        "both directions",
+        "cap, alibi, window, sinks",
+        "sigmoid",
+        "rope",
+        "mask per head",
+        "int8 per page",
+        "shared prefixes, window",
+    ),
+    "reference": ("plain", "cap, alibi, window, sinks", "sigmoid", "mask per head"),
+}
+"""Cases that are tried each time; a program has to be compiled for each."""
+BOTH = [(backend, name) for backend in PORTABLE for name in CASES]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [pytest.param(b, n, marks=[] if n in QUICK[b] else pytest.mark.slow) for b, n in BOTH],
+)
 def test_agrees_with_float64(backend, name):
-    case = CASES[name]
+    check_many(CASES[name], backend)
+
+
+def check_many(case: Case, backend: str) -> None:
+    """Draw lengths and contents; one program serves them all."""
 
     @given(p=problems(case))
-    @settings(max_examples=12)
+    @settings(max_examples=10)
     def agrees(p):
         check(p, backend)
 

@@ -329,8 +329,9 @@ def test_tables_that_do_not_fit_are_refused():
         make_plan(spec, np.array([1, 1]), dataclasses.replace(table, indices=table.indices[:1]))
     with pytest.raises(ValueError, match=r"one index from 0 per request, \[2\], got \[0, -1\]"):
         make_plan(spec, np.array([1, 1]), table, q_start=np.array([0, -1]))
-    with pytest.raises(ValueError, match="in the same place; correct q_start"):
-        make_plan(spec, np.array([1, 1]), table, q_start=np.array([1, 1]))
+    for one in (spec, dataclasses.replace(spec, cascade_levels=1)):
+        with pytest.raises(ValueError, match="in the same place; correct q_start"):
+            make_plan(one, np.array([1, 1]), table, q_start=np.array([1, 1]))
     prefix = SharedPrefix(requests=(0, 1), begin=0, end=16)
     with pytest.raises(
         ValueError, match="nested 1 deep, but the spec has room for 0; raise cascade_levels"

@@ -73,6 +73,7 @@ def make_plan(
     return plan
 
 
+_SAME_PLACE = "tokens of two requests stand in the same place; correct q_start."
 _Parts = dict[str, np.ndarray]
 """Parts of a plan's buffer by name."""
 
@@ -346,6 +347,8 @@ def _write_requests(
     if spec.cascade_levels:
         token_place = parts["token_place"]
         order = _token_order(spec, requests, shared)
+        if order.size > spec.max_tokens:
+            raise ValueError(_SAME_PLACE)
         parts["token_order"][:] = order
         token_place[order] = np.arange(order.size, dtype=np.int32)
         nonempty = q_len > 0
@@ -368,7 +371,7 @@ def _write_requests(
     token_request[place] = request
     token_position[place] = position
     if not requests.is_packed and np.count_nonzero(token_request >= 0) < total:
-        raise ValueError("tokens of two requests stand in the same place; correct q_start.")
+        raise ValueError(_SAME_PLACE)
 
 
 def _counting(num: int) -> np.ndarray:
