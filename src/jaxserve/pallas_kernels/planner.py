@@ -60,7 +60,7 @@ def make_plan(
             f"{buffer.shape}; leave it out."
         )
     plan = Plan(buffer=buffer, spec=spec)
-    parts = _parts(plan)
+    parts = _parts(spec, buffer)
     _write_requests(spec, parts, requests, shared)
     parts["merge_target"].fill(spec.max_tokens * spec.num_blocks)
     tiles = _visited(spec, _tiles(spec, requests))
@@ -78,12 +78,11 @@ _Parts = dict[str, np.ndarray]
 """Parts of a plan's buffer by name."""
 
 
-def _parts(plan: Plan) -> _Parts:
-    buffer = plan.buffer
-    parts = {name: buffer[where] for name, where in plan.spec.slices}
+def _parts(spec: PlanSpec, buffer: np.ndarray) -> _Parts:
+    parts = {name: buffer[where] for name, where in spec.slices}
     for name in ("items", "prefixes"):
         if name in parts:
-            parts[name] = parts[name].reshape(plan.spec.layout[name][2])
+            parts[name] = parts[name].reshape(spec.layout[name][2])
     return parts
 
 
