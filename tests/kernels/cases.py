@@ -20,8 +20,8 @@ from jaxserve.pallas_kernels.planner import make_plan
 from jaxserve.pallas_kernels.prefixes import SharedPrefix
 from jaxserve.pallas_kernels.variant import AttentionVariant
 from tests.kernels import request_oracle
-from tests.kernels.request_oracle import Options
 from tests.kernels.plans import lengths, page_table
+from tests.kernels.request_oracle import Options
 
 MAX_REQUESTS, MAX_TOKENS, LONGEST = 5, 72, 260
 
@@ -73,7 +73,7 @@ class Case:
         )
 
 
-ALIBI = variant.compose(variant.soft_cap(5.0), variant.alibi(), variant.window(40))
+MUCH = variant.compose(variant.soft_cap(5.0), variant.alibi(), variant.window(40), variant.sinks())
 
 CASES = {
     "plain": Case(),
@@ -90,8 +90,8 @@ CASES = {
     "sigmoid": Case(kind=variant.sigmoid(-1.0), options=Options(sigmoid_bias=-1.0)),
     "rope": Case(kind=variant.rope(100.0), options=Options(theta=100.0), page_size=8),
     "first and window": Case(kind=variant.window(20, first=3), options=Options(window=20, first=3)),
-    "cap, alibi, window": Case(
-        kind=ALIBI, options=Options(soft_cap=5.0, window=40), extras=("slopes",)
+    "cap, alibi, window, sinks": Case(
+        kind=MUCH, options=Options(soft_cap=5.0, window=40), extras=("slopes", "sinks")
     ),
     "mask": Case(kind=variant.packed_mask(), masks="shared", options=Options(causal=False)),
     "mask per head": Case(kind=variant.packed_mask(per_head=True), masks="per_head"),

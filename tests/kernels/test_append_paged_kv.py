@@ -47,15 +47,18 @@ def test_a_request_read_through_its_pages_is_what_was_appended(lengths, before, 
     table = PageTable.from_rows(rows, np.array(lengths) + before, PAGE)
     request = np.repeat(np.arange(len(lengths)), lengths)
     position = np.concatenate([before + np.arange(n) for n in lengths])
-    padded = np.r_[request, -1, -1].astype(np.int32)
+    # As much room always, for one program.
+    padded = np.full(40, -1, np.int32)
+    padded[: request.size] = request
+    indptr = np.pad(table.indptr, (0, 5 - table.indptr.size), mode="edge")
     slots = token_slots(
         jnp.asarray(padded),
-        jnp.asarray(np.r_[position, 0, 3].astype(np.int32)),
-        jnp.asarray(table.indptr),
-        jnp.asarray(np.r_[table.indices, 0]),
+        jnp.asarray(np.pad(position, (0, 40 - position.size), constant_values=3), jnp.int32),
+        jnp.asarray(indptr),
+        jnp.asarray(np.pad(table.indices, (0, 21 - table.indices.size))),
         page_size=PAGE,
     )
-    cache = make_cache(pages=sum(used) + 1)
+    cache = make_cache(pages=21)
     k, v = new_tokens(len(padded), seed)
     got = append_paged_kv(cache, k, v, slots, backend="xla")
     for pool, new in ((got.k, k), (got.v, v)):

@@ -15,6 +15,7 @@ from jaxserve.pallas_kernels.attention.card import CARD
 from jaxserve.pallas_kernels.card import Tensor
 from jaxserve.pallas_kernels.paged import PagedKV, PageTable
 from jaxserve.pallas_kernels.planner import make_plan
+from jaxserve.pallas_kernels.prefixes import SharedPrefix
 from tests.kernels.cases import CASES, TOLERANCE, Case, Problem, problem, problems
 
 PORTABLE = ("xla", "reference")
@@ -45,13 +46,37 @@ def check(p: Problem, backend: str) -> None:
         np.testing.assert_allclose(lse, want_lse, atol=max(limit, 1e-4), rtol=limit)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", PORTABLE)
+QUICK = {
+    "xla": (
+        "plain",
+        "wide group",
+        "both directions",
+        "cap, alibi, window, sinks",
+        "sigmoid",
+        "rope",
+        "mask per head",
+        "int8 per page",
+        "shared prefixes",
+    ),
+    "reference": ("plain", "cap, alibi, window, sinks", "sigmoid", "mask per head"),
+}
+"""Cases that are tried each time; a program has to be compiled for each."""
+BOTH = [(backend, name) for backend in PORTABLE for name in CASES]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [pytest.param(b, n, marks=[] if n in QUICK[b] else pytest.mark.slow) for b, n in BOTH],
+)
 def test_agrees_with_float64(backend, name):
-    case = CASES[name]
+    check_many(CASES[name], backend)
+
+
+def check_many(case: Case, backend: str) -> None:
+    """Draw lengths and contents; one program serves them all."""
 
     @given(p=problems(case))
-    @settings(max_examples=12)
+    @settings(max_examples=10)
     def agrees(p):
         check(p, backend)
 
@@ -94,8 +119,8 @@ def test_physical_pages_do_not_matter_to_the_last_bit(backend):
     assert (results[0][1] == results[1][1]).all()
 
 
-@pytest.mark.parametrize("mode", [{"fixed_split_size": 64}, {"disable_split": True}])
-def test_fixed_splits_give_a_request_the_same_bits_in_any_company(mode):
+@pytest.mark.parametrize("mode", [{}, {"fixed_split_size": 64}, {"disable_split": True}])
+def test_a_request_gets_the_same_bits_on_xla_in_any_company(mode):
     case = Case(settings=mode)
     alone = problem(case, [3], [150], seed=1)
     first, _ = run(alone, "xla")
@@ -106,11 +131,28 @@ def test_fixed_splits_give_a_request_the_same_bits_in_any_company(mode):
         alone,
         kv=PagedKV(k=jnp.nan_to_num(alone.kv.k), v=jnp.nan_to_num(alone.kv.v)),
         table=PageTable.from_rows(rows, np.array([160, 150, 33]), 16),
-        q=np.concatenate([q[10:30], q[:3], q[30:]])[: len(q)],
+        q=np.concatenate([q[10:30], q[:3], q[10:]])[: len(q)],
         q_len=[20, 3, 7],
     )
     second, _ = run(company, "xla")
     assert (first[:3] == second[20:23]).all()
+
+
+@pytest.mark.parametrize("backend", PORTABLE)
+@pytest.mark.parametrize("mode", [{}, {"fixed_split_size": 64}])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_request_gone_bad_harms_no_other(backend, mode, bad):
+    p = problem(Case(settings=mode), [1, 2, 1, 9], [100, 77, 50, 30], seed=3)
+    pages = p.table.indices[p.table.indptr[1] : p.table.indptr[2]]
+    kv = dataclasses.replace(p.kv, k=p.kv.k.at[pages, 0].set(bad), v=p.kv.v.at[pages, 1].set(bad))
+    o, lse = run(p, backend)
+    spoilt, spoilt_lse = run(dataclasses.replace(p, kv=kv), backend)
+    others = [0, *range(3, len(o))]
+    assert (spoilt[others] == o[others]).all()
+    assert (spoilt_lse[others] == lse[others]).all()
+    # And it is not hidden from the request itself.
+    assert not np.isfinite(spoilt[1:3]).all(axis=-1).any()
+    assert np.isnan(spoilt_lse[1:3, :2]).all()
 
 
 def test_nothing_compiles_when_lengths_change():
@@ -126,13 +168,13 @@ def test_nothing_compiles_when_lengths_change():
 
 
 def test_variants_with_equal_code_share_a_program():
-    base = problem(CASES["soft cap"], [2], [9])
-    run(base, "xla")
+    def kind():
+        return variant.compose(variant.soft_cap(5.0), variant.alibi(), variant.window(40))
+
+    first, second = (problem(Case(kind=kind(), extras=("slopes",)), [2], [9]) for _ in range(2))
+    run(first, "xla")
     compiled = api._attend._cache_size()
-    again = dataclasses.replace(
-        base, spec=dataclasses.replace(base.spec, variant=variant.soft_cap(3.0))
-    )
-    run(again, "xla")
+    run(second, "xla")
     assert api._attend._cache_size() == compiled
 
 
@@ -176,20 +218,13 @@ def test_a_variant_of_ones_own(backend):
         np.testing.assert_allclose(lse[start : start + count], mass, atol=1e-4)
 
 
-def test_shared_prefixes_change_nothing_but_the_order_of_sums():
-    shared_case = CASES["shared prefixes"]
-    flat_case = dataclasses.replace(shared_case, settings={}, share=False)
-    from jaxserve.pallas_kernels.planner import SharedPrefix
-
+@pytest.mark.parametrize("backend", PORTABLE)
+def test_nested_prefixes_change_nothing(backend):
     prefix = SharedPrefix(requests=(0, 2, 3), begin=0, end=64)
     inner = SharedPrefix(requests=(0, 3), begin=64, end=96)
     q_len, kv_len = [1, 4, 2, 1], [130, 50, 90, 100]
-    cascade = problem(shared_case, q_len, kv_len, shared=[prefix, inner], seed=3)
-    flat = dataclasses.replace(cascade, spec=flat_case.spec(), shared=[])
-    for backend in PORTABLE:
-        got, want = run(cascade, backend), run(flat, backend)
-        np.testing.assert_allclose(got[0], want[0], atol=2e-6)
-        np.testing.assert_allclose(got[1], want[1], atol=2e-6)
+    case = CASES["shared prefixes"]
+    check(problem(case, q_len, kv_len, shared=[prefix, inner], seed=3), backend)
 
 
 def test_groups_of_one_are_flat():
@@ -234,7 +269,10 @@ def changed(**change):
     ("change", "message"),
     [
         ({"q": jnp.zeros((3, 4, 16))}, r"q must be .* = \(72, 4, 16\) .* got \(3, 4, 16\)"),
-        ({"q": jnp.zeros((72, 4, 16), jnp.bfloat16)}, "dtype of q is bfloat16, but the plan .* 32"),
+        (
+            {"q": jnp.zeros((72, 4, 16), jnp.bfloat16)},
+            "dtype of q is bfloat16, but the plan was made for float32",
+        ),
         (
             {"kv": PagedKV(k=jnp.zeros((9, 2, 8, 16)), v=jnp.zeros((9, 2, 8, 16)))},
             "page_size is 8, but the plan was made for 16",
@@ -267,6 +305,13 @@ def changed(**change):
             {"variant": variant.alibi(), "extra": {"slopes": jnp.zeros(3)}},
             r"'slopes' is one per head, so of shape \(4,\), got \(3,\)",
         ),
+        (
+            {
+                "variant": variant.alibi(),
+                "extra": {"slopes": jnp.zeros(4), "mask": jnp.zeros(4, jnp.uint32)},
+            },
+            "unknown extra 'mask'. The variant reads: slopes",
+        ),
         ({"variant": variant.packed_mask()}, "of which the plan knows nothing"),
         ({"variant": variant.sigmoid(), "return_lse": True}, "no lse without softmax"),
     ],
@@ -276,10 +321,32 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
         changed(**change)
 
 
+def test_rotation_wants_heads_of_two_halves():
+    p = problem(Case(settings={"head_dim": 15}), [2], [30])
+    with pytest.raises(ValueError, match="head_dim is 15; pad it to 16"):
+        attention(jnp.asarray(p.q), p.kv, p.plan(), variant=variant.rope())
+
+
 def test_masks_of_the_wrong_form_are_refused():
     p = problem(CASES["mask"], [2], [30])
     with pytest.raises(ValueError, match=r"uint32 words \['words'\], got int32 \(7,\)"):
         run(dataclasses.replace(p, extra={"mask": np.zeros(7, np.int32)}), "xla")
+
+
+def test_masks_and_pages_that_are_not_there_are_told():
+    p = problem(CASES["mask"], [2], [40])
+    short = dataclasses.replace(p, extra={"mask": p.extra["mask"][:3]})
+    with pytest.raises(ValueError, match=r"the mask has 3 words, but .* need 4; pack_mask"):
+        run(short, "xla")
+    p = problem(CASES["plain"], [2], [30])
+    few = PagedKV(k=p.kv.k[:2], v=p.kv.v[:2])
+    with pytest.raises(ValueError, match="names pages 0 to 2, but the pool has 2: 0 to 1"):
+        run(dataclasses.replace(p, kv=few), "xla")
+
+
+def test_no_tokens_get_no_output():
+    p = problem(CASES["plain"], [], [])
+    assert api.decode(jnp.asarray(p.q[:0]), p.kv, p.table).shape == (0, 4, 16)
 
 
 def test_a_plan_that_skips_serves_no_other_variant():
@@ -303,16 +370,33 @@ class Picky:
         return f"it wants pages of 7, got {case.spec.page_size}"
 
 
-def test_backends_refuse_or_fall_back_but_never_silently(monkeypatch):
+def test_backends_refuse_or_fall_back_but_never_silently(monkeypatch, caplog):
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda n: Picky if n == "triton" else load(n))
     message = "'triton' cannot do this: it wants pages of 7, got 16. Backends that can: xla, ref"
     with pytest.raises(UnsupportedError, match=message):
         changed(backend="triton")
+    assert not caplog.records
     assert (changed(backend="triton", fallback=True) == changed(backend="xla")).all()
+    assert "runs on 'xla'. mosaic: " in caplog.text
+    assert "triton: it wants pages of 7, got 16" in caplog.text
     monkeypatch.setattr(backends, "load", lambda n: Picky)
     with pytest.raises(UnsupportedError, match=r"no backend can do this. mosaic: it wants"):
         changed()
+
+
+def test_no_kernel_on_a_gpu_is_told_once(monkeypatch, caplog):
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda n: Picky if n in ("mosaic", "triton") else load(n))
+    spec = Case(page_size=8).spec()
+    for _ in range(2):
+        case = backends.Case(spec=spec, variant=spec.variant, platform="gpu", capability="9.0")
+        assert backends.choose(case) == "xla"
+    (record,) = caplog.records
+    assert "wants pages of 7, got 8" in record.getMessage()
+    caplog.clear()
+    assert backends.choose(dataclasses.replace(case, platform="cpu")) == "xla"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("names", [("soft_cap", "alibi"), ("alibi", "soft_cap")])

@@ -1,3 +1,4 @@
+import dataclasses
 import heapq
 import itertools
 
@@ -34,6 +35,7 @@ def plans(draw, *, cascade: bool = False):
         tile_kv=draw(st.sampled_from([64, 128])),
         num_ctas=draw(st.sampled_from([1, 3, 16, 132])),
         item_cost=draw(st.sampled_from([0, 64, 128])),
+        decode_tokens=draw(st.sampled_from([0, 1, 16])),
         cascade_levels=3 if cascade else 0,
         **draw(st.sampled_from(MODES)),
     )
@@ -252,6 +254,43 @@ def test_tokens_may_stand_anywhere():
     check_merges(plan)
 
 
+@given(data=st.data())
+@settings(max_examples=60)
+def test_single_tokens_may_stand_anywhere(data):
+    kv_len = data.draw(st.lists(st.integers(1, 900), min_size=1, max_size=12))
+    q_len = data.draw(st.lists(st.integers(0, 1), min_size=len(kv_len), max_size=len(kv_len)))
+    window = data.draw(st.sampled_from([None, 70]))
+    room = {"max_tokens": 20, "num_ctas": 7, "item_cost": data.draw(st.sampled_from([0, 64]))}
+    spec = spec_for(q_len, kv_len, window=window, **room, **data.draw(st.sampled_from(MODES)))
+    places = np.random.default_rng(len(kv_len)).permutation(20)[: len(kv_len)]
+    table, _ = page_table(kv_len, 16)
+    plan = make_plan(spec, np.array(q_len), table, q_start=places)
+    check_covers(plan)
+    check_merges(plan)
+    for place, request in zip(places, range(len(q_len)), strict=True):
+        assert plan.token_request[place] == (request if q_len[request] else -1)
+
+
+def test_nothing_that_is_given_is_changed():
+    spec = spec_for([1, 3], [9, 20], max_tokens=10, cascade_levels=1)
+    q_len, q_start = np.array([1, 3]), np.array([8, 2])
+    table, _ = page_table([9, 20], 16)
+    first = make_plan(spec, q_len, table, q_start=q_start)
+    assert q_start.tolist() == [8, 2]
+    assert (make_plan(spec, q_len, table, q_start=q_start).buffer == first.buffer).all()
+
+
+def test_plans_are_written_where_they_shall_be():
+    spec = spec_for([1, 3], [9, 20])
+    q_len, (table, _) = np.array([1, 3]), page_table([9, 20], 16)
+    out = np.zeros(spec.num_words, np.int32)
+    plan = make_plan(spec, q_len, table, out=out)
+    assert plan.buffer is out
+    assert (out == make_plan(spec, q_len, table).buffer).all()
+    with pytest.raises(ValueError, match=rf"out must be int32 \[{spec.num_words}\] .* got int64"):
+        make_plan(spec, q_len, table, out=np.zeros(spec.num_words, np.int64))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -284,6 +323,15 @@ def test_tables_that_do_not_fit_are_refused():
         make_plan(spec, np.array([1, 1]), long)
     with pytest.raises(ValueError, match="must not be negative"):
         make_plan(spec, np.array([1, -1]), table)
+    with pytest.raises(ValueError, match="must not be negative"):
+        make_plan(spec, np.array([1, 1]), dataclasses.replace(table, kv_len=np.array([5, -5])))
+    with pytest.raises(ValueError, match="goes from 0 to 2, but there are 1 pages"):
+        make_plan(spec, np.array([1, 1]), dataclasses.replace(table, indices=table.indices[:1]))
+    with pytest.raises(ValueError, match=r"one index from 0 per request, \[2\], got \[0, -1\]"):
+        make_plan(spec, np.array([1, 1]), table, q_start=np.array([0, -1]))
+    for one in (spec, dataclasses.replace(spec, cascade_levels=1)):
+        with pytest.raises(ValueError, match="in the same place; correct q_start"):
+            make_plan(one, np.array([1, 1]), table, q_start=np.array([1, 1]))
     prefix = SharedPrefix(requests=(0, 1), begin=0, end=16)
     with pytest.raises(
         ValueError, match="nested 1 deep, but the spec has room for 0; raise cascade_levels"
@@ -318,6 +366,7 @@ def test_prefixes_that_are_none_are_refused(prefixes, message):
     [
         ({"q_heads": 6, "kv_heads": 4}, "multiple of kv_heads, got 6 and 4; the nearest is 8"),
         ({"page_size": 24}, "multiple or a divisor of page_size, got 64 and 24; .* is 72"),
+        ({"item_cost": -1}, "item_cost must not be negative, got -1"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"num_ctas": 5000}, "num_ctas must be below 4096, got 5000"),
         ({"fixed_split_size": 100}, "multiple of tile_kv = 64, got 100; the nearest is 128"),

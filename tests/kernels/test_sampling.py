@@ -92,7 +92,7 @@ def kept_by_both(logits, settings):
     return reference.kept(logits, **settings), jnp.isfinite(theirs)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1 << 20),
     vocab=st.sampled_from([1, 2, 7, 40]),
@@ -109,6 +109,8 @@ def test_only_what_is_kept_is_drawn(seed, vocab, ties, temperature, top_k, top_p
         logits = np.round(logits)
     logits[rng.random(vocab) < 0.1] = -np.inf
     logits[rng.integers(vocab)] = 1.0
+    if vocab > 1:  # as many columns always, for one program
+        logits = np.append(logits, np.full(40 - vocab, -np.inf))
     row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     tokens = draw(logits, 64, "xla", seed=seed, **row)
     kept, theirs = (
@@ -130,11 +132,11 @@ def test_rows_do_not_depend_on_their_neighbours():
         "top_p": jnp.asarray([1.0, 1.0, 0.5, 0.9, 1.0, 0.3]),
         "min_p": jnp.asarray([0.0, 0.0, 0.0, 0.1, 0.0, 0.0]),
     }
-    together = sample(logits, key, **options, backend="xla")
+    together = sample_rows(logits, key, options, "xla")
     for row in range(6):
         mine = slice(row, row + 1)
         part = {name: value[mine] for name, value in options.items()}
-        alone = sample(logits[mine], key[mine], **part, backend="xla")
+        alone = sample_rows(logits[mine], key[mine], part, "xla")
         assert alone[0] == together[row]
     assert together[1] == jnp.argmax(logits[1])
     assert together[4] == jnp.argmax(logits[4])

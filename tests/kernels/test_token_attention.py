@@ -1,3 +1,6 @@
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +14,10 @@ from jaxserve.pallas_kernels import variant as variants
 from jaxserve.pallas_kernels.state import AttentionState, merge
 from jaxserve.pallas_kernels.token_attention import TokenLists, token_attention
 from jaxserve.pallas_kernels.variant import AttentionVariant
+from tests.kernels.cases import Case, problem
+from tests.kernels.request_oracle import Options
 from tests.token_lists import random_lists
-from tests.triton.attention_oracle import attend64, random_case
+from tests.triton.attention_oracle import random_case
 
 
 def arguments_of(q, cache, table, tokens):
@@ -20,51 +25,71 @@ def arguments_of(q, cache, table, tokens):
     return q, cache, indptr, indices, kv_len, tokens
 
 
-@settings(max_examples=10)
-@given(
-    kv_len=st.sampled_from([[1], [40, 5], [9, 1, 30]]),
-    heads=st.sampled_from([(4, 4), (6, 2)]),
-    name=st.sampled_from(["plain", "capped", "sigmoid", "rope"]),
-    share=st.sampled_from([0.0, 0.3, 1.0]),
-    kv_dtype=st.sampled_from(["float32", "float8_e4m3fn"]),
-    seed=st.integers(0, 1 << 20),
-)
-def test_only_listed_tokens_are_read(kv_len, heads, name, share, kv_dtype, seed):
-    rng = np.random.default_rng(seed)
-    lengths = [1] * len(kv_len)
-    q, cache, table = random_case(
-        rng,
-        q_len=lengths,
-        kv_len=kv_len,
-        q_heads=heads[0],
-        kv_heads=heads[1],
-        head_dim=8,
-        page_size=4,
-        kv_dtype=kv_dtype,
-        scale_axes=int(rng.integers(3)),
+CASES = {
+    "plain": Case(),
+    "capped": Case(
+        kind=variants.compose(variants.soft_cap(3.0), variants.alibi(), variants.window(9)),
+        options=Options(soft_cap=3.0, window=9),
+        extras=("slopes",),
+        scales="head",
+        settings={"kv_dtype": "float8_e4m3fn"},
+    ),
+    "sigmoid": Case(
+        kind=variants.sigmoid(-0.5),
+        options=Options(sigmoid_bias=-0.5),
+        scales="tensor",
+        heads=(3, 3),
+        settings={"v_head_dim": 8},
+    ),
+    "rope": Case(
+        kind=variants.rope(50.0),
+        options=Options(theta=50.0),
+        scales="page",
+        heads=(8, 2),
+        settings={"kv_dtype": "int8"},
+    ),
+}
+
+
+@partial(jax.jit, static_argnames="variant")
+def attend(*arguments, variant, extra):
+    return token_attention(*arguments, variant=variant, extra=extra)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_listed_tokens_are_read(name):
+    case = CASES[name]
+    spec = case.spec()
+
+    @settings(max_examples=10)
+    @given(
+        kv_len=st.lists(st.integers(0, 60), min_size=3, max_size=3),
+        share=st.sampled_from([0.0, 0.3, 1.0]),
+        seed=st.integers(0, 1 << 20),
     )
-    tokens, chosen = random_lists(rng, kv_len, heads[1], share)
-    variant = {
-        "plain": variants.PLAIN,
-        "capped": variants.compose(variants.soft_cap(3.0), variants.alibi(), variants.window(9)),
-        "sigmoid": variants.sigmoid(),
-        "rope": variants.rope(50.0),
-    }[name]
-    extra = {"slopes": jnp.asarray(variants.alibi_slopes(heads[0]))} if variant.extras else {}
-    got = token_attention(*arguments_of(q, cache, table, tokens), variant=variant, extra=extra)
-    o, lse = attend64(
-        q,
-        cache,
-        table,
-        lengths,
-        sm_scale=8**-0.5,
-        variant=variant,
-        extra=extra,
-        chosen=chosen,
-    )
-    np.testing.assert_allclose(got.o, o, rtol=1e-5, atol=1e-5)
-    if variant.use_softmax:
-        np.testing.assert_allclose(got.lse, lse, rtol=1e-4, atol=1e-4)
+    def agrees(kv_len, share, seed):
+        p = problem(case, [1, 1, 1], kv_len, seed=seed)
+        rng = np.random.default_rng(seed)
+        tokens, chosen = random_lists(rng, kv_len, spec.kv_heads, share)
+        # As much room always, for one program.
+        room = (0, 600 - tokens.positions.size)
+        tokens = replace(tokens, positions=jnp.pad(tokens.positions, room, constant_values=-7))
+        table = replace(p.table, indices=np.pad(p.table.indices, (0, 20 - p.table.indices.size)))
+        got = attend(
+            *arguments_of(jnp.asarray(p.q[:3]), p.kv, table, tokens),
+            variant=case.kind,
+            extra=p.extra,
+        )
+        masks = [np.zeros((spec.kv_heads, spec.group, 1, n), np.bool_) for n in kv_len]
+        for (request, head), positions in chosen.items():
+            masks[request][head, :, :, positions] = True
+        masks = [mask.reshape(spec.q_heads, 1, -1) for mask in masks]
+        o, lse = replace(p, q=p.q[:3], options=replace(p.options, masks=masks)).answer()
+        np.testing.assert_allclose(got.o, o, rtol=1e-5, atol=1e-5)
+        if case.kind.use_softmax:
+            np.testing.assert_allclose(got.lse, lse, rtol=1e-4, atol=1e-4)
+
+    agrees()
 
 
 def make(kv_heads=2):
@@ -82,38 +107,36 @@ def make(kv_heads=2):
 
 def test_states_of_disjoint_lists_merge_into_dense_attention():
     rng = np.random.default_rng(1)
-    q, cache, table = make()
+    p = problem(Case(), [1, 1], [20, 9])
     parts = []
     orders = {(r, h): rng.permutation(n) for r, n in enumerate([20, 9]) for h in range(2)}
     for part in range(2):
         rows = [order[part::2] for order in orders.values()]
         lists = TokenLists(
             indptr=jnp.asarray(np.cumsum([0, *map(len, rows)]), jnp.int32),
-            positions=jnp.asarray(np.concatenate(rows), jnp.int32),
+            positions=jnp.asarray(np.resize(np.concatenate(rows), 40), jnp.int32),
         )
-        parts.append(token_attention(*arguments_of(q, cache, table, lists)))
+        arguments = arguments_of(jnp.asarray(p.q[:2]), p.kv, p.table, lists)
+        parts.append(attend(*arguments, variant=variants.PLAIN, extra={}))
     merged = merge(*parts)
-    o, lse = attend64(q, cache, table, [1, 1], sm_scale=8**-0.5)
+    o, lse = replace(p, q=p.q[:2]).answer()
     assert isinstance(merged, AttentionState)
     np.testing.assert_allclose(merged.o, o, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(merged.lse, lse, rtol=1e-5, atol=1e-5)
 
 
 def test_sinks_and_changes_of_the_output_come_last():
-    q, cache, table = make()
-    tokens, chosen = random_lists(np.random.default_rng(3), [20, 9], 2, 1.0)
     variant = variants.compose(
         variants.sinks(), AttentionVariant(out_mod=lambda o, ctx, lse, q_pos, head: o * head + lse)
     )
-    sink = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
-    got = token_attention(
-        *arguments_of(q, cache, table, tokens), variant=variant, extra={"sinks": jnp.asarray(sink)}
-    )
-    o, lse = attend64(q, cache, table, [1, 1], sm_scale=8**-0.5, chosen=chosen)
-    mass = np.exp2(lse)
-    full = mass + np.exp(sink)
-    o = o * (mass / full)[..., None] * np.arange(4)[:, None] + np.log2(full)[..., None]
+    p = problem(Case(kind=variant, extras=("sinks",)), [1, 1], [20, 9])
+    tokens, _ = random_lists(np.random.default_rng(3), [20, 9], 2, 1.0)
+    arguments = arguments_of(jnp.asarray(p.q[:2]), p.kv, p.table, tokens)
+    got = attend(*arguments, variant=variant, extra=p.extra)
+    o, lse = replace(p, q=p.q[:2]).answer()
+    o = o * np.arange(4)[:, None] + lse[..., None]
     np.testing.assert_allclose(got.o, o, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.lse, lse, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_of_lists_compile_nothing():

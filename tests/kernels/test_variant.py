@@ -138,7 +138,7 @@ def test_packed_masks_hold_every_bit(shapes, per_head):
 
 
 def test_masks_of_two_kinds_are_refused():
-    with pytest.raises(ValueError, match=r"all \[q_len, kv_len\] or all"):
+    with pytest.raises(ValueError, match=r"must all be \[q_len, kv_len\] or all"):
         variant.pack_mask([np.ones((2, 3), bool), np.ones((1, 2, 3), bool)])
 
 

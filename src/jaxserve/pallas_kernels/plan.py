@@ -49,6 +49,7 @@ _AT_LEAST_ONE = (
     "max_items",
     "max_units",
 )
+_NOT_NEGATIVE = ("decode_tokens", "cascade_levels", "item_cost", "row_cost")
 
 
 class Item(enum.IntEnum):
@@ -192,6 +193,9 @@ class PlanSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.q_heads % self.kv_heads:
             near = round(self.q_heads / self.kv_heads) * self.kv_heads
             raise ValueError(
@@ -217,15 +221,23 @@ class PlanSpec:
                 f"fixed_split_size must be a multiple of tile_kv = {self.tile_kv}, got {size}; the "
                 f"nearest is {-(-size // self.tile_kv) * self.tile_kv}."
             )
-        if self.cascade_levels and self.variant.packed_mask != "none":
+        self.check_variant(self.variant)
+
+    def check_variant(self, variant: AttentionVariant) -> None:
+        """Check that a variant goes with the numbers of the spec.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self.cascade_levels and variant.packed_mask != "none":
             raise ValueError(
                 "a packed mask says nothing about rows of several requests; set "
                 "cascade_levels to 0."
             )
-        if self.head_dim % 2 and (self.variant.q_mod or self.variant.k_mod):
+        if self.head_dim % 2 and (variant.q_mod or variant.k_mod):
             raise ValueError(
                 f"q_mod and k_mod see two halves of a head, but head_dim is {self.head_dim}; pad "
-                "it to an even number."
+                f"it to {self.head_dim + 1}."
             )
 
     def __hash__(self) -> int:
@@ -331,6 +343,11 @@ class PlanSpec:
             start += -(-size // 16) * 16
         layout["end"] = (start, start, ())
         return types.MappingProxyType(layout)
+
+    @functools.cached_property
+    def slices(self) -> tuple[tuple[str, slice], ...]:
+        """The parts of a plan's buffer and where they are."""
+        return tuple((name, slice(low, end)) for name, (low, end, _) in self.layout.items())[:-1]
 
     @property
     def num_words(self) -> int:

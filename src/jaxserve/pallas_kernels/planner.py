@@ -53,17 +53,37 @@ def make_plan(
     CTA idle at the end and makes fewer partial states.
     """
     requests = _check(spec, q_len, table, q_start, shared)
-    plan = Plan(buffer=np.zeros(spec.num_words, np.int32) if out is None else out, spec=spec)
-    _write_requests(plan, requests, shared)
-    plan.merge_target[:] = spec.max_tokens * spec.num_blocks
+    buffer = np.zeros(spec.num_words, np.int32) if out is None else out
+    if buffer.shape != (spec.num_words,) or buffer.dtype != np.int32:
+        raise ValueError(
+            f"out must be int32 [{spec.num_words}] for this spec, got {buffer.dtype} "
+            f"{buffer.shape}; leave it out."
+        )
+    plan = Plan(buffer=buffer, spec=spec)
+    parts = _parts(spec, buffer)
+    _write_requests(spec, parts, requests, shared)
+    parts["merge_target"].fill(spec.max_tokens * spec.num_blocks)
     tiles = _visited(spec, _tiles(spec, requests))
     if shared:
-        tiles = _with_shared(plan, tiles, requests, shared)
+        tiles = _with_shared(spec, parts, tiles, requests, shared)
     if tiles.q_len.size:
         is_balanced = spec.split_mode == "balanced"
         pieces = _cut_evenly(spec, tiles) if is_balanced else _cut_at_multiples(spec, tiles)
-        _write_items(plan, tiles, pieces)
+        _write_items(spec, parts, tiles, _with_partial(tiles, pieces))
     return plan
+
+
+_SAME_PLACE = "tokens of two requests stand in the same place; correct q_start."
+_Parts = dict[str, np.ndarray]
+"""Parts of a plan's buffer by name."""
+
+
+def _parts(spec: PlanSpec, buffer: np.ndarray) -> _Parts:
+    parts = {name: buffer[where] for name, where in spec.slices}
+    for name in ("items", "prefixes"):
+        if name in parts:
+            parts[name] = parts[name].reshape(spec.layout[name][2])
+    return parts
 
 
 @dataclasses.dataclass(slots=True)
@@ -78,8 +98,10 @@ class _Requests:
     """Keys that are read for several requests at once."""
     table: PageTable
     num_tokens: int
-    is_decode: bool
-    """Whether every request has one token, one after another."""
+    is_packed: bool
+    """Whether tokens stand one after another, without gaps."""
+    is_single: bool
+    """Whether no request has more than one token."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -105,47 +127,81 @@ class _Tiles:
     """Equal numbers for equal query rows."""
     is_partial: np.ndarray | None
     """Whether the tile is merged with others whatever happens; None if none is."""
+    is_single: bool
+    """Whether all have one token."""
 
     def take(self, index: np.ndarray) -> "_Tiles":
         """Return the tiles at some indices."""
-        return _Tiles(*(getattr(self, name)[index] for name in _TILE_ARRAYS), is_partial=None)
+        return _Tiles(
+            *(getattr(self, name)[index] for name in _TILE_ARRAYS),
+            is_partial=None,
+            is_single=self.is_single,
+        )
 
-    def cost(self, spec: PlanSpec) -> tuple[np.ndarray, np.ndarray]:
-        """Return what each tile costs, in keys, and the part that is not its keys."""
-        overhead = self.q_len * (spec.row_cost * spec.heads_per_tile) + spec.item_cost
-        return _whole_tiles(spec, self.end - self.begin) + overhead, overhead
+    def overhead(self, spec: PlanSpec) -> np.ndarray:
+        """Return what each tile costs besides its keys, in keys; one number if all are alike."""
+        count = self.q_len[:1] if self.is_single else self.q_len
+        return count * (spec.row_cost * spec.heads_per_tile) + spec.item_cost
 
 
-_TILE_ARRAYS = tuple(f.name for f in dataclasses.fields(_Tiles) if f.name != "is_partial")
+_TILE_ARRAYS = tuple(f.name for f in dataclasses.fields(_Tiles) if not f.name.startswith("is_"))
+
+
+@dataclasses.dataclass(slots=True)
+class _Cuts:
+    """Where items are cut in two, for tiles of one token each.
+
+    Attributes:
+        behind: The piece behind each cut; the one before it precedes it.
+        item: What is cut, on the uncut line.
+        tile: Its tile.
+        middle: First key behind the cut.
+    """
+
+    behind: np.ndarray
+    item: np.ndarray
+    tile: np.ndarray
+    middle: np.ndarray
+
+
+@dataclasses.dataclass(slots=True)
+class _Split:
+    """Pieces whose rows have other pieces too.
+
+    Attributes:
+        at: Which pieces, ascending.
+        tile: The tile of each.
+        block: Its block of heads.
+        begin: Its first key.
+        end: One past the last key.
+    """
+
+    at: np.ndarray
+    tile: np.ndarray
+    block: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
 
 
 @dataclasses.dataclass(slots=True)
 class _Pieces:
     """Items before they are written: each a tile, a block of heads, and some of the tile's keys.
 
+    Uncut, item i of the line is tile `i % count` in the block of heads `i // count`.
+
     Attributes:
-        tile: Index of the tile.
-        block: Block of heads.
-        is_split: Whether other pieces visit other keys of the same tile.
-        at: Pieces whose keys are not all of the tile's; None if `begin` and `end` are of all.
-        begin: First key of those.
-        end: One past the last key.
+        item: The item on the uncut line that each piece is of; None if nothing is cut.
+        count: Number of pieces.
+        split: What is cut.
         work_indptr: Where each CTA begins.
         order: In which order the CTAs take the pieces; None as they stand.
     """
 
-    tile: np.ndarray
-    block: np.ndarray
-    is_split: np.ndarray
-    at: np.ndarray | None
-    begin: np.ndarray
-    end: np.ndarray
+    item: np.ndarray | None
+    count: int
+    split: _Cuts | _Split
     work_indptr: np.ndarray
     order: np.ndarray | None
-
-
-def _whole_tiles(spec: PlanSpec, keys: np.ndarray) -> np.ndarray:
-    return (keys + (spec.tile_kv - 1)) // spec.tile_kv * spec.tile_kv
 
 
 def _check(
@@ -167,15 +223,21 @@ def _check(
             f"{q_len.size} requests, but the spec has room for {spec.max_requests}; raise "
             "max_requests."
         )
-    least, most = (int(q_len.min()), int(q_len.max())) if q_len.size else (0, 0)
-    if least < 0 or (kv_len.size and kv_len.min() < 0):
+    num, indptr = q_len.size, np.asarray(table.indptr)
+    bits = int(np.bitwise_or.reduce(q_len))  # in one pass: negative, or 0 and 1 alone, or more
+    if bits < 0 or np.bitwise_or.reduce(kv_len) < 0:
         raise ValueError("q_len and kv_len must not be negative.")
-    total = most * q_len.size if least == most else int(q_len.sum())
+    ends = q_len.cumsum()
+    total = int(ends[-1]) if num else 0
     if q_start is None:
-        starts, last = np.cumsum(q_len) - q_len, total
+        starts, last = ends - q_len, total
     else:
-        starts = np.asarray(q_start, np.int64)
-        last = int((starts + q_len).max()) if q_len.size else 0
+        starts = np.array(q_start, np.int64)
+        if starts.shape != q_len.shape or (num and starts.min() < 0):
+            raise ValueError(
+                f"q_start must be one index from 0 per request, [{num}], got {starts.tolist()}."
+            )
+        last = int((starts + q_len).max()) if num else 0
     if last > spec.max_tokens:
         raise ValueError(
             f"{last} query tokens, but the spec has room for {spec.max_tokens}; raise max_tokens."
@@ -185,23 +247,36 @@ def _check(
             f"{table.indices.size} pages, but the spec has room for {spec.max_pages}; raise "
             "max_pages."
         )
-    lacking = (table.indptr[1:] - table.indptr[:-1]) * spec.page_size < kv_len
+    lacking = (indptr[1:] - indptr[:-1]) * spec.page_size < kv_len
     if lacking.any():
         worst = int(lacking.argmax())
         raise ValueError(
-            f"request {worst} has {kv_len[worst]} keys but "
-            f"{table.indptr[worst + 1] - table.indptr[worst]} pages of {spec.page_size}; add pages "
-            "to the table."
+            f"request {worst} has {kv_len[worst]} keys but {indptr[worst + 1] - indptr[worst]} "
+            f"pages of {spec.page_size}; add pages to the table."
+        )
+    if indptr[0] < 0 or indptr[-1] > table.indices.size:
+        raise ValueError(
+            f"indptr of the table goes from {indptr[0]} to {indptr[-1]}, but there are "
+            f"{table.indices.size} pages; let it end at their number."
         )
     requests = _Requests(
         q_len=q_len,
         kv_len=kv_len,
         q_start=starts,
-        shared_len=np.zeros(q_len.size, np.int64),
+        shared_len=np.zeros(num, np.int64),
         table=table,
         num_tokens=total,
-        is_decode=least == most == 1 and q_start is None and not spec.cascade_levels,
+        is_packed=q_start is None and not spec.cascade_levels,
+        is_single=bits <= 1,
     )
+    if shared:
+        _check_shared(spec, requests, shared)
+    return requests
+
+
+def _check_shared(spec: PlanSpec, requests: _Requests, shared: Sequence[SharedPrefix]) -> None:
+    """Check shared prefixes, and mark their keys as read."""
+    q_len = requests.q_len
     depth = np.zeros(q_len.size, np.int64)
     for prefix in shared:
         if not set(prefix.requests) <= set(range(q_len.size)) or len(set(prefix.requests)) < 2:
@@ -217,7 +292,6 @@ def _check(
         )
     for prefix in shared:
         _check_prefix(spec, requests, prefix)
-    return requests
 
 
 def _check_prefix(spec: PlanSpec, requests: _Requests, prefix: SharedPrefix) -> None:
@@ -252,40 +326,64 @@ def _check_prefix(spec: PlanSpec, requests: _Requests, prefix: SharedPrefix) -> 
     requests.shared_len[members] = prefix.end
 
 
-def _write_requests(plan: Plan, requests: _Requests, shared: Sequence[SharedPrefix]) -> None:
+def _write_requests(
+    spec: PlanSpec, parts: _Parts, requests: _Requests, shared: Sequence[SharedPrefix]
+) -> None:
     """Write what the plan says about requests and tokens, and bring tokens into its order."""
-    spec, table = plan.spec, requests.table
-    num, q_len, kv_len = requests.q_len.size, requests.q_len, requests.kv_len
-    kv_indptr = plan.kv_indptr
+    table, q_len, kv_len = requests.table, requests.q_len, requests.kv_len
+    num, total = q_len.size, requests.num_tokens
+    kv_indptr = parts["kv_indptr"]
     kv_indptr[: num + 1] = table.indptr
-    kv_indptr[num + 1 :] = table.indptr[-1]
-    plan.kv_indices[: table.indices.size] = table.indices
-    plan.kv_len[:num] = kv_len
-    plan.q_len[:num] = q_len
-    counts, token_request = plan.part("counts"), plan.token_request
-    counts[0], counts[1] = num, requests.num_tokens
+    kv_indptr[num + 1 :] = kv_indptr[num]
+    parts["kv_indices"][: table.indices.size] = table.indices
+    parts["kv_len"][:num] = kv_len
+    parts["q_len"][:num] = q_len
+    parts["counts"][:2] = num, total
     if spec.variant.packed_mask != "none":
-        words = plan.mask_indptr
+        words = parts["mask_indptr"]
         np.cumsum(q_len * -(-kv_len // 32), out=words[1 : num + 1])
         words[num + 1 :] = words[num]
     if spec.cascade_levels:
+        token_place = parts["token_place"]
         order = _token_order(spec, requests, shared)
-        plan.token_order[:] = order
-        plan.token_place[order] = np.arange(order.size, dtype=np.int32)
+        if order.size > spec.max_tokens:
+            raise ValueError(_SAME_PLACE)
+        parts["token_order"][:] = order
+        token_place[order] = np.arange(order.size, dtype=np.int32)
         nonempty = q_len > 0
-        requests.q_start[nonempty] = plan.token_place[requests.q_start[nonempty]]
-    plan.q_start[:num] = requests.q_start
-    if requests.is_decode:
-        token_request[:num] = np.arange(num)
+        requests.q_start[nonempty] = token_place[requests.q_start[nonempty]]
+    parts["q_start"][:num] = requests.q_start
+    token_request, token_position = parts["token_request"], parts["token_position"]
+    if requests.is_packed and requests.is_single and total == num:
+        token_request[:num] = _counting(num)
         token_request[num:] = -1
-        plan.token_position[:num] = kv_len - 1
+        token_position[:num] = kv_len - 1
         return
-    token_request[:] = -1
-    request = np.repeat(np.arange(num), q_len)
-    offset = np.arange(requests.num_tokens) - np.repeat(np.cumsum(q_len) - q_len, q_len)
-    place = requests.q_start[request] + offset
+    token_request.fill(-1)
+    if requests.is_single:
+        request = q_len.nonzero()[0]
+        place, position = requests.q_start[request], kv_len[request] - 1
+    else:
+        request = _counting(num).repeat(q_len)
+        offset = _counting(total) - (q_len.cumsum() - q_len)[request]
+        place, position = requests.q_start[request] + offset, (kv_len - q_len)[request] + offset
     token_request[place] = request
-    plan.token_position[place] = (kv_len - q_len)[request] + offset
+    token_position[place] = position
+    if not requests.is_packed and np.count_nonzero(token_request >= 0) < total:
+        raise ValueError(_SAME_PLACE)
+
+
+def _counting(num: int) -> np.ndarray:
+    """Return 0, 1, ... as far as `num`; do not write to it."""
+    size = max(1024, 1 << (num - 1).bit_length()) if num else 1024
+    return _counted(size)[:num]
+
+
+@functools.lru_cache(maxsize=32)
+def _counted(size: int) -> np.ndarray:
+    numbers = np.arange(size)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _token_order(spec: PlanSpec, requests: _Requests, shared: Sequence[SharedPrefix]) -> np.ndarray:
@@ -309,20 +407,29 @@ def _token_order(spec: PlanSpec, requests: _Requests, shared: Sequence[SharedPre
 def _tiles(spec: PlanSpec, requests: _Requests) -> _Tiles:
     """Cut requests into tiles of query rows, and find what each tile sees."""
     q_len, kv_len, most = requests.q_len, requests.kv_len, spec.tile_tokens
-    index = np.arange(q_len.size)
-    if requests.is_decode:
-        request, offset = index, np.zeros_like(index)
-        count, keys, low, start = q_len, kv_len, kv_len - 1, requests.q_start
-        flags = np.full(q_len.size, int(ItemFlag.DECODE))
+    count, keys, start = q_len, kv_len, requests.q_start
+    index = request = _counting(q_len.size)
+    if requests.is_single:
+        if requests.num_tokens < q_len.size:
+            request = q_len.nonzero()[0]
+            count, keys, start = q_len[request], kv_len[request], start[request]
+        offset = np.zeros(request.size, np.int64)
+        low = keys - 1
+        flags = count * int(ItemFlag.DECODE) if spec.decode_tokens else offset
     else:
         number = -(-q_len // most)
-        request = np.repeat(index, number)
-        offset = (np.arange(request.size) - np.repeat(np.cumsum(number) - number, number)) * most
-        count = np.minimum(q_len[request] - offset, most)
-        keys, start = kv_len[request], requests.q_start[request] + offset
-        low = keys - q_len[request] + offset
-        flags = (q_len[request] <= spec.decode_tokens) * int(ItemFlag.DECODE)
-    begin, end, full_begin, full_end = _bounds(spec, low, low + count, keys)
+        request = index.repeat(number)
+        offset = (_counting(request.size) - (number.cumsum() - number)[request]) * most
+        length = q_len[request]
+        count = np.minimum(length - offset, most)
+        keys, start = kv_len[request], start[request] + offset
+        low = keys - length + offset
+        flags = (length <= spec.decode_tokens) * int(ItemFlag.DECODE)
+    if requests.is_single and spec.window is None:
+        begin = full_begin = offset
+        end = full_end = keys
+    else:
+        begin, end, full_begin, full_end = _bounds(spec, low, low + count, keys)
     return _Tiles(
         request=request,
         q_start=start,
@@ -334,8 +441,9 @@ def _tiles(spec: PlanSpec, requests: _Requests) -> _Tiles:
         full_begin=full_begin,
         full_end=full_end,
         flags=flags,
-        rows=index if requests.is_decode else np.arange(request.size),
+        rows=_counting(request.size),
         is_partial=None,
+        is_single=requests.is_single,
     )
 
 
@@ -415,14 +523,17 @@ def _first_full(
 
 
 def _with_shared(
-    plan: Plan, own: _Tiles, requests: _Requests, shared: Sequence[SharedPrefix]
+    spec: PlanSpec,
+    parts: _Parts,
+    own: _Tiles,
+    requests: _Requests,
+    shared: Sequence[SharedPrefix],
 ) -> _Tiles:
     """Put tiles of shared prefixes before those of requests, which then read only the rest."""
-    spec = plan.spec
-    parts: list[_Tiles] = []
-    positions = plan.token_position.astype(np.int64)
+    groups: list[_Tiles] = []
+    positions = parts["token_position"].astype(np.int64)
     number = 0
-    plan.shared_len[: requests.q_len.size] = requests.shared_len
+    parts["shared_len"][: requests.q_len.size] = requests.shared_len
     for prefix in shared:
         members = np.asarray(prefix.requests)
         total = int(requests.q_len[members].sum())
@@ -430,7 +541,7 @@ def _with_shared(
         offset = np.arange(0, total, spec.tile_tokens)
         if not offset.size:
             continue
-        plan.prefixes[number] = members[0], start, total, prefix.begin, prefix.end
+        parts["prefixes"][number] = members[0], start, total, prefix.begin, prefix.end
         number += 1
         count = np.minimum(spec.tile_tokens, total - offset)
         seen = positions[start : start + total]
@@ -443,7 +554,7 @@ def _with_shared(
         end = np.maximum(begin, end)
         if spec.variant.block_mask is not None:
             full_end = np.zeros_like(full_end)  # it was not asked about shared keys
-        parts.append(
+        groups.append(
             _Tiles(
                 request=np.full(offset.size, members[0]),
                 q_start=start + offset,
@@ -457,23 +568,21 @@ def _with_shared(
                 flags=np.full(offset.size, int(ItemFlag.SHARED)),
                 rows=np.arange(offset.size),
                 is_partial=np.ones(offset.size, np.bool_),
+                is_single=False,
             )
         )
-    plan.part("counts")[6] = number
+    parts["counts"][6] = number
     shared_len = requests.shared_len[own.request]
     own.is_partial = shared_len > 0
     own.begin = np.maximum(own.begin, shared_len)
     own.end = np.maximum(own.begin, own.end)
-    parts.append(own)
-    rows = np.cumsum([0, *(int(part.rows[-1]) + 1 if part.rows.size else 0 for part in parts)])
-    for part, base in zip(parts, rows, strict=False):
-        part.rows = part.rows + base
-    return _Tiles(
-        *(
-            np.concatenate([getattr(part, field.name) for part in parts])
-            for field in dataclasses.fields(_Tiles)
-        )
-    )
+    groups.append(own)
+    rows = np.cumsum([0, *(int(group.rows[-1]) + 1 if group.rows.size else 0 for group in groups)])
+    for group, base in zip(groups, rows, strict=False):
+        group.rows = group.rows + base
+    names = (*_TILE_ARRAYS, "is_partial")
+    arrays = (np.concatenate([getattr(group, name) for group in groups]) for name in names)
+    return _Tiles(*arrays, is_single=False)
 
 
 def _cut_evenly(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
@@ -483,110 +592,132 @@ def _cut_evenly(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
     near each other.
     """
     count, blocks, size = tiles.q_len.size, spec.num_blocks, spec.tile_kv
-    cost, overhead = tiles.cost(spec)
-    places = np.zeros(count + 1, np.int64)
-    np.cumsum(cost, out=places[1:])
-    period = int(places[-1])
+    length = (tiles.end - tiles.begin + (size - 1)) // size  # in tiles, as is all that follows
+    overhead = tiles.overhead(spec)
+    ends = (length * size + overhead).cumsum()
+    period = int(ends[-1])
     total = period * blocks
     # Fewer keys than this are not worth an item.
-    least = -(-spec.item_cost // size) * size
-    target = max(-(-total // spec.num_ctas), 2 * least + int(overhead.max()))
-    parts = -(-total // target)
-    cuts = np.arange(1, parts) * total // parts
-    block = cuts // period
-    cuts -= block * period
-    tile = places.searchsorted(cuts, side="right") - 1
-    keys = (tiles.end - tiles.begin)[tile]
-    key = (cuts - places[tile] - overhead[tile] + size // 2) // size * size
-    # Cut at the nearest place that leaves enough on both sides, be it the border of an item.
-    last = (keys - least) // size * size
-    to_begin = 2 * key < np.where(last >= least, least, keys)
-    to_end = ~to_begin & (2 * key >= np.where(last >= least, last + keys, 0))
-    item = block * count + tile + to_end
-    key = np.minimum(np.maximum(key, least), last)
-    key[to_begin | to_end] = 0
-    return _split(spec, tiles, item, key)
+    least = -(-spec.item_cost // size)
+    target = max(-(-total // spec.num_ctas), 2 * least * size + int(overhead.max()))
+    block, place = np.divmod(np.arange(target, total, target), period)
+    tile = ends.searchsorted(place, side="right")
+    most = length[tile]
+    # What is left behind the cut, rounded to tiles; an item is entered behind its overhead.
+    key = most - ((ends[tile] - place + size // 2) // size)
+    # Cut at the nearest place that leaves enough on both sides, be it the border of an item:
+    # within `room` of the middle, both counted twice, it is not a border.
+    room = np.maximum(most - least, 0)
+    off = key + key - most
+    is_inside = np.abs(off) < room
+    item = block * count + tile + (off >= room)
+    key = np.minimum(np.maximum(key, least), room) * size
+    if not least:  # two cuts may have met in one place
+        is_inside[1:] &= (item[1:] != item[:-1]) | (key[1:] != key[:-1])
+    return _split(spec, tiles, item, key, is_inside)
 
 
-def _split(spec: PlanSpec, tiles: _Tiles, item: np.ndarray, key: np.ndarray) -> _Pieces:
+def _split(
+    spec: PlanSpec, tiles: _Tiles, item: np.ndarray, key: np.ndarray, is_inside: np.ndarray
+) -> _Pieces:
     """Cut items behind their first `key` keys, and give each part of the line to a CTA.
 
     Args:
         spec: What is static.
-        tiles: The tiles; item i is tile `i % count` in the block of heads `i // count`.
+        tiles: The tiles.
         item: The item of each cut, ascending.
-        key: How many of its keys lie before the cut; 0 cuts before the item.
+        key: How many of its keys lie before the cut.
+        is_inside: Whether the cut makes two pieces of it; others lie before their item.
     """
     count = tiles.q_len.size
-    is_inside = key > 0
-    # Two cuts may have met in one place.
-    is_inside[1:] &= (item[1:] != item[:-1]) | (key[1:] != key[:-1])
-    inside = np.flatnonzero(is_inside)
-    before = np.cumsum(is_inside)
+    begins = item + is_inside.cumsum()
+    inside = is_inside.nonzero()[0]
+    behind, cut = begins[inside], item[inside]
     num = count * spec.num_blocks + inside.size
-    work_indptr = np.full(spec.num_ctas + 1, num, np.int64)
+    work_indptr = np.empty(spec.num_ctas + 1, np.int64)
     work_indptr[0] = 0
-    work_indptr[1 : item.size + 1] = item + before
-    behind = (item + before)[inside]
-    tile, block = _grid(count, spec.num_blocks)
-    is_split = np.zeros(num, np.bool_)
-    is_split[behind] = True
-    if behind.size:
-        whole = np.arange(num) - np.cumsum(is_split)
-        tile, block = tile[whole], block[whole]
-    is_split[behind - 1] = True
-    at = np.flatnonzero(is_split)
-    begin, end = tiles.begin[tile[at]], tiles.end[tile[at]]
-    later = at.searchsorted(behind)
-    begin[later] += key[inside]
-    end[later - 1] = begin[later]
+    work_indptr[1 : item.size + 1] = begins
+    work_indptr[item.size + 1 :] = num
+    of_item = None
+    if inside.size:
+        later = np.zeros(num, np.int64)
+        later[behind] = 1
+        of_item = _counting(num) - later.cumsum()
+    tile = cut % count
+    cuts = _Cuts(behind=behind, item=cut, tile=tile, middle=tiles.begin[tile] + key[inside])
     return _Pieces(
-        tile=tile,
-        block=block,
-        is_split=is_split,
-        at=at,
-        begin=begin,
-        end=end,
+        item=of_item,
+        count=num,
+        split=cuts if tiles.is_single else _both_sides(tiles, cuts),
         work_indptr=work_indptr,
         order=None,
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _grid(count: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tile and the block of heads of each item of an uncut line."""
-    tile, block = np.tile(np.arange(count), blocks), np.repeat(np.arange(blocks), count)
-    tile.flags.writeable = block.flags.writeable = False
-    return tile, block
+def _both_sides(tiles: _Tiles, cuts: _Cuts) -> _Split:
+    """List the pieces before and behind cuts, each once."""
+    pieces = np.stack([cuts.behind - 1, cuts.behind], axis=1).reshape(-1)
+    block, tile = np.divmod(cuts.item.repeat(2), tiles.q_len.size)
+    is_new = np.ones(pieces.size, np.bool_)
+    is_new[1:] = pieces[1:] != pieces[:-1]  # what lies between two cuts is listed twice
+    at, tile, block = pieces[is_new], tile[is_new], block[is_new]
+    begin, end = tiles.begin[tile], tiles.end[tile]
+    later = at.searchsorted(cuts.behind)
+    begin[later] = cuts.middle
+    end[later - 1] = cuts.middle
+    return _Split(at=at, tile=tile, block=block, begin=begin, end=end)
 
 
 def _cut_at_multiples(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
     """Cut items at multiples of the fixed size, counted from the first key of the request."""
     size, number = spec.fixed_split_size, tiles.q_len.size
-    _, overhead = tiles.cost(spec)
-    begin, end, tile = tiles.begin, tiles.end, np.arange(number)
+    overhead = tiles.overhead(spec)
+    begin, end, tile = tiles.begin, tiles.end, _counting(number)
     is_split = np.zeros(number, np.bool_)
     if spec.split_mode == "fixed" and size is not None:
         low = begin // size
         count = np.maximum(-(-end // size) - low, 1)
-        tile = np.repeat(tile, count)
-        chunk = np.arange(tile.size) + (low - np.cumsum(count) + count)[tile]
+        first = count.cumsum() - count
+        tile = tile.repeat(count)
+        chunk = _counting(tile.size) + (low - first)[tile]
         begin = np.maximum(begin[tile], chunk * size)
         end = np.minimum(end[tile], (chunk + 1) * size)
         is_split = (count > 1)[tile]
-    cost = _whole_tiles(spec, end - begin) + overhead[tile]
+    cost = -(-(end - begin) // spec.tile_kv) * spec.tile_kv
+    cost += overhead if tiles.is_single else overhead[tile]
     blocks = spec.num_blocks
     order, work_indptr = _assign_longest_first(np.tile(cost, blocks), spec.num_ctas)
-    return _Pieces(
-        tile=np.tile(tile, blocks),
-        block=np.repeat(np.arange(blocks), tile.size),
-        is_split=np.tile(is_split, blocks),
-        at=None,
-        begin=np.tile(begin, blocks),
-        end=np.tile(end, blocks),
-        work_indptr=work_indptr,
-        order=order,
-    )
+    item = (np.arange(blocks)[:, None] * number + tile).reshape(-1)
+    at = np.tile(is_split, blocks).nonzero()[0]
+    block, piece = np.divmod(at, tile.size)
+    split = _Split(at=at, tile=tile[piece], block=block, begin=begin[piece], end=end[piece])
+    return _Pieces(item=item, count=item.size, split=split, work_indptr=work_indptr, order=order)
+
+
+def _with_partial(tiles: _Tiles, pieces: _Pieces) -> _Pieces:
+    """Count pieces as split if their rows see keys of other tiles too."""
+    is_partial = tiles.is_partial
+    if tiles.rows[-1] != tiles.rows.size - 1:  # some tiles appear more than once
+        again = (tiles.rows[1:] == tiles.rows[:-1]).nonzero()[0]
+        is_repeated = np.zeros(tiles.rows.size, np.bool_)
+        is_repeated[again] = is_repeated[again + 1] = True
+        is_partial = is_repeated if is_partial is None else is_partial | is_repeated
+    if is_partial is None:
+        return pieces
+    split = pieces.split
+    if isinstance(split, _Cuts):
+        split = _both_sides(tiles, split)
+    item = _counting(pieces.count) if pieces.item is None else pieces.item
+    block, tile = np.divmod(item, tiles.q_len.size)
+    is_split = is_partial[tile]
+    is_split[split.at] = True
+    at = is_split.nonzero()[0]
+    block, tile = block[at], tile[at]
+    begin, end = tiles.begin[tile], tiles.end[tile]
+    known = at.searchsorted(split.at)
+    begin[known], end[known] = split.begin, split.end
+    split = _Split(at=at, tile=tile, block=block, begin=begin, end=end)
+    return dataclasses.replace(pieces, split=split)
 
 
 def _assign_longest_first(cost: np.ndarray, num_ctas: int) -> tuple[np.ndarray, np.ndarray]:
@@ -624,18 +755,18 @@ def _descending(cost: np.ndarray) -> np.ndarray:
     return np.argsort(rest.astype(np.uint16) if rest.max() < 1 << 16 else rest, kind="stable")
 
 
-def _write_items(plan: Plan, tiles: _Tiles, pieces: _Pieces) -> None:
+def _write_items(spec: PlanSpec, parts: _Parts, tiles: _Tiles, pieces: _Pieces) -> None:
     """Write items, what each CTA does, and how partial states merge."""
-    spec, count, order = plan.spec, pieces.tile.size, pieces.order
-    if count > spec.bounds[0]:
+    num, count, order = pieces.count, tiles.q_len.size, pieces.order
+    if num > spec.bounds[0]:
         raise ValueError(
-            f"{count} work items, but the spec has room for {spec.bounds[0]}; raise max_items."
+            f"{num} work items, but the spec has room for {spec.bounds[0]}; raise max_items."
         )
-    plan.work_indptr[:] = pieces.work_indptr
-    plan.part("counts")[2] = count
-    split, slot = _write_merges(plan, tiles, pieces)
-    request, kv_len = tiles.request, plan.kv_len[tiles.request]
-    table = np.empty((request.size, len(Item)), np.int32)
+    parts["work_indptr"][:] = pieces.work_indptr
+    parts["counts"][2] = num
+    request = tiles.request
+    line = np.empty((spec.num_blocks, count, len(Item)), np.int32)
+    table = line[0]
     table[:, Item.REQUEST] = request
     table[:, Item.Q_START] = tiles.q_start
     table[:, Item.Q_LEN] = tiles.q_len
@@ -644,74 +775,115 @@ def _write_items(plan: Plan, tiles: _Tiles, pieces: _Pieces) -> None:
     table[:, Item.KV_END] = tiles.end
     table[:, Item.FULL_BEGIN] = tiles.full_begin
     table[:, Item.FULL_END] = tiles.full_end
-    table[:, Item.TABLE_BASE] = plan.kv_indptr[request]
+    table[:, Item.TABLE_BASE] = parts["kv_indptr"][request]
     table[:, Item.OUT_SLOT] = -1
-    table[:, Item.KV_LEN] = kv_len
-    table[:, Item.REQUEST_Q_LEN] = plan.q_len[request]
-    table[:, Item.MASK_BASE] = plan.mask_indptr[request] + tiles.q_offset * -(-kv_len // 32)
+    table[:, Item.KV_LEN] = kv_len = parts["kv_len"][request]
+    table[:, Item.REQUEST_Q_LEN] = parts["q_len"][request]
+    table[:, Item.MASK_BASE] = 0
+    if spec.variant.packed_mask != "none":
+        words = (kv_len + 31) // 32
+        table[:, Item.MASK_BASE] = parts["mask_indptr"][request] + tiles.q_offset * words
     table[:, Item.FLAGS] = tiles.flags
-    items = plan.items[:count]
-    # Without "clip" the result would go through a buffer.
-    np.take(table, pieces.tile if order is None else pieces.tile[order], 0, items, mode="clip")
-    block = pieces.block if order is None else pieces.block[order]
-    items[:, Item.HEAD] = block * spec.heads_per_tile
-    items[:, Item.KV_HEAD] = block // (spec.group // spec.heads_per_tile)
+    line[1:] = table
+    line[:, :, Item.HEAD], line[:, :, Item.KV_HEAD] = _heads(spec)
+    line = line.reshape(-1, len(Item))
+    items, item, split = parts["items"][:num], pieces.item, pieces.split
     if order is not None:
-        items[:, Item.KV_BEGIN] = pieces.begin[order]
-        items[:, Item.KV_END] = pieces.end[order]
-        slots = np.full(count, -1, np.int64)
-        slots[split] = slot
-        items[:, Item.OUT_SLOT] = slots[order]
+        item = order if item is None else item[order]
+    if item is None:
+        items[:] = line
     else:
-        items[pieces.at, Item.KV_BEGIN] = pieces.begin
-        items[pieces.at, Item.KV_END] = pieces.end
-        items[split, Item.OUT_SLOT] = slot
+        # Without "clip" the result would go through a buffer.
+        line.take(item, 0, items, "clip")
+    if isinstance(split, _Cuts):
+        if split.behind.size:
+            _write_cuts(spec, parts, tiles, split)
+    elif split.at.size:
+        place = split.at
+        if order is not None:
+            place = np.empty(num, np.int64)
+            place[order] = _counting(num)
+            place = place[split.at]
+        items[place, Item.KV_BEGIN] = split.begin
+        items[place, Item.KV_END] = split.end
+        items[place, Item.OUT_SLOT] = _write_merges(spec, parts, tiles, split)
 
 
-def _write_merges(plan: Plan, tiles: _Tiles, pieces: _Pieces) -> tuple[np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=64)
+def _heads(spec: PlanSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first query head and the key-value head of each block, `[blocks, 1]`."""
+    head = np.arange(0, spec.q_heads, spec.heads_per_tile, dtype=np.int32)[:, None]
+    return head, head // spec.group
+
+
+def _write_cuts(spec: PlanSpec, parts: _Parts, tiles: _Tiles, cuts: _Cuts) -> None:
+    """Write what cuts change, for tiles of one token: the pieces of an item stand side by side."""
+    behind, item, count = cuts.behind, cuts.item, cuts.behind.size
+    is_first = np.empty(count, np.bool_)
+    is_first[0] = True
+    np.not_equal(item[1:], item[:-1], out=is_first[1:])
+    # An item that is cut n times has n + 1 units.
+    slot = _counting(count) + is_first.cumsum()
+    before = behind - 1
+    items = parts["items"]
+    items[:, Item.KV_BEGIN][behind] = cuts.middle
+    items[:, Item.KV_END][before] = cuts.middle
+    unit = items[:, Item.OUT_SLOT]
+    unit[behind] = slot
+    unit[before] = slot - 1
+    first = is_first.nonzero()[0]
+    start, tile = slot[first] - 1, cuts.tile[first]
+    target = tiles.q_start[tile] * spec.num_blocks + item[first] // tiles.q_len.size
+    _write_units(spec, parts, _counting(int(slot[-1]) + 1), start, target)
+
+
+def _write_merges(spec: PlanSpec, parts: _Parts, tiles: _Tiles, split: _Split) -> np.ndarray:
     """Number the units of partial states, and write which of them merge into what.
 
     Returns:
-        Which pieces are split, and the first unit of each.
+        The first unit of each split piece.
     """
-    spec, is_split = plan.spec, pieces.is_split
-    if tiles.is_partial is not None:
-        is_split |= tiles.is_partial[pieces.tile]
-    if tiles.rows[-1] != tiles.rows.size - 1:  # some tiles appear more than once
-        again = np.flatnonzero(tiles.rows[1:] == tiles.rows[:-1])
-        is_repeated = np.zeros(tiles.rows.size, np.bool_)
-        is_repeated[again] = is_repeated[again + 1] = True
-        is_split |= is_repeated[pieces.tile]
-    split = np.flatnonzero(is_split)
-    if not split.size:
-        return split, split
-    tile, block = pieces.tile[split], pieces.block[split]
-    length = tiles.q_len[tile]
-    ends = np.cumsum(length)
-    slot, total = ends - length, int(ends[-1])
+    length = tiles.q_len[split.tile]
+    slot = length.cumsum() - length
+    total = int(slot[-1] + length[-1])
+    piece = _counting(length.size).repeat(length)
+    token = tiles.q_start[split.tile][piece] + _counting(total) - slot[piece]
+    target = token * spec.num_blocks + split.block[piece]
+    units = target.argsort(kind="stable")
+    target = target[units]
+    is_start = np.ones(total, np.bool_)
+    is_start[1:] = target[1:] != target[:-1]
+    _write_units(spec, parts, units, is_start.nonzero()[0], target[is_start])
+    return slot
+
+
+def _write_units(
+    spec: PlanSpec, parts: _Parts, units: np.ndarray, start: np.ndarray, target: np.ndarray
+) -> None:
+    """Write which units of partial state merge into which unit of the output.
+
+    Args:
+        spec: What is static.
+        parts: What is written to.
+        units: Units in the order of merging.
+        start: Where in it each merge begins.
+        target: What it writes.
+    """
+    total, count = units.size, start.size
     if total > spec.bounds[1]:
         raise ValueError(
             f"{total} units of partial state, but the spec has room for {spec.bounds[1]}; raise "
             "max_units."
         )
-    piece = np.repeat(np.arange(split.size), length)
-    token = np.arange(total) + (tiles.q_start[tile] - slot)[piece]
-    target = token * spec.num_blocks + block[piece]
-    if tiles.is_partial is None and total == split.size:
-        units = piece  # one token each, and pieces of the same rows stand side by side
-    else:
-        units = np.argsort(target, kind="stable")
-        target = target[units]
-    start = np.flatnonzero(np.concatenate([[True], target[1:] != target[:-1]]))
-    if start.size > plan.merge_target.size:
+    if count > parts["merge_target"].size:
         raise ValueError(
-            f"{start.size} merges, but the spec has room for {plan.merge_target.size}; raise "
+            f"{count} merges, but the spec has room for {parts['merge_target'].size}; raise "
             "max_units."
         )
-    plan.merge_units[:total] = units
-    plan.merge_indptr[: start.size] = start
-    plan.merge_indptr[start.size :] = total
-    plan.merge_target[: start.size] = target[start]
-    splits = int((np.append(start[1:], total) - start).max())
-    plan.part("counts")[3:6] = total, start.size, splits
-    return split, slot
+    parts["merge_units"][:total] = units
+    indptr = parts["merge_indptr"]
+    indptr[:count] = start
+    indptr[count:] = total
+    parts["merge_target"][:count] = target
+    splits = (indptr[1 : count + 1] - indptr[:count]).max()
+    parts["counts"][3:6] = total, count, splits

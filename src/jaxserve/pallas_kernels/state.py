@@ -54,10 +54,10 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     base = jnp.where(jnp.isneginf(top), 0.0, top)
     left, right = jnp.exp2(a.lse - base), jnp.exp2(b.lse - base)
     mass = left + right
-    share = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
-    o = (left * share)[..., None] * a.o.astype(jnp.float32)
-    o = o + (right * share)[..., None] * b.o.astype(jnp.float32)
-    lse = jnp.where(mass > 0, base + jnp.log2(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+    some = jnp.where(mass == 0, 1.0, mass)  # NaN stays
+    o = (left / some)[..., None] * a.o.astype(jnp.float32)
+    o = o + (right / some)[..., None] * b.o.astype(jnp.float32)
+    lse = jnp.where(mass == 0, -jnp.inf, base + jnp.log2(some))
     return AttentionState(o=o.astype(a.o.dtype), lse=lse)
 
 

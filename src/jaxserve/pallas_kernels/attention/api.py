@@ -102,6 +102,8 @@ def attention(
     extra = dict(extra or {})
     _check_arrays(q, kv, spec)
     _check_variant(variant, extra, spec, return_lse=return_lse)
+    if isinstance(plan.buffer, np.ndarray):  # elsewhere only the device knows
+        _check_plan(plan, kv, variant, extra)
     scale = float(spec.head_dim**-0.5 if sm_scale is None else sm_scale)
     platform, capability = present_device()
     case = Case(
@@ -180,6 +182,8 @@ def prefill(
         sm_scale: Multiplies products of queries and keys; None is head_dim ** -0.5.
         backend: Which implementation runs.
     """
+    if q.shape[0] == 0:
+        return jnp.zeros((0, q.shape[1], kv.v.shape[3]), q.dtype)
     spec = PlanSpec(
         q_heads=q.shape[1],
         kv_heads=kv.kv_heads,
@@ -189,7 +193,7 @@ def prefill(
         q_dtype=q.dtype.name,
         kv_dtype=kv.k.dtype.name,
         max_requests=_bucket(len(q_len)),
-        max_tokens=max(1, q.shape[0]),
+        max_tokens=q.shape[0],
         max_pages=_bucket(table.indices.size),
         causal=causal,
         window=window,
@@ -279,6 +283,7 @@ def _check_variant(
             f"the variant has a packed mask ({variant.packed_mask}), of which the plan knows "
             "nothing; make a plan with this variant."
         )
+    spec.check_variant(variant)
     if return_lse and not variant.use_softmax:
         raise ValueError("there is no lse without softmax; drop return_lse.")
     shapes = {
@@ -315,6 +320,24 @@ def _check_mask(mask: Array, variant: AttentionVariant, spec: PlanSpec) -> None:
             f"the mask must be uint32 words {[*leading, 'words']}, got {mask.dtype} "
             f"{jnp.shape(mask)}; pack_mask makes them."
         )
+
+
+def _check_plan(
+    plan: Plan, kv: PagedKV, variant: AttentionVariant, extra: Mapping[str, Array]
+) -> None:
+    pages = plan.kv_indices
+    if pages.min() < 0 or pages.max() >= kv.num_pages:
+        raise ValueError(
+            f"the page table names pages {pages.min()} to {pages.max()}, but the pool has "
+            f"{kv.num_pages}: 0 to {kv.num_pages - 1}."
+        )
+    if variant.packed_mask != "none":
+        words, wanted = extra["mask"].shape[-1], int(plan.mask_indptr[-1])
+        if words < wanted:
+            raise ValueError(
+                f"the mask has {words} words, but the requests of this step need {wanted}; "
+                "pack_mask makes them, one row of bits per query token."
+            )
 
 
 def _scale_kind(scale: Array | None) -> ScaleKind:

@@ -5,7 +5,9 @@ cannot be done. It knows nothing of the order of tokens, of sinks, or of what `o
 `api.attention` sees to these, once for all.
 """
 
+import functools
 import importlib
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,6 +19,8 @@ from jaxserve.pallas_kernels.paged import PagedKV
 from jaxserve.pallas_kernels.plan import Plan, PlanSpec
 from jaxserve.pallas_kernels.state import AttentionState
 from jaxserve.pallas_kernels.variant import AttentionVariant
+
+logger = logging.getLogger(__name__)
 
 ScaleKind = Literal["none", "tensor", "head", "page"]
 """What scales of keys or values are given for."""
@@ -79,6 +83,8 @@ class Backend(Protocol):
 
 BACKENDS = ("mosaic", "triton", "xla", "reference")
 """By preference. Those whose module is absent are passed over."""
+PORTABLE = ("xla", "reference")
+"""Those that are no kernels."""
 
 
 def load(name: str) -> Backend | None:
@@ -116,7 +122,8 @@ def choose(case: Case, wanted: str = "auto", *, fallback: bool = False) -> str:
         fallback: Whether another may stand in where the wanted one cannot do it.
 
     Returns:
-        Its name. All of them compute the same.
+        Its name. All of them compute the same. What takes another's place is logged, once: plain
+        JAX on a GPU where a kernel would be faster, or what `fallback` let in.
 
     Raises:
         UnsupportedError: If the wanted one cannot do it, or none can.
@@ -136,9 +143,16 @@ def choose(case: Case, wanted: str = "auto", *, fallback: bool = False) -> str:
     for name in BACKENDS:
         reason = refusal(name, case)
         if reason is None:
+            if wanted not in ("auto", name) or (case.platform == "gpu" and name in PORTABLE):
+                _tell(f"attention runs on {name!r}. {'; '.join(reasons)}.")
             return name
         reasons.append(f"{name}: {reason}")
     raise UnsupportedError(f"no backend can do this. {'; '.join(reasons)}.")
+
+
+@functools.lru_cache(maxsize=256)
+def _tell(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def tuned(name: str, spec: PlanSpec) -> PlanSpec:

@@ -52,21 +52,27 @@ def run(
     queries = modified(q.astype(jnp.float32), variant, ctx, q_pos, is_key=False)
 
     k, v = (jnp.repeat(part, spec.group, axis=1) for part in (k, v))
-    scores = jnp.einsum("thd,nhd->thn", queries, k, precision="highest") * sm_scale
+    # Products with a weight of zero would carry what is not finite from one request to others.
+    is_bad = ~jnp.isfinite(v).all(axis=-1)
+    v = jnp.where(is_bad[..., None], 0.0, v)
+    scores = jnp.einsum("thd,khd->thk", queries, k, precision="highest") * sm_scale
     if variant.score_mod is not None:
         scores = variant.score_mod(scores, ctx, q_pos, k_pos, head)
     seen = is_seen(plan, variant, extra, ctx, q_pos, k_pos)
     seen &= is_there & (plan.token_request[:, None, None] == owner)
+    spoilt = jnp.any(seen & is_bad.T[None], axis=-1)[..., None]
     if not variant.use_softmax:
-        o = jnp.einsum("thn,nhd->thd", jnp.where(seen, scores, 0.0), v, precision="highest")
+        o = jnp.einsum("thk,khd->thd", jnp.where(seen, scores, 0.0), v, precision="highest")
+        o = jnp.where(spoilt, jnp.nan, o)
         return AttentionState(o=o.astype(q.dtype), lse=jnp.zeros(o.shape[:2]))
     scores = jnp.where(seen, scores * LOG2_E, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
     weights = jnp.where(seen, jnp.exp2(scores - jnp.where(jnp.isneginf(top), 0.0, top)), 0.0)
     mass = jnp.sum(weights, axis=-1)
-    o = jnp.einsum("thn,nhd->thd", weights, v, precision="highest")
-    o = jnp.where(mass[..., None] > 0, o / jnp.where(mass > 0, mass, 1.0)[..., None], 0.0)
-    lse = jnp.where(mass > 0, top[..., 0] + jnp.log2(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+    o = jnp.einsum("thk,khd->thd", weights, v, precision="highest")
+    some = jnp.where(mass == 0, 1.0, mass)
+    o = jnp.where(spoilt, jnp.nan, o / some[..., None])
+    lse = jnp.where(mass == 0, -jnp.inf, top[..., 0] + jnp.log2(some))
     return AttentionState(o=o.astype(q.dtype), lse=lse)
 
 

@@ -67,8 +67,9 @@ def run(
     out, top, mass = (part[:-1] for part in state)
     tokens, heads, dim = plan.spec.max_tokens, plan.spec.q_heads, plan.spec.v_dim
     if variant.use_softmax:
-        out = out / jnp.where(mass > 0, mass, 1.0)[..., None]
-        lse = jnp.where(mass > 0, top + jnp.log2(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+        some = jnp.where(mass == 0, 1.0, mass)
+        out = out / some[..., None]
+        lse = jnp.where(mass == 0, -jnp.inf, top + jnp.log2(some))
     else:
         lse = jnp.zeros_like(mass)
     o = out.reshape(tokens, heads, dim).astype(q.dtype)
@@ -158,46 +159,35 @@ class _Work:
         begin, end = self.reach(plan.token_position, 1, plan.kv_len[request])
         begin = self.own_begin(begin, end, request)
         count = jnp.where(is_mine, (end - begin + size - 1) // size, 0)
-        if spec.split_mode != "balanced":
-            return self._one_chunk_each(state, request, begin, count)
         last = jnp.cumsum(count)
         most = tokens + spec.max_pages * spec.page_size // size
         width = max(1, min(STEP_KEYS // size, most))
 
         def step(i: Int[Array, ""], state: _State) -> _State:
             number = i * width + jnp.arange(width)
-            token = jnp.searchsorted(last, number, side="right")
+            token = jnp.searchsorted(last, number, side="right", method="compare_all")
             owner = jnp.minimum(token, tokens - 1)
             chunk = number - (last[owner] - count[owner])
             parts = self._visit(
+                queries=self.queries[owner],
                 token=owner[:, None],
                 request=request[owner],
                 position=plan.token_position[owner][:, None],
                 begin=begin[owner] + chunk * size,
                 is_used=token < tokens,
             )
-            return _merge_step(state, parts, token, use_softmax=self.variant.use_softmax)
+
+            def put(part: Int[Array, ""], state: _State) -> _State:
+                # One after another, in the order of keys: whatever else is in the batch, a token's
+                # sums are the same to the last bit, and nothing of one token meets another's.
+                rows = tuple(whole[token[part]] for whole in state)
+                seen = tuple(new[part] for new in parts)
+                rows = _added(rows, seen, use_softmax=self.variant.use_softmax)
+                return tuple(w.at[token[part]].set(r) for w, r in zip(state, rows, strict=True))
+
+            return lax.fori_loop(0, jnp.minimum(width, last[-1] - i * width), put, state)
 
         return lax.fori_loop(0, (last[-1] + width - 1) // width, step, state)
-
-    def _one_chunk_each(self, state: _State, request: Array, begin: Array, count: Array) -> _State:
-        """Attend chunk after chunk, all tokens at once, so that no token depends on another."""
-        plan, size = self.plan, self.chunk
-        token = jnp.arange(plan.spec.max_tokens)
-
-        def step(i: Int[Array, ""], state: _State) -> _State:
-            parts = self._visit(
-                token=token[:, None],
-                request=request,
-                position=plan.token_position[:, None],
-                begin=begin + i * size,
-                is_used=i < count,
-            )
-            state = tuple(part[:-1] for part in state)
-            state = _added(state, parts, use_softmax=self.variant.use_softmax)
-            return tuple(jnp.pad(part, [(0, 1)] + [(0, 0)] * (part.ndim - 1)) for part in state)
-
-        return lax.fori_loop(0, jnp.max(count, initial=0), step, state)
 
     def tiles(self, state: _State) -> _State:
         """Attend from all other tokens, tile after tile."""
@@ -207,7 +197,7 @@ class _Work:
         last = jnp.cumsum(number)
 
         def tile(i: Int[Array, ""], state: _State) -> _State:
-            request = jnp.searchsorted(last, i, side="right")
+            request = jnp.searchsorted(last, i, side="right", method="compare_all")
             offset = (i - (last[request] - number[request])) * width
             row = offset + jnp.arange(width)
             position = plan.kv_len[request] - plan.q_len[request] + row
@@ -228,7 +218,7 @@ class _Work:
         last = jnp.cumsum(number)
 
         def tile(i: Int[Array, ""], state: _State) -> _State:
-            group = jnp.searchsorted(last, i, side="right")
+            group = jnp.searchsorted(last, i, side="right", method="compare_all")
             prefix = plan.prefixes[group]
             row = (i - (last[group] - number[group])) * width + jnp.arange(width)
             token = jnp.where(row < length[group], prefix[Prefix.Q_START] + row, spec.max_tokens)
@@ -257,9 +247,12 @@ class _Work:
         """
         spec, size, width = self.plan.spec, self.chunk, token.shape[0]
         taken = jnp.minimum(token, spec.max_tokens - 1)
+        queries = jnp.swapaxes(self.queries[taken], 0, 1)
+        queries = queries.reshape(1, spec.kv_heads, width * spec.group, spec.head_dim)
 
         def visit(chunk: Int[Array, ""], rows: _State) -> _State:
             parts = self._visit(
+                queries=queries,
                 token=taken[None],
                 request=request[None],
                 position=position[None],
@@ -290,6 +283,7 @@ class _Work:
     def _visit(
         self,
         *,
+        queries: Array,
         token: Array,
         request: Array,
         position: Array,
@@ -300,6 +294,7 @@ class _Work:
         """Attend from some tiles of tokens, each to one chunk of keys.
 
         Args:
+            queries: Queries of each tile, `[tiles, kv_heads, tokens * group, head_dim]`.
             token: Tokens of each tile, `[tiles, tokens]`.
             request: Whose pages are read, `[tiles]`.
             position: Their positions, `[tiles, tokens]`.
@@ -316,8 +311,6 @@ class _Work:
         limit = plan.kv_len[request] if end is None else end
         is_key = (k_pos < limit[:, None]) & is_used[:, None]
         k, v = self._keys(request, begin, k_pos, is_key)
-        queries = jnp.swapaxes(self.queries[token], 1, 2)
-        queries = queries.reshape(num, spec.kv_heads, width * spec.group, spec.head_dim)
         scores = jnp.einsum("thqd,thkd->thqk", queries, k, preferred_element_type=jnp.float32)
         shape = (num, spec.kv_heads, width, spec.group, self.chunk)
         scores = scores.reshape(shape)
@@ -359,7 +352,8 @@ class _Work:
 
         def gather(pool: Array, scale: Array | None) -> Array:
             # One head of one page is one block, so nothing has to be transposed.
-            taken = pool.reshape(-1, *pool.shape[2:])[block].astype(dtype)
+            blocks = pool.reshape(-1, *pool.shape[2:])
+            taken = blocks.at[block].get(mode="promise_in_bounds").astype(dtype)
             if scale is not None:
                 scale = jnp.asarray(scale, jnp.float32)
                 shape = (kv.num_pages, spec.kv_heads)
@@ -401,25 +395,3 @@ def _added(state: _State, parts: _State, *, use_softmax: bool) -> _State:
     fade, gain = jnp.exp2(top - new), jnp.exp2(parts[1] - new)
     out = out * fade[..., None] + parts[0] * gain[..., None]
     return out, new, mass * fade + parts[2] * gain
-
-
-def _merge_step(state: _State, parts: _State, token: Array, *, use_softmax: bool) -> _State:
-    """Merge parts into the states of their tokens, several parts of which may be the same token's.
-
-    Every part of a token computes the token's new state, and all of them write it.
-    """
-    out, top, mass = parts
-    old = tuple(part[token] for part in state)
-    is_same = token[:, None] == token[None, :]
-    if use_softmax:
-        of_same = jnp.where(is_same[:, :, None, None], top[None], _LOWEST)
-        new = jnp.maximum(old[1], jnp.max(of_same, axis=1))
-        gain, fade = jnp.exp2(top - new), jnp.exp2(old[1] - new)
-        out, mass = out * gain[..., None], mass * gain
-        old = (old[0] * fade[..., None], new, old[2] * fade)
-    same = is_same.astype(jnp.float32)
-    # Sums over parts of the same token, as products with a matrix of ones and zeros.
-    total = old[0] + jnp.einsum("ab,b...->a...", same, out)
-    weight = old[2] + jnp.einsum("ab,b...->a...", same, mass)
-    values = (total, old[1], weight)
-    return tuple(whole.at[token].set(part) for whole, part in zip(state, values, strict=True))

@@ -46,14 +46,16 @@ class Tile:
 
     def __getitem__(self, name: str) -> Array:
         """Read an extra of kind `scalar`, `head` or `request`."""
-        kind = self.variant.extras[name]
+        kind, value = self.variant.extras[name], jnp.asarray(self.extra[name])
         if kind == "head":
-            return self.extra[name][self.head]
-        return self.extra[name][self.request] if kind == "request" else self.extra[name]
+            return value[self.head]
+        return value[self.request] if kind == "request" else value
 
     def take(self, name: str, *index: Array) -> Array:
-        """Look up an extra of kind `array`."""
-        return self.extra[name][index]
+        """Look up an extra of kind `array`; indices beyond its ends are clipped."""
+        value = jnp.asarray(self.extra[name])
+        clipped = (jnp.clip(i, 0, n - 1) for i, n in zip(index, value.shape, strict=True))
+        return value[tuple(clipped)]
 
 
 def token_attention(
@@ -112,7 +114,7 @@ def token_attention(
         grouped = _halves(variant.q_mod, grouped, tile, q_pos[..., None])
     if variant.k_mod is not None:
         k = _halves(variant.k_mod, k, tile, k_pos[:, None])
-    scores = jnp.einsum("ngd,nd->ng", grouped, k) * sm_scale
+    scores = jnp.einsum("kgd,kd->kg", grouped, k) * sm_scale
     if variant.score_mod is not None:
         scores = variant.score_mod(scores, tile, q_pos, k_pos[:, None], head)
     seen = is_listed[:, None]
