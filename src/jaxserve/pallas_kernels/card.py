@@ -75,7 +75,7 @@ class KernelCard:
         run: The public function.
         reference: The oracle, with the same arguments and results.
         tolerances: By dtype of the inputs.
-        backends: Every backend, the most portable last.
+        backends: Every backend, in the order in which "auto" tries them.
         supports: Asked with a backend, sizes and a dtype: None, or why it cannot run here.
         num_bytes: Bytes that must be read and written, by sizes and dtype.
         num_flops: Floating-point operations that must be done, by sizes.
