@@ -20,8 +20,8 @@ from jaxserve.pallas_kernels.planner import make_plan
 from jaxserve.pallas_kernels.prefixes import SharedPrefix
 from jaxserve.pallas_kernels.variant import AttentionVariant
 from tests.kernels import request_oracle
-from tests.kernels.request_oracle import Options
 from tests.kernels.plans import lengths, page_table
+from tests.kernels.request_oracle import Options
 
 MAX_REQUESTS, MAX_TOKENS, LONGEST = 5, 72, 260
 
