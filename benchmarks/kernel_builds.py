@@ -46,6 +46,11 @@ class Build:
         return f"{self.kernel}: {self.configuration}"
 
 
+def builds() -> list[Build]:
+    """Return all of them."""
+    return [*tuned(), *varied()]
+
+
 def tuned() -> Iterator[Build]:
     """Yield a build for every entry of the tuning tables."""
     for key, config in mosaic_decode.tuning_table().items():
@@ -90,7 +95,44 @@ def varied() -> Iterator[Build]:
         yield make(variant=variants.packed_mask(per_head=True))
         yield make(kv_dtype="float8_e4m3fn", scales="page")
     yield prefill(cascade_levels=1, window=1024)
-    yield prefill(portable_pv=True, tile_kv=64)
+    yield prefill(portable=True, tile_kv=64)
+
+
+def most_demanding() -> list[Build]:
+    """Return a few builds that leave out no part of the kernels.
+
+    Of every kernel and width of keys, changed or not, the one with most shared memory; and what is
+    written in other words: odd groups, masks, and the form that the interpreter runs.
+    """
+    largest: dict[tuple[object, ...], Build] = {}
+    for build in tuned():
+        key = (build.kernel, build.spec.kv_dtype, build.variant.k_mod is not None)
+        if key not in largest or build.limit > largest[key].limit:
+            largest[key] = build
+    masks = variants.packed_mask(per_head=True)
+    return [
+        *largest.values(),
+        decode(heads=5),
+        prefill(heads=5),
+        decode(variant=masks),
+        prefill(variant=masks),
+        prefill(portable=True, tile_kv=64),
+    ]
+
+
+def chosen_for_triton() -> Iterator[Build]:
+    """Yield those of `varied` that change Triton's code most, for the same kernel in Triton."""
+    names = (
+        "groups of 5",
+        "pages of 8,",
+        " float16",
+        "window 1024",
+        "score_mod and mask",
+        "page scales",
+    )
+    for build in varied():
+        if any(name in build.configuration for name in names):
+            yield build
 
 
 def decode(*, tokens: int = 1, heads: int = 4, **settings: Any) -> Build:  # noqa: ANN401
@@ -118,7 +160,7 @@ def prefill(
     heads: int = 4,
     warpgroups: int = 2,
     tile_kv: int = 128,
-    portable_pv: bool = False,
+    portable: bool = False,
     **settings: Any,  # noqa: ANN401
 ) -> Build:
     """Return a build of the prefill kernel.
@@ -127,12 +169,12 @@ def prefill(
         heads: Heads of a group.
         warpgroups: Computing warpgroups.
         tile_kv: Keys per tile of the plan.
-        portable_pv: Whether to build what the interpreter runs.
+        portable: Whether to build what the interpreter runs.
         **settings: See `_build`.
     """
     config = None
-    if portable_pv:
-        config = mosaic_prefill.TuningConfig(tile_kv=64, portable_pv=True)
+    if portable:
+        config = mosaic_prefill.TuningConfig(tile_kv=64, portable=True)
     return _build(
         "attention prefill",
         mosaic_prefill.prefill,
@@ -141,7 +183,7 @@ def prefill(
         max_tokens=2048,
         tile_kv=tile_kv,
         config=config,
-        words=f"{warpgroups} warpgroups, tiles of {tile_kv} keys" + ", portable" * portable_pv,
+        words=f"{warpgroups} warpgroups, tiles of {tile_kv} keys" + ", portable" * portable,
         **settings,
     )
 

@@ -34,6 +34,9 @@ else:
         "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
     )
 
+COUNTED = ("mosaic", "race", "aot", "interpreted", "compiled", "gpu")
+"""Marks whose passed tests are counted at the end of a run."""
+
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
@@ -49,6 +52,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(
             "needs Chromium: install it (apt-get install chromium), or name its program in CHROMIUM"
         )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count what passed of every kind of proof, so that it is seen when a kind is missing."""
+    counts = dict.fromkeys(COUNTED, 0)
+    for report in terminalreporter.stats.get("passed", ()):
+        for name in counts:
+            counts[name] += report.when == "call" and name in report.keywords
+    told = [f"{count} {name}" for name, count in counts.items() if count]
+    if told:
+        terminalreporter.write_line(f"passed, by mark: {', '.join(told)}")
 
 
 @pytest.fixture(scope="module", autouse=True)

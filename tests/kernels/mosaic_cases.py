@@ -1,5 +1,6 @@
 """Tiny steps for the Mosaic kernels, interpreted, next to the oracle's answer."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,13 +10,13 @@ import numpy as np
 
 from jaxserve.pallas_kernels.attention import mosaic_decode, mosaic_prefill
 from jaxserve.pallas_kernels.attention.mosaic import changed_queries
-from jaxserve.pallas_kernels.paged import PagedKV
+from jaxserve.pallas_kernels.paged import PagedKV, PageTable
 from jaxserve.pallas_kernels.plan import Plan, PlanSpec
 from jaxserve.pallas_kernels.planner import make_plan
 from jaxserve.pallas_kernels.testing import interpret
 from jaxserve.pallas_kernels.variant import PLAIN, AttentionVariant
-from tests.kernels.mosaic_oracle import Rules, attend
 from tests.kernels.plans import page_table
+from tests.kernels.request_oracle import Options, attend
 
 FP8 = ml_dtypes.float8_e4m3fn
 TOLERANCE = {
@@ -41,7 +42,7 @@ class Step:
         dtype: Dtype of queries.
         kv_dtype: Dtype of keys; None is that of queries.
         scales: "none", "tensor", "head" or "page".
-        rules: For the oracle.
+        options: What the oracle is told.
         variant: For the kernel.
         extra: For the kernel.
         plan: Further settings of the plan.
@@ -56,7 +57,7 @@ class Step:
     dtype: str = "float16"
     kv_dtype: str | None = None
     scales: str = "none"
-    rules: Rules = field(default_factory=Rules)
+    options: Options = field(default_factory=Options)
     variant: AttentionVariant = PLAIN
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
     plan: Mapping[str, object] = field(default_factory=dict)
@@ -74,51 +75,39 @@ def spec_of(step: Step, tile_q: int) -> PlanSpec:
         kv_dtype=step.kv_dtype or step.dtype,
         max_requests=len(step.q_len),
         max_pages=max(1, sum(-(-n // step.page_size) for n in step.kv_len)),
-        causal=step.rules.causal,
-        window=step.rules.window,
+        causal=step.options.causal,
+        window=None if step.variant.mask_mod else step.options.window,
         variant=step.variant,
         tile_q=tile_q,
         **settings,
     )
 
 
-def pool_of(step: Step, table, num_pages: int, seed: int):
-    """Make a pool with NaN wherever no key is, and each request's keys and values.
-
-    Eight-bit numbers have a NaN of their own.
-    """
+def pool_of(step: Step, table, num_pages: int, seed: int) -> PagedKV:
+    """Make a pool with NaN wherever no key is; eight-bit numbers have a NaN of their own."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(jnp.dtype(step.kv_dtype or step.dtype))
     shape = (num_pages, step.kv_heads, step.page_size, step.dim)
-    pools, scales, dense = [], [], []
+    used = np.zeros((num_pages, step.page_size), bool)
+    for request, length in enumerate(step.kv_len):
+        pages = table.indices[table.indptr[request] : table.indptr[request + 1]]
+        used[pages] |= np.arange(pages.size * step.page_size).reshape(-1, step.page_size) < length
+    scale_shape = {
+        "none": None,
+        "tensor": (),
+        "head": (step.kv_heads,),
+        "page": (num_pages, step.kv_heads),
+    }[step.scales]
+    pools, scales = [], []
     for _ in range(2):
         pool = rng.standard_normal(shape).astype(dtype)
-        scale_shape = {
-            "none": None,
-            "tensor": (),
-            "head": (step.kv_heads,),
-            "page": (num_pages, step.kv_heads),
-        }[step.scales]
-        scale = None
-        true = pool.astype(np.float64)
-        if scale_shape is not None:
-            scale = rng.uniform(0.5, 2.0, scale_shape).astype(np.float32)
-            full = scale if scale.ndim == 2 else np.broadcast_to(scale, (1, step.kv_heads))
-            true = true * full[:, :, None, None]
-        used = np.zeros(shape[:1] + shape[2:3], bool)
-        parts = []
-        for request, length in enumerate(step.kv_len):
-            pages = table.indices[table.indptr[request] : table.indptr[request + 1]]
-            rows = np.moveaxis(true[pages], 1, 0).reshape(step.kv_heads, -1, step.dim)
-            parts.append(rows[:, :length])
-            slots = np.arange(pages.size * step.page_size).reshape(-1, step.page_size) < length
-            used[pages] |= slots
         pool[~np.broadcast_to(used[:, None, :, None], shape)] = np.nan
         pools.append(pool)
-        scales.append(scale)
-        dense.append(parts)
-    kv = PagedKV(k=pools[0], v=pools[1], k_scale=scales[0], v_scale=scales[1])
-    return kv, dense[0], dense[1]
+        if scale_shape is None:
+            scales.append(None)
+        else:
+            scales.append(np.asarray(rng.uniform(0.5, 2.0, scale_shape), np.float32))
+    return PagedKV(k=pools[0], v=pools[1], k_scale=scales[0], v_scale=scales[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +135,63 @@ class Outcome:
         dtype = self.step.kv_dtype or self.step.dtype
         limit = TOLERANCE[dtype] * max(1.0, np.abs(self.want_o).max(initial=0.0))
         np.testing.assert_allclose(self.o, self.want_o, rtol=0, atol=limit)
-        if self.step.rules.softmax:
+        if self.step.variant.use_softmax:
             sees = ~np.isneginf(self.want_lse)
             np.testing.assert_array_equal(~np.isneginf(self.lse), sees)
             np.testing.assert_allclose(self.lse[sees], self.want_lse[sees], rtol=0, atol=2e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A step with contents.
+
+    Attributes:
+        step: The step.
+        q: Queries.
+        kv: Keys and values.
+        table: Pages.
+        plan: What to do.
+        scale: What products are multiplied with.
+    """
+
+    step: Step
+    q: np.ndarray
+    kv: PagedKV
+    table: PageTable
+    plan: Plan
+    scale: float
+
+    def outcome(self, o, lse, *, races_found: bool | None = None) -> Outcome:
+        """Put the oracle's answer beside a kernel's."""
+        step, count = self.step, sum(self.step.q_len)
+        scales = {"k_scale": self.kv.k_scale, "v_scale": self.kv.v_scale}
+        options = dataclasses.replace(step.options, **scales)
+        pools = (np.asarray(pool) for pool in (self.kv.k, self.kv.v))
+        want_o, want_lse = attend(self.q[:count], *pools, self.table, step.q_len, options)
+        return Outcome(
+            o=np.asarray(o[:count], np.float64),
+            lse=np.asarray(lse[:count], np.float64),
+            races_found=races_found,
+            want_o=want_o,
+            want_lse=want_lse,
+            step=step,
+        )
+
+
+def problem(step: Step, tile_q: int, seed: int = 0) -> Problem:
+    """Fill a step with contents."""
+    spec = spec_of(step, tile_q)
+    table, num_pages = page_table(step.kv_len, step.page_size, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    q = rng.standard_normal((spec.max_tokens, step.q_heads, step.dim))
+    return Problem(
+        step=step,
+        q=q.astype(np.dtype(jnp.dtype(step.dtype))),
+        kv=pool_of(step, table, num_pages, seed),
+        table=table,
+        plan=make_plan(spec, np.asarray(step.q_len), table),
+        scale=step.options.scale or step.dim**-0.5,
+    )
 
 
 def run(step: Step, *, kernel: str, seed: int = 0, **config) -> Outcome:
@@ -161,37 +203,22 @@ def run(step: Step, *, kernel: str, seed: int = 0, **config) -> Outcome:
         seed: Of the numbers.
         **config: Of the kernel.
     """
-    spec = spec_of(step, tile_q(step, kernel))
-    table, num_pages = page_table(step.kv_len, step.page_size, seed=seed)
-    kv, keys, values = pool_of(step, table, num_pages, seed)
-    rng = np.random.default_rng(seed + 1)
-    q = rng.standard_normal((spec.max_tokens, step.q_heads, step.dim))
-    q = q.astype(np.dtype(jnp.dtype(step.dtype)))
-    plan = make_plan(spec, np.asarray(step.q_len), table)
+    given = problem(step, tile_q(step, kernel), seed)
+    spec = given.plan.spec
 
     def attention(q, kv, buffer, extra):
         planned = Plan(buffer=buffer, spec=spec)
-        arguments = {"variant": step.variant, "extra": extra, "sm_scale": step.rules.scale}
+        arguments = {"variant": step.variant, "extra": extra, "sm_scale": given.scale}
         q = changed_queries(q, planned, **arguments)
         if kernel == "decode":
             sizes = mosaic_decode.TuningConfig(**{"stages": 2, **config})
             return mosaic_decode.decode(q, kv, planned, **arguments, config=sizes)
         settings = {"tile_kv": 64, "schedule_barrier": kernel == "prefill2", **config}
-        sizes = mosaic_prefill.TuningConfig(portable_pv=True, **settings)
+        sizes = mosaic_prefill.TuningConfig(portable=True, **settings)
         return mosaic_prefill.prefill(q, kv, planned, **arguments, config=sizes)
 
-    done = interpret(attention, q, kv, plan.buffer, dict(step.extra))
-    count = sum(step.q_len)
-    o, lse = (np.asarray(part[:count], np.float64) for part in done.value)
-    want_o, want_lse = attend(q[:count], keys, values, step.q_len, step.rules)
-    return Outcome(
-        o=o,
-        lse=lse,
-        races_found=done.races_found,
-        want_o=want_o,
-        want_lse=want_lse,
-        step=step,
-    )
+    done = interpret(attention, given.q, given.kv, given.plan.buffer, dict(step.extra))
+    return given.outcome(*done.value, races_found=done.races_found)
 
 
 def tile_q(step: Step, kernel: str) -> int:

@@ -71,12 +71,12 @@ def attend(
             queries = _rotate(queries, position, options.theta)
             keys = _rotate(keys, np.arange(kv_len), options.theta)
         keys, values = (np.repeat(x, group, axis=1) for x in (keys, values))
-        scores = np.einsum("qhd,khd->hqk", queries, keys) * scale
+        scores = queries.swapaxes(0, 1) @ keys.transpose(1, 2, 0) * scale
         seen = _seen(options, r, position, int(kv_len), heads)
         scores = _changed(scores, options, position)
         if options.sigmoid_bias is not None:
             weights = np.where(seen, 1 / (1 + np.exp(-(scores + options.sigmoid_bias))), 0.0)
-            o[start : start + count] = np.einsum("hqk,khd->qhd", weights, values)
+            o[start : start + count] = (weights @ values.swapaxes(0, 1)).swapaxes(0, 1)
             continue
         sink = np.full(heads, -np.inf) if options.sinks is None else options.sinks
         column = np.broadcast_to(sink[:, None, None], (heads, count, 1))
@@ -85,7 +85,8 @@ def attend(
         weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
         mass = weights.sum(axis=2)
         with np.errstate(divide="ignore", invalid="ignore"):
-            part = np.einsum("hqk,khd->qhd", weights[:, :, :-1], values) / mass.T[:, :, None]
+            part = (weights[:, :, :-1] @ values.swapaxes(0, 1)).swapaxes(0, 1)
+            part = part / mass.T[:, :, None]
             lse[start : start + count] = ((top[:, :, 0] + np.log(mass)) / np.log(2)).T
         o[start : start + count] = np.where(mass.T[:, :, None] > 0, part, 0.0)
     return o, lse

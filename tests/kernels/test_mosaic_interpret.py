@@ -6,18 +6,11 @@ import pytest
 from jaxserve.pallas_kernels import variant as variants
 from jaxserve.pallas_kernels.attention import mosaic_decode
 from tests.kernels.mosaic_cases import Step, run
-from tests.kernels.mosaic_oracle import Rules
+from tests.kernels.request_oracle import Options
+
+pytestmark = [pytest.mark.mosaic, pytest.mark.race]
 
 SLOPES = variants.alibi_slopes(8)
-
-
-def rotate(x, positions):
-    """Rotate halves, as `variant.rope` does."""
-    half = x.shape[-1] // 2
-    angle = positions[:, None] * 10_000.0 ** (-2.0 * np.arange(half) / x.shape[-1])
-    low, high = x[..., :half], x[..., half:]
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
 def tree_mask(q_len, kv_len, heads=None, seed=3):
@@ -31,13 +24,6 @@ def tree_mask(q_len, kv_len, heads=None, seed=3):
             mask[..., token, length - count + token] = True
         masks.append(mask)
     return masks
-
-
-def masked(masks, *, per_head):
-    def rule(request, token, head):
-        return masks[request][head, token] if per_head else masks[request][token]
-
-    return rule
 
 
 MASKS = tree_mask([3, 2], [45, 70])
@@ -57,7 +43,7 @@ DECODE = {
     "dim_128": Step(q_len=[1], kv_len=[70], dim=128),
     "dim_256": Step(q_len=[1], kv_len=[70], dim=256),
     "bfloat16": Step(q_len=[1], kv_len=[70], dtype="bfloat16"),
-    "window": Step(q_len=[1, 2], kv_len=[140, 30], rules=Rules(window=20)),
+    "window": Step(q_len=[1, 2], kv_len=[140, 30], options=Options(window=20)),
     "fp8_heads": Step(
         q_len=[1], kv_len=[70], q_heads=4, kv_heads=2, kv_dtype="float8_e4m3fn", scales="head"
     ),
@@ -69,7 +55,7 @@ DECODE = {
         q_len=[1],
         kv_len=[70],
         variant=variants.soft_cap(2.0),
-        rules=Rules(score=lambda s, p, k, h: 2.0 * np.tanh(s / 2.0)),
+        options=Options(soft_cap=2.0),
     ),
     "alibi_and_window": Step(
         q_len=[2, 1],
@@ -78,21 +64,19 @@ DECODE = {
         kv_heads=2,
         variant=variants.compose(variants.alibi(), variants.window(30, first=3)),
         extra={"slopes": SLOPES},
-        rules=Rules(
-            score=lambda s, p, k, h: s + SLOPES[h] * (k - p),
-        ),
+        options=Options(slopes=SLOPES, window=30, first=3),
     ),
     "sigmoid": Step(
         q_len=[1],
         kv_len=[70],
         variant=variants.sigmoid(-2.0),
-        rules=Rules(score=lambda s, p, k, h: 1.0 / (1.0 + np.exp(2.0 - s)), softmax=False),
+        options=Options(sigmoid_bias=-2.0),
     ),
     "sigmoid_split": Step(
         q_len=[1],
         kv_len=[150],
         variant=variants.sigmoid(-2.0),
-        rules=Rules(score=lambda s, p, k, h: 1.0 / (1.0 + np.exp(2.0 - s)), softmax=False),
+        options=Options(sigmoid_bias=-2.0),
         plan={"fixed_split_size": 64},
     ),
     "mask": Step(
@@ -100,14 +84,14 @@ DECODE = {
         kv_len=[45, 70],
         variant=variants.packed_mask(),
         extra={"mask": variants.pack_mask(MASKS)},
-        rules=Rules(mask=masked(MASKS, per_head=False)),
+        options=Options(masks=MASKS),
     ),
     "mask_per_head": Step(
         q_len=[3, 2],
         kv_len=[45, 70],
         variant=variants.packed_mask(per_head=True),
         extra={"mask": variants.pack_mask(HEAD_MASKS)},
-        rules=Rules(mask=masked(HEAD_MASKS, per_head=True)),
+        options=Options(masks=HEAD_MASKS),
     ),
 }
 QUICK_DECODE = ("plain", "split", "group_of_5_drafts")
@@ -117,10 +101,10 @@ PREFILL = {
     "dim_128": Step(q_len=[9], kv_len=[70], dim=128),
     "group_of_5": Step(q_len=[14, 2], kv_len=[70, 2], q_heads=5),
     "no_group": Step(q_len=[70], kv_len=[70], q_heads=1),
-    "not_causal": Step(q_len=[9, 3], kv_len=[70, 3], rules=Rules(causal=False)),
+    "not_causal": Step(q_len=[9, 3], kv_len=[70, 3], options=Options(causal=False)),
     "split": Step(q_len=[17, 1], kv_len=[150, 70], plan={"fixed_split_size": 64}),
     "balanced": Step(q_len=[20, 1], kv_len=[200, 70], plan={"num_ctas": 3}),
-    "window": Step(q_len=[20], kv_len=[150], rules=Rules(window=20)),
+    "window": Step(q_len=[20], kv_len=[150], options=Options(window=20)),
     "bfloat16": Step(q_len=[9], kv_len=[70], dtype="bfloat16"),
     "fp8_heads": Step(
         q_len=[9], kv_len=[70], q_heads=4, kv_heads=2, kv_dtype="float8_e4m3fn", scales="head"
@@ -132,27 +116,27 @@ PREFILL = {
         q_len=[9],
         kv_len=[70],
         variant=variants.rope(),
-        rules=Rules(rotate=rotate),
+        options=Options(theta=10_000.0),
     ),
     "mask": Step(
         q_len=[3, 2],
         kv_len=[45, 70],
         variant=variants.packed_mask(),
         extra={"mask": variants.pack_mask(MASKS)},
-        rules=Rules(mask=masked(MASKS, per_head=False)),
+        options=Options(masks=MASKS),
     ),
     "mask_per_head": Step(
         q_len=[3, 2],
         kv_len=[45, 70],
         variant=variants.packed_mask(per_head=True),
         extra={"mask": variants.pack_mask(HEAD_MASKS)},
-        rules=Rules(mask=masked(HEAD_MASKS, per_head=True)),
+        options=Options(masks=HEAD_MASKS),
     ),
     "sigmoid": Step(
         q_len=[9],
         kv_len=[70],
         variant=variants.sigmoid(-2.0),
-        rules=Rules(score=lambda s, p, k, h: 1.0 / (1.0 + np.exp(2.0 - s)), softmax=False),
+        options=Options(sigmoid_bias=-2.0),
     ),
 }
 QUICK_PREFILL = ("ragged",)

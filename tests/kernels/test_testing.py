@@ -66,16 +66,21 @@ def x():
     return jnp.asarray(np.random.default_rng(0).standard_normal((ROWS, COLUMNS)), jnp.float32)
 
 
+@pytest.mark.mosaic
+@pytest.mark.race
 def test_a_kernel_with_barriers_runs_interpreted_without_races(x):
     got = interpret(copy_and_add, x)
     np.testing.assert_array_equal(got.value, x + 1.0)
     assert got.races_found is False
 
 
+@pytest.mark.mosaic
+@pytest.mark.race
 def test_a_missing_wait_is_reported_as_a_race(x):
     assert interpret(functools.partial(copy_and_add, waits=False), x).races_found is True
 
 
+@pytest.mark.mosaic
 def test_an_interpreter_that_failed_can_be_used_again(x):
     def fails(x):
         def body(x_ref, y_ref):
@@ -88,6 +93,7 @@ def test_an_interpreter_that_failed_can_be_used_again(x):
     np.testing.assert_array_equal(interpret(copy_and_add, x).value, x + 1.0)
 
 
+@pytest.mark.mosaic
 def test_races_are_not_looked_for_when_nobody_asks(x):
     assert interpret(copy_and_add, x, detect_races=False).races_found is None
 

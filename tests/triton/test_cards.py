@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.pallas_kernels.operator_cards import CARDS
+from jaxserve.pallas_kernels.cards import PLACES, card_of
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", sorted(CARDS))
+@pytest.mark.parametrize("name", sorted(PLACES.keys() - {"attention"}))
 def test_the_kernel_agrees_with_the_reference(name, dtype):
-    card = CARDS[name]
+    card = card_of(name)
     if name == "token_attention" and dtype == "bfloat16":
         pytest.skip("the interpreter does not multiply matrices in bfloat16")
     inputs = card.make(card.tiny(), dtype, 7)

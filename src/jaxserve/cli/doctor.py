@@ -99,7 +99,6 @@ def ask(card: KernelCard) -> list[Answer]:
     """Ask every backend of an operation about the sizes of a usual model."""
     sizes, answers = card.usual(), []
     served: set[str] = set()
-    auto = card.backends if card.auto is None else card.auto
     for backend in card.backends:
         found = {dtype: card.supports(backend, sizes, dtype) for dtype in card.tolerances}
         dtypes = tuple(dtype for dtype, reason in found.items() if reason is None)
@@ -108,11 +107,11 @@ def ask(card: KernelCard) -> list[Answer]:
                 operation=card.name,
                 backend=backend,
                 dtypes=dtypes,
-                chosen=tuple(d for d in dtypes if backend in auto and d not in served),
+                chosen=tuple(d for d in dtypes if d not in served),
                 reasons={dtype: reason for dtype, reason in found.items() if reason is not None},
             )
         )
-        served.update(dtypes if backend in auto else ())
+        served.update(dtypes)
     return answers
 
 

@@ -75,12 +75,11 @@ class KernelCard:
         run: The public function.
         reference: The oracle, with the same arguments and results.
         tolerances: By dtype of the inputs.
-        backends: Every backend, the most portable last.
+        backends: Every backend, in the order in which "auto" tries them.
         supports: Asked with a backend, sizes and a dtype: None, or why it cannot run here.
         num_bytes: Bytes that must be read and written, by sizes and dtype.
         num_flops: Floating-point operations that must be done, by sizes.
         source: Papers or public implementations that were followed.
-        auto: Backends that `auto` chooses from, the preferred first; None is all of them.
     """
 
     name: str
@@ -97,7 +96,6 @@ class KernelCard:
     num_bytes: Callable[[Sizes, str], int]
     num_flops: Callable[[Sizes], int]
     source: str
-    auto: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that tensors are written in the axes of the card."""

@@ -60,8 +60,8 @@ class TuningConfig:
         o_columns: Columns of the output that are written at a time.
         part_columns: Columns of a partial state that are written at a time.
         schedule_barrier: Whether the two computing warpgroups take turns.
-        portable_pv: Whether weights go through shared memory and products are added in registers.
-            Slower, and what the interpreter can do.
+        portable: Whether weights go through shared memory, products are added in registers, and
+            rows are copied out one token at a time. Slower, and what the interpreter can do.
     """
 
     tile_kv: int = 128
@@ -69,7 +69,7 @@ class TuningConfig:
     o_columns: int = 64
     part_columns: int = 32
     schedule_barrier: bool = True
-    portable_pv: bool = False
+    portable: bool = False
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes."""
@@ -120,7 +120,7 @@ class TuningKey:
             2 * config.stages * keys * dim * self.itemsize,
             each * rows * dim * 2,
             each * wide * keys * dim * 2,
-            each * rows * keys * 2 * config.portable_pv,
+            each * rows * keys * 2 * config.portable,
             each * rows * config.o_columns * 2,
             each * rows * config.part_columns * 4,
             each * rows * 4,
@@ -463,7 +463,7 @@ class _Kernel:
         self, refs: _Refs, warpgroup: Array, acc: Array, weights: Array, values: Ref
     ) -> Array:
         """Return the accumulator with one more product added."""
-        if self.config.portable_pv:
+        if self.config.portable:
             refs.my_p[warpgroup] = weights
             plgpu.commit_smem()
             return acc + product(acc.shape, refs.my_p.at[warpgroup], values)
@@ -548,7 +548,7 @@ class _Kernel:
 
         @pl.when(slot < 0)
         def _write_through() -> None:
-            def target(tokens: Any, columns: Any) -> Ref:  # noqa: ANN401
+            def target(columns: Any, tokens: Any) -> Ref:  # noqa: ANN401
                 return refs.o.at[tokens, pl.ds(head, heads), columns]
 
             self.write_rows(refs.my_o.at[warpgroup], result, count, start, target)
@@ -557,19 +557,11 @@ class _Kernel:
 
         @pl.when(slot >= 0)
         def _keep_partial() -> None:
-            def target(tokens: Any, columns: Any) -> Ref:  # noqa: ANN401
+            def target(columns: Any, tokens: Any) -> Ref:  # noqa: ANN401
                 return refs.part.at[tokens, :, columns]
 
             self.write_rows(refs.my_part.at[warpgroup], result, count, slot + before, target)
             self.write_lse(refs, warpgroup, count, refs.part_lse, slot + before, 0)
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape that 64 rows are staged in: tokens and heads, where tokens fill them."""
-        heads = self.spec.heads_per_tile
-        if WARPGROUP_ROWS % heads:
-            return (WARPGROUP_ROWS,)
-        return (WARPGROUP_ROWS // heads, heads)
 
     def write_rows(
         self,
@@ -581,41 +573,56 @@ class _Kernel:
     ) -> None:
         """Write rows of some tokens, a few columns at a time.
 
+        Copies have fixed sizes, so the tokens are cut into powers of two, the largest one first: a
+        part begins at a multiple of twice its size, as the alignment of copies wants it.
+
         Args:
             rows: Shared memory for some columns of all rows.
             value: The rows.
             count: How many tokens they are of.
             first: Where the first token goes.
-            target: (tokens, columns) -> where these go in global memory.
+            target: (columns, tokens) -> where these go in global memory.
         """
-        width, heads = rows.shape[-1], self.spec.heads_per_tile
+        width = rows.shape[-1]
         for column in range(0, self.spec.v_dim, width):
-            columns = pl.ds(column, width)
+            place = functools.partial(target, pl.ds(column, width))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             piece = lax.slice(value, (0, column), (WARPGROUP_ROWS, column + width))
-            staged = rows if len(self.row_shape) == 1 else rows.reshape(WARPGROUP_ROWS, width)
-            mosaic_tile.store_plainly(staged, piece.astype(rows.dtype))
+            mosaic_tile.store_plainly(rows, piece.astype(rows.dtype))
             plgpu.commit_smem()
-            if len(self.row_shape) == 1:
-
-                @pl.loop(0, count)
-                def _token(token: Array, columns: Any = columns) -> None:  # noqa: ANN401
-                    plgpu.copy_smem_to_gmem(
-                        rows.at[pl.ds(token * heads, heads)], target(first + token, columns)
-                    )
-
-                continue
-            # Copies have fixed sizes, so the tokens are cut into powers of two.
-            done, size = jnp.int32(0), self.sizes.warpgroup_tokens
+            done, size = jnp.int32(0), 1 << (self.sizes.warpgroup_tokens.bit_length() - 1)
             while size:
 
                 @pl.when((count & size) != 0)
-                def _some(done: Array = done, size: int = size, columns: Any = columns) -> None:  # noqa: ANN401
-                    plgpu.copy_smem_to_gmem(
-                        rows.at[pl.ds(done, size)], target(pl.ds(first + done, size), columns)
-                    )
+                def _some(done: Array = done, size: int = size, place: Any = place) -> None:  # noqa: ANN401
+                    self.copy_out(rows, done, size, first, place)
 
                 done, size = done + (count & size), size // 2
+
+    def copy_out(
+        self, rows: Ref, done: Array, size: int, first: Array, place: Callable[[Any], Ref]
+    ) -> None:
+        """Copy rows of some tokens to global memory.
+
+        Args:
+            rows: Shared memory, a row for each head of each token.
+            done: Tokens in front of these.
+            size: How many these are.
+            first: Where the first token of `rows` goes.
+            place: Tokens -> where these go.
+        """
+        heads = self.spec.heads_per_tile
+        if not self.config.portable:
+            some = rows.at[pl.ds(done * heads, size * heads)]
+            source = some.reshape(size, heads, rows.shape[-1])
+            plgpu.copy_smem_to_gmem(source, place(pl.ds(first + done, size)))
+            return
+
+        # The interpreter cannot see rows as tokens and heads, so they go one by one.
+        @pl.loop(0, size)
+        def _token(index: Array) -> None:
+            token = done + index
+            plgpu.copy_smem_to_gmem(rows.at[pl.ds(token * heads, heads)], place(first + token))
 
     def write_lse(
         self,
@@ -755,15 +762,15 @@ def _scratch(kernel: _Kernel) -> dict[str, Any]:
     def swizzled(shape: tuple[int, ...], columns: int) -> Any:  # noqa: ANN401
         return plgpu.SMEM(shape, sizes.dtype, transforms=mosaic_tile.swizzled(columns, sizes.dtype))
 
-    o_shape = (each, *kernel.row_shape, min(config.o_columns, v_dim))
-    part_shape = (each, *kernel.row_shape, min(config.part_columns, v_dim))
+    o_shape = (each, rows, min(config.o_columns, v_dim))
+    part_shape = (each, rows, min(config.part_columns, v_dim))
     return {
         "k_ring": pages.scratch(dim, kernel.columns, readers=each),
         "v_ring": pages.scratch(v_dim, v_dim, readers=each),
         "my_q": swizzled((each, rows, dim), kernel.columns),
         "my_k": swizzled((each, keys, dim), kernel.columns) if kernel.widens_keys else None,
         "my_v": swizzled((each, keys, v_dim), v_dim) if sizes.narrow else None,
-        "my_p": swizzled((each, rows, keys), keys) if config.portable_pv else None,
+        "my_p": swizzled((each, rows, keys), keys) if config.portable else None,
         "my_o": plgpu.SMEM(o_shape, jnp.dtype(spec.q_dtype)),
         "my_part": plgpu.SMEM(part_shape, jnp.float32),
         "my_lse": plgpu.SMEM((each, rows), jnp.float32),

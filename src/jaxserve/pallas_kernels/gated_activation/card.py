@@ -50,8 +50,7 @@ def _card(name: str, run: Callable[..., Any], kind: Kind, source: str) -> Kernel
         run=run,
         reference=partial(reference.gated, kind=kind),
         tolerances=TOLERANCES,
-        backends=("triton", "xla"),
-        auto=("xla",),
+        backends=("xla", "triton"),
         supports=supports,
         num_bytes=lambda sizes, dtype: (
             sizes["rows"] * sizes["two_hidden"] * 3 * jnp.dtype(dtype).itemsize // 2
