@@ -124,15 +124,15 @@ class Request(NamedTuple):
     """One request of a plan.
 
     Attributes:
-        index: Its place in the plan.
+        place: Its index in the plan.
         start: Position of its first token in this step.
-        count: Its tokens in this step.
+        num_tokens: Its tokens in this step.
         pages: Pages of its sequence, int32; as many as that needs, or more.
     """
 
-    index: int
+    place: int
     start: int
-    count: int
+    num_tokens: int
     pages: Buffer
 
 

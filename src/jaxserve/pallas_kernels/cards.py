@@ -1,5 +1,6 @@
 """Every operation's card; a module is imported when its card is asked for."""
 
+import importlib
 from collections.abc import Iterator
 
 from jaxserve.core.errors import did_you_mean
