@@ -104,11 +104,11 @@ def test_an_engine_attends_as_told(monkeypatch, name, settings):
         module, attention=custom, **{"attention_backend": "pallas", "max_num_seqs": 2} | settings
     )
     monkeypatch.setattr(layers, "attend", functools.partial(oracle, change))
-    # Layers of this form may have been traced already, with attention as it was.
-    monkeypatch.setattr(layers, "_run_layer", jax.jit(layers._apply_layer, static_argnums=0))
+    jax.clear_caches()  # of layers that were traced before
     loop = DenseLoop(bench.graph, bench.params, length=96)
     wanted = [loop.complete(prompt, GREEDY) for prompt in PROMPTS]
     monkeypatch.undo()
+    jax.clear_caches()
     plain = DenseLoop(bench.graph, bench.params, length=96)
     assert plain.complete(PROMPTS[1], GREEDY)[1] != wanted[1][1]
     for _ in range(2):  # the second time from cached prefixes, where there are any

@@ -67,6 +67,7 @@ def test_what_cannot_run_is_told_by_dtype():
     assert text.count("does not serve") == 2
 
 
+@pytest.mark.slow
 def test_the_choice_of_auto_is_that_of_the_operations(monkeypatch: pytest.MonkeyPatch):
     """A card that lets auto take Triton belongs to an operation that prefers it."""
     prefers: list[bool] = []
