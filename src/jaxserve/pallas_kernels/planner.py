@@ -138,10 +138,13 @@ class _Tiles:
             is_single=self.is_single,
         )
 
-    def overhead(self, spec: PlanSpec) -> np.ndarray:
-        """Return what each tile costs besides its keys, in keys; one number if all are alike."""
-        count = self.q_len[:1] if self.is_single else self.q_len
-        return count * (spec.row_cost * spec.heads_per_tile) + spec.item_cost
+    def overhead(self, spec: PlanSpec) -> tuple[np.ndarray | int, int]:
+        """Return what each tile costs besides its keys, in keys, and the most."""
+        of_token = spec.row_cost * spec.heads_per_tile
+        if self.is_single:
+            return of_token + spec.item_cost, of_token + spec.item_cost
+        overhead = self.q_len * of_token + spec.item_cost
+        return overhead, int(overhead.max())
 
 
 _TILE_ARRAYS = tuple(f.name for f in dataclasses.fields(_Tiles) if not f.name.startswith("is_"))
@@ -193,14 +196,14 @@ class _Pieces:
         item: The item on the uncut line that each piece is of; None if nothing is cut.
         count: Number of pieces.
         split: What is cut.
-        work_indptr: Where each CTA begins.
+        begins: Where each CTA but the first begins; those that are missing have nothing to do.
         order: In which order the CTAs take the pieces; None as they stand.
     """
 
     item: np.ndarray | None
     count: int
     split: _Cuts | _Split
-    work_indptr: np.ndarray
+    begins: np.ndarray
     order: np.ndarray | None
 
 
@@ -593,13 +596,13 @@ def _cut_evenly(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
     """
     count, blocks, size = tiles.q_len.size, spec.num_blocks, spec.tile_kv
     length = (tiles.end - tiles.begin + (size - 1)) // size  # in tiles, as is all that follows
-    overhead = tiles.overhead(spec)
+    overhead, highest = tiles.overhead(spec)
     ends = (length * size + overhead).cumsum()
     period = int(ends[-1])
     total = period * blocks
     # Fewer keys than this are not worth an item.
     least = -(-spec.item_cost // size)
-    target = max(-(-total // spec.num_ctas), 2 * least * size + int(overhead.max()))
+    target = max(-(-total // spec.num_ctas), 2 * least * size + highest)
     block, place = np.divmod(np.arange(target, total, target), period)
     tile = ends.searchsorted(place, side="right")
     most = length[tile]
@@ -614,11 +617,16 @@ def _cut_evenly(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
     key = np.minimum(np.maximum(key, least), room) * size
     if not least:  # two cuts may have met in one place
         is_inside[1:] &= (item[1:] != item[:-1]) | (key[1:] != key[:-1])
-    return _split(spec, tiles, item, key, is_inside)
+    return _split(spec, tiles, item, tile, key, is_inside)
 
 
 def _split(
-    spec: PlanSpec, tiles: _Tiles, item: np.ndarray, key: np.ndarray, is_inside: np.ndarray
+    spec: PlanSpec,
+    tiles: _Tiles,
+    item: np.ndarray,
+    tile: np.ndarray,
+    key: np.ndarray,
+    is_inside: np.ndarray,
 ) -> _Pieces:
     """Cut items behind their first `key` keys, and give each part of the line to a CTA.
 
@@ -626,6 +634,7 @@ def _split(
         spec: What is static.
         tiles: The tiles.
         item: The item of each cut, ascending.
+        tile: Its tile, if the cut is inside.
         key: How many of its keys lie before the cut.
         is_inside: Whether the cut makes two pieces of it; others lie before their item.
     """
@@ -634,22 +643,18 @@ def _split(
     inside = is_inside.nonzero()[0]
     behind, cut = begins[inside], item[inside]
     num = count * spec.num_blocks + inside.size
-    work_indptr = np.empty(spec.num_ctas + 1, np.int64)
-    work_indptr[0] = 0
-    work_indptr[1 : item.size + 1] = begins
-    work_indptr[item.size + 1 :] = num
     of_item = None
     if inside.size:
         later = np.zeros(num, np.int64)
         later[behind] = 1
         of_item = _counting(num) - later.cumsum()
-    tile = cut % count
+    tile = tile[inside]
     cuts = _Cuts(behind=behind, item=cut, tile=tile, middle=tiles.begin[tile] + key[inside])
     return _Pieces(
         item=of_item,
         count=num,
         split=cuts if tiles.is_single else _both_sides(tiles, cuts),
-        work_indptr=work_indptr,
+        begins=begins,
         order=None,
     )
 
@@ -671,7 +676,7 @@ def _both_sides(tiles: _Tiles, cuts: _Cuts) -> _Split:
 def _cut_at_multiples(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
     """Cut items at multiples of the fixed size, counted from the first key of the request."""
     size, number = spec.fixed_split_size, tiles.q_len.size
-    overhead = tiles.overhead(spec)
+    overhead, _ = tiles.overhead(spec)
     begin, end, tile = tiles.begin, tiles.end, _counting(number)
     is_split = np.zeros(number, np.bool_)
     if spec.split_mode == "fixed" and size is not None:
@@ -684,14 +689,14 @@ def _cut_at_multiples(spec: PlanSpec, tiles: _Tiles) -> _Pieces:
         end = np.minimum(end[tile], (chunk + 1) * size)
         is_split = (count > 1)[tile]
     cost = -(-(end - begin) // spec.tile_kv) * spec.tile_kv
-    cost += overhead if tiles.is_single else overhead[tile]
+    cost += overhead if isinstance(overhead, int) else overhead[tile]
     blocks = spec.num_blocks
     order, work_indptr = _assign_longest_first(np.tile(cost, blocks), spec.num_ctas)
     item = (np.arange(blocks)[:, None] * number + tile).reshape(-1)
     at = np.tile(is_split, blocks).nonzero()[0]
     block, piece = np.divmod(at, tile.size)
     split = _Split(at=at, tile=tile[piece], block=block, begin=begin[piece], end=end[piece])
-    return _Pieces(item=item, count=item.size, split=split, work_indptr=work_indptr, order=order)
+    return _Pieces(item=item, count=item.size, split=split, begins=work_indptr[1:-1], order=order)
 
 
 def _with_partial(tiles: _Tiles, pieces: _Pieces) -> _Pieces:
@@ -762,11 +767,14 @@ def _write_items(spec: PlanSpec, parts: _Parts, tiles: _Tiles, pieces: _Pieces) 
         raise ValueError(
             f"{num} work items, but the spec has room for {spec.bounds[0]}; raise max_items."
         )
-    parts["work_indptr"][:] = pieces.work_indptr
+    work_indptr, ctas = parts["work_indptr"], pieces.begins.size + 1
+    work_indptr[1:ctas] = pieces.begins
+    work_indptr[ctas:] = num
     parts["counts"][2] = num
     request = tiles.request
     line = np.empty((spec.num_blocks, count, len(Item)), np.int32)
     table = line[0]
+    table[:] = _blank(count)
     table[:, Item.REQUEST] = request
     table[:, Item.Q_START] = tiles.q_start
     table[:, Item.Q_LEN] = tiles.q_len
@@ -776,16 +784,14 @@ def _write_items(spec: PlanSpec, parts: _Parts, tiles: _Tiles, pieces: _Pieces) 
     table[:, Item.FULL_BEGIN] = tiles.full_begin
     table[:, Item.FULL_END] = tiles.full_end
     table[:, Item.TABLE_BASE] = parts["kv_indptr"][request]
-    table[:, Item.OUT_SLOT] = -1
     table[:, Item.KV_LEN] = kv_len = parts["kv_len"][request]
     table[:, Item.REQUEST_Q_LEN] = parts["q_len"][request]
-    table[:, Item.MASK_BASE] = 0
     if spec.variant.packed_mask != "none":
         words = (kv_len + 31) // 32
         table[:, Item.MASK_BASE] = parts["mask_indptr"][request] + tiles.q_offset * words
     table[:, Item.FLAGS] = tiles.flags
     line[1:] = table
-    line[:, :, Item.HEAD], line[:, :, Item.KV_HEAD] = _heads(spec)
+    line[:, :, Item.KV_HEAD : Item.HEAD + 1] = _heads(spec)
     line = line.reshape(-1, len(Item))
     items, item, split = parts["items"][:num], pieces.item, pieces.split
     if order is not None:
@@ -810,10 +816,18 @@ def _write_items(spec: PlanSpec, parts: _Parts, tiles: _Tiles, pieces: _Pieces) 
 
 
 @functools.lru_cache(maxsize=64)
-def _heads(spec: PlanSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first query head and the key-value head of each block, `[blocks, 1]`."""
-    head = np.arange(0, spec.q_heads, spec.heads_per_tile, dtype=np.int32)[:, None]
-    return head, head // spec.group
+def _blank(count: int) -> np.ndarray:
+    """Return items of which nothing is known but that they are not split."""
+    blank = np.zeros((count, len(Item)), np.int32)
+    blank[:, Item.OUT_SLOT] = -1
+    return blank
+
+
+@functools.lru_cache(maxsize=64)
+def _heads(spec: PlanSpec) -> np.ndarray:
+    """Return the key-value head and the first query head of each block, `[blocks, 1, 2]`."""
+    head = np.arange(0, spec.q_heads, spec.heads_per_tile, dtype=np.int32)
+    return np.stack([head // spec.group, head], axis=1)[:, None]
 
 
 def _write_cuts(spec: PlanSpec, parts: _Parts, tiles: _Tiles, cuts: _Cuts) -> None:
