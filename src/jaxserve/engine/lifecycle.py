@@ -393,8 +393,9 @@ def checked_version(version: object) -> str:
     """
     if isinstance(version, int) and not isinstance(version, bool):
         version = str(version)
-    is_text = isinstance(version, str) and version.isprintable()  # it becomes a label of a metric
-    if not is_text or not 0 < len(version) <= MAX_VERSION_LEN:
+    is_text = isinstance(version, str) and 0 < len(version) <= MAX_VERSION_LEN
+    if not isinstance(version, str) or not is_text or not version.isprintable():
+        # It becomes a label of a metric, so it must be text that can be written.
         raise RequestError(
             "a weight version must be an integer or a text of 1 to "
             f"{MAX_VERSION_LEN} printable characters, got {str(version)[:40]!r}.",
