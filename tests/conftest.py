@@ -41,6 +41,28 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a second run of the tests, in other surroundings, be a short one."""
+    parser.addoption(
+        "--first-cases", action="store_true", help="run one case of each parametrized test"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the first case of each test that the marks have left."""
+    if not config.getoption("--first-cases"):
+        return
+    seen: set[str] = set()
+    others: list[pytest.Item] = []
+    for item in items:
+        name = item.nodeid.split("[")[0]
+        others += [item] if name in seen else []
+        seen.add(name)
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run, with the reason."""
     if item.get_closest_marker("gpu") is not None:

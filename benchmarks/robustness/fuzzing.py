@@ -79,8 +79,10 @@ def fuzz(
     """
     verdict = Verdict()
     described = ask(f"{server.url}/openapi.json").json()
-    limits = {"max_examples": max_examples, "seed": seed, "workers": workers}
-    _run(server, verdict, described, timeout_s=timeout_s, **limits)
+    _run(
+        server, verdict, described,
+        max_examples=max_examples, seed=seed, workers=workers, timeout_s=timeout_s,
+    )  # fmt: skip
     _check_counts(verdict, MIN_CASES)
     _check_server(server, verdict)
     return verdict

@@ -237,7 +237,9 @@ def random_case(seed: int) -> dict:
         case["partial_rotary_factor"] = rng.choice([0.5, 1.0])
     types = rng.choices(["full_attention", "sliding_attention"], k=case["num_hidden_layers"])
     if family not in ("llama", "qwen2", "qwen3"):
-        case["sliding_window"] = rng.choice([1, 2, 5, 8, 13, 200])
+        # Not 1: the cache of transformers then keeps every token, and its decode contradicts its
+        # own forward pass over the whole sequence.
+        case["sliding_window"] = rng.choice([2, 3, 5, 8, 13, 200])
     if family in ("gemma2", "gemma3_text", "ministral", "smollm3"):
         case["layer_types"] = types
     if family == "smollm3":

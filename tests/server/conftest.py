@@ -94,7 +94,7 @@ def asking(engine: AsyncLLM) -> Ask:
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 if body is None:
                     return await client.get(path, **request)
-                content = request.pop("content", None) or json.dumps(body)
+                content = json.dumps(body)
                 headers = {"Content-Type": "application/json", **request.pop("headers", {})}
                 return await client.post(path, content=content, headers=headers, **request)
 

@@ -151,7 +151,7 @@ def test_clients_of_sglang_load_and_unload(admin, folders):
         ({"lora_path": "large"}, 400, "lora_path", "--max-lora-rank 9"),
         ({"lora_name": "alias"}, 400, "lora_name", "the name of the model itself"),
         ({"lora_name": ""}, 400, "lora_name", "at least 1 character"),
-        ({"lora_name": "x" * 300}, 400, "lora_name", "1 to 256 characters"),
+        ({"lora_name": "x" * 300}, 400, "lora_name", "1 to 256 printable characters"),
         ({"lora_path": None}, 400, "lora_path", "lora_path"),
     ],
 )
