@@ -296,6 +296,7 @@ def paged_kernel(
     narrow_rows: tl.constexpr,
     wide_rows: tl.constexpr,
 ):
+    """Work through the items of the plan that fall to one program."""
     cta = tl.program_id(0)
     first = tl.load(plan_ptr + work_at + cta)
     last = tl.load(plan_ptr + work_at + cta + 1)

@@ -12,6 +12,7 @@ _MAX_BLOCK = 2048
 
 @triton.jit
 def gated_kernel(x_ptr, out_ptr, hidden: tl.constexpr, kind: tl.constexpr, block: tl.constexpr):
+    """Activate the first half of a row and multiply it by the second; one program per block."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < hidden

@@ -28,6 +28,7 @@ def rms_norm_kernel(
     has_residual: tl.constexpr,
     block: tl.constexpr,
 ):
+    """Normalise one row, after adding the residual if there is one; one program per row."""
     start = tl.program_id(0).to(tl.int64) * hidden
     columns = tl.arange(0, block)
     if block >= hidden:

@@ -34,6 +34,7 @@ def rope_kernel(
     block_pairs: tl.constexpr,
     block_rest: tl.constexpr,
 ):
+    """Rotate some heads of one token; one program per token and block of heads."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     row = (token * heads + head[:, None]) * head_dim

@@ -130,11 +130,13 @@ def draw(row_ptr, top, slope, floor, target, vocab: tl.constexpr, block: tl.cons
 
 @triton.jit
 def as_bits(x):
+    """Return the bits of a float32."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def as_float(bits):
+    """Return the float32 of some bits."""
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -185,6 +187,7 @@ def sample_kernel(
     vocab: tl.constexpr,
     block: tl.constexpr,
 ):
+    """Draw the token of one row; one program per row."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * vocab
     temperature = tl.load(temperature_ptr + row)

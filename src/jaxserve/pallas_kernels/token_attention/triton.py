@@ -80,6 +80,7 @@ def token_kernel(
     halves: tl.constexpr,
     precision: tl.constexpr,
 ):
+    """Attend to a chunk of one list of tokens; one program per chunk."""
     work = tl.program_id(0)
     if work < tl.load(chunk_end_ptr + rows - 1):
         # The list of this chunk is the number of lists that end before it.
