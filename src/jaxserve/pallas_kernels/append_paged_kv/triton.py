@@ -136,7 +136,7 @@ def append_kernel(
     block_k: tl.constexpr,
     block_v: tl.constexpr,
 ):
-    """Append one token's keys or values, or rotate some of its queries; one program per token and job."""
+    """Append one token's keys or values, or rotate some of its queries; a program each."""
     token = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)
     slot = tl.load(slot_ptr + token).to(tl.int64)
