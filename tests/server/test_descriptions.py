@@ -83,7 +83,7 @@ def test_more_completions_than_are_ever_accepted_are_no_matter_of_waiting(ask, n
 
 # Grammars that fail on the way -----------------------------------------------------------------
 
-MANY = {"type": "object", "properties": {f"key{i}": {} for i in range(600)}}
+MANY = {"type": "object", "properties": {f"key{i}": {} for i in range(1_200)}}
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
