@@ -399,12 +399,14 @@ def test_a_grammar_that_fails_behind_a_draft_ends_its_request_as_without_drafts(
 
     expected = run(plainly)
     tokens, (error,), _ = expected
-    assert len(tokens) == 2  # the third, which nothing can follow, is not reported
+    assert tokens == [tokens[0]] * 2  # the third, which nothing can follow, may not be reported
     assert "cannot be followed beyond 3 output tokens" in error
     line = [*tokens, tokens[0]]
     for answer in ([*line, *b"x1"], line, tokens, [tokens[0], 7]):
         told(drafted, Prompter([[*PROMPTS[0], *answer]]))
-        assert run(drafted) == expected
+        found, errors, others = run(drafted)
+        assert (found[:2], errors, others) == (tokens, [error], expected[2])
+        assert len(found) <= len(line)
 
 
 # No trace ----------------------------------------------------------------------------------------

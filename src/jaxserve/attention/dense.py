@@ -363,8 +363,12 @@ def _attend_kernels(
         windows = [p.spec.window for p in plan.kernel_plans]
         raise ValueError(f"a layer has the window {rule.window}, but plans are for {windows}.")
     size = paged.spec.page_size
-    row = jnp.maximum(plan.token_row, 0)
-    page = paged.kv_indices[paged.kv_indptr[row] + plan.token_position // size]
+    request = jnp.maximum(plan.token_row, 0)
+    if paged.spec.max_requests > plan.rows:
+        # Each row has two requests: a decode, and the drafts behind it. Only the second has all the
+        # pages that drafts reach, which can be one more than the decode before them needs.
+        request = 2 * request + (jnp.arange(request.shape[0]) >= plan.rows)
+    page = paged.kv_indices[paged.kv_indptr[request] + plan.token_position // size]
     page = jnp.where(plan.token_row >= 0, page, 0)
     offset = plan.token_position % size
     keys = cache[0].at[page, :, offset].set(k)

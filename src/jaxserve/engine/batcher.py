@@ -174,33 +174,36 @@ def build(
 def _planner(items: Sequence[Item], rows: int, shapes: ShapeTable) -> StepPlanner | None:
     """Begin the plan of a step; None where nothing needs one.
 
-    Request i is sequence row i. Drafts, which do not stand behind the decode that they follow, are
-    requests of their own, behind all rows.
+    Request i is sequence row i. In a step with drafts, which do not stand behind the decode that
+    they follow and so are requests of their own, row i has the requests 2 i and 2 i + 1.
     """
     if shapes.kernels is None:
         return None
     requests: list[Request] = []
-    num = rows
+    per_row = _requests_per_row(items)
     for item in items:
-        pages, start = item.sequence.pages, item.start
+        pages, start, place = item.sequence.pages, item.start, per_row * item.row
         is_decode = item.sequence.has_device_token
-        requests.append(Request(item.row, start, 1 if is_decode else item.num_tokens, pages))
+        requests.append(Request(place, start, 1 if is_decode else item.num_tokens, pages))
         if item.drafts:
-            num = 2 * rows
-            requests.append(Request(rows + item.row, start + 1, len(item.drafts), pages))
-    return StepPlanner(shapes.kernels, num, requests)
+            requests.append(Request(place + 1, start + 1, len(item.drafts), pages))
+    return StepPlanner(shapes.kernels, per_row * rows, requests)
+
+
+def _requests_per_row(items: Sequence[Item]) -> int:
+    return 2 if any(item.drafts for item in items) else 1
 
 
 def _first_tokens(items: Sequence[Item], rows: int, packed: PackedStep) -> np.ndarray:
     """Say at which packed token each request of the plan begins."""
-    has_drafts = any(item.drafts for item in items)
-    first = np.zeros(rows * (2 if has_drafts else 1), np.int64)
+    per_row = _requests_per_row(items)
+    first = np.zeros(per_row * rows, np.int64)
     behind = packed.shape.rows
     for item in items:
-        is_decode = item.sequence.has_device_token
-        first[item.row] = item.row if is_decode else behind + item.prefill_start
+        is_decode, place = item.sequence.has_device_token, per_row * item.row
+        first[place] = item.row if is_decode else behind + item.prefill_start
         if item.drafts:
-            first[rows + item.row] = behind + item.draft_start
+            first[place + 1] = behind + item.draft_start
     return first
 
 
