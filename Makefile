@@ -15,14 +15,15 @@ ORACLES ?= .venv-oracles
 AOT ?= .venv-aot
 AOT_TESTS := aot and not slow
 TRITON ?= .venv-triton
+TRITON_TESTS := not slow
 
 UV := scripts/uv
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow test-triton check format docs \
-  notebooks bench robustness gpu oracles constraints clean
+.PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow test-triton test-triton-slow \
+  check format docs notebooks bench robustness gpu oracles constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -55,8 +56,12 @@ test-aot-slow: AOT_TESTS := aot and slow
 test-aot-slow: test-aot ## compile the kernels that test-aot leaves out
 
 test-triton: $(TRITON)/.stamp ## run the tests of Triton kernels: interpreted, then compiled for GPUs that are not there
-	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m "interpreted and not slow" $(or $(TESTS),tests/triton)
-	@$(TRITON)/bin/python $(PYTEST) -m "compiled and not slow" $(or $(TESTS),tests/triton)
+	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m "interpreted and ($(TRITON_TESTS))" $(or $(TESTS),tests/triton)
+	@$(TRITON)/bin/python $(PYTEST) -m "compiled and ($(TRITON_TESTS))" $(or $(TESTS),tests/triton)
+
+test-triton-slow: TRITON_TESTS := slow or not slow
+test-triton-slow: export THOROUGH := 1
+test-triton-slow: test-triton ## all tests of Triton kernels, and more examples of each; half an hour
 
 check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
 	@$(BIN)/ruff format --check .

@@ -1,19 +1,24 @@
 """GPU tests and GPU benchmarks in one go, at most ten minutes; `make gpu` runs it.
 
-    python -m benchmarks.gpu [--rehearse]
+    python -m benchmarks.gpu [--rehearse] [--dry]
 
 1. What the device can do at most: memory bandwidth (reading and copying), bfloat16 matrix products.
-2. The tests marked `gpu`.
-3. The shape of Llama-3.1-8B with random bfloat16 weights: decode at batch 1, 8 and 64 as a share of
+2. The kernels: steps of attention on every backend, beside cuDNN through JAX's dense attention, and
+   FlashInfer and torch's SDPA where they can be imported, as shares of what was measured in 1; then
+   every other operation.
+3. The tests marked `gpu`: among others, every kernel against float64.
+4. The shape of Llama-3.1-8B with random bfloat16 weights: decode at batch 1, 8 and 64 as a share of
    the measured bandwidth, prefill as a share of the measured matrix rate, with transformers (static
    cache, compiled step) in a process of its own on the same GPU, interleaved.
 
 Each part is guarded: one that fails is reported, and the others still write their results. Without
 a GPU it says what it would do and ends with 0. `--rehearse` runs everything with tiny sizes on
-whatever device is there, to test this program.
+whatever device is there, to test this program; `--dry` compiles the kernels of 2 for Hopper, in
+the environments of `make test-aot` and `make test-triton`, and then rehearses 1 and 2.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -36,10 +41,15 @@ from benchmarks.child import (
     quiet_environment,
     random_prompts,
 )
+from benchmarks.gpu_cases import DIM, HEADS, STEPS, TINY_STEPS
+from benchmarks.kernels import ENVIRONMENTS
 from benchmarks.record import Recorder, summary, table
+from jaxserve.pallas_kernels.cards import PLACES
 
 BUDGET_S = 570.0
 TESTS_S = 170.0
+KERNELS_S = 150.0
+"""Most seconds for measuring kernels; steps that come too late are left out, and named."""
 OURS, PEER = "jaxserve", "transformers"
 
 LLAMA_8B: dict[str, Any] = {
@@ -140,6 +150,7 @@ class Run:
         recorder: Where lines go.
         deadline: Instant at which everything must have ended.
         rehearsal: Whether it is only a test of this program.
+        is_dry: Whether kernels are compiled and rehearsed only.
         problems: What went wrong.
         rates: Samples by (engine, column).
     """
@@ -149,6 +160,7 @@ class Run:
     recorder: Recorder
     deadline: float
     rehearsal: bool
+    is_dry: bool = False
     problems: list[str] = field(default_factory=list)
     ceilings: dict[str, Any] = field(default_factory=dict)
     rates: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -364,6 +376,138 @@ def report(run: Run) -> None:
         print("share: of the measured bandwidth (decode), of the measured matrix rate (prefill)")
 
 
+def measure_kernels(run: Run, folder: Path) -> None:
+    """Measure kernels beside their peers, until their time is over."""
+    deadline = time.monotonic() + min(KERNELS_S, run.left_s)
+    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    children = {OURS: Child(sys.executable, "benchmarks.gpu_kernels", folder / "k.log", memory)}
+    python = peer_python("torch")
+    if python is None:
+        print("  no Python with torch is at hand: jaxserve and JAX alone")
+    else:
+        module = "benchmarks.peers.gpu_attention_peer"
+        children["torch"] = Child(python, module, folder / "kernel_peer.log")
+    try:
+        for name, child in children.items():
+            where = {"device": "cpu"} if run.device["platform"] == "cpu" else {}
+            about = child.ask("load", timeout_s=100, **(where if name != OURS else {}))
+            run.recorder.write("about", engine=f"{name} kernels", versions=about["versions"])
+        rows, late = measure_steps(run, children, deadline)
+        operations, missed = measure_operations(run, children[OURS], deadline)
+    finally:
+        for child in children.values():
+            child.close()
+    if rows:
+        header = ["attention", "by", "us", "GB/s", "of copy", "TFLOP/s", "of matmul", "difference"]
+        print(table(header, rows))
+    if operations:
+        print(table(["operation", "by", "us", "GB/s", "of copy"], operations))
+    if late + missed:
+        run.recorder.write("late", parts=late + missed)
+        print(f"  no time was left for: {', '.join(late + missed)}")
+
+
+def measure_steps(
+    run: Run, children: dict[str, Child], deadline: float
+) -> tuple[list[list[str]], list[str]]:
+    """Measure the steps of attention; return rows of the table, and what came too late."""
+    rows: list[list[str]] = []
+    late: list[str] = []
+    repeats = 3 if run.rehearsal else 20
+    for name, step in (TINY_STEPS if run.rehearsal else STEPS).items():
+        if time.monotonic() > deadline - 15:
+            late.append(name)
+            continue
+        found = children[OURS].ask(
+            "attention", name=name, repeats=repeats, timeout_s=min(120, run.left_s)
+        )
+        if "torch" in children and step.kv_dtype == "bfloat16" and not step.cascade:
+            theirs = children["torch"].ask(
+                "attention", q_len=step.q_len, kv_len=step.kv_len, page_size=step.page_size,
+                heads=HEADS, dim=DIM, repeats=repeats, timeout_s=min(120, run.left_s),
+            )  # fmt: skip
+            for key in ("seconds", "refusals"):
+                found[key].update(theirs[key])
+        for label, reason in found["refusals"].items():
+            run.recorder.write(name, implementation=label, refused=reason)
+        for label, samples in found["seconds"].items():
+            rates = rates_of(run, found, samples)
+            difference = found["difference"].get(label)
+            run.recorder.write(
+                name, implementation=label, unit="us", difference=difference,
+                **summary([1e6 * value for value in samples]), **rates,
+            )  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    label,
+                    f"{1e6 * statistics.median(samples):.1f}",
+                    f"{rates['gb_s']:.0f}",
+                    f"{rates['share_of_copy']:.1%}",
+                    f"{rates['tflop_s']:.1f}",
+                    f"{rates['share_of_matmul']:.1%}",
+                    "-" if difference is None else f"{difference:.1e}",
+                ]
+            )
+    return rows, late
+
+
+def rates_of(run: Run, found: dict[str, Any], samples: list[float]) -> dict[str, float]:
+    """Return rates, and their shares of what the device was measured to do at most."""
+    seconds = statistics.median(samples)
+    gb_s, tflop_s = found["num_bytes"] / seconds / 1e9, found["num_flops"] / seconds / 1e12
+    copy, matmul = (run.ceilings.get(n, float("nan")) for n in ("copy_gb_s", "matmul_tflop_s"))
+    return {
+        "gb_s": gb_s,
+        "share_of_copy": gb_s / copy,
+        "tflop_s": tflop_s,
+        "share_of_matmul": tflop_s / matmul,
+    }
+
+
+def measure_operations(run: Run, ours: Child, deadline: float) -> tuple[list[list[str]], list[str]]:
+    """Measure all operations but attention; return rows, and what came too late."""
+    rows: list[list[str]] = []
+    late: list[str] = []
+    for name in sorted(PLACES.keys() - {"attention"}):
+        if time.monotonic() > deadline - 5:
+            late.append(name)
+            continue
+        found = ours.ask(
+            "operation", name=name, dtype="bfloat16", repeats=3 if run.rehearsal else 20,
+            tiny=run.rehearsal, timeout_s=min(60, run.left_s),
+        )  # fmt: skip
+        for label, reason in found["refusals"].items():
+            run.recorder.write(name, implementation=label, refused=reason)
+        for label, samples in found["seconds"].items():
+            rates = rates_of(run, found, samples)
+            run.recorder.write(
+                name, implementation=label, unit="us", sizes=found["sizes"],
+                **summary([1e6 * value for value in samples]), **rates,
+            )  # fmt: skip
+            micros = f"{1e6 * statistics.median(samples):.1f}"
+            rows.append(
+                [name, label, micros, f"{rates['gb_s']:.0f}", f"{rates['share_of_copy']:.1%}"]
+            )
+    return rows, late
+
+
+def compile_kernels(compiler: str, environment: str) -> None:
+    """Compile the kernels that are measured, for a GPU that need not be there."""
+    python = ROOT / environment / "bin" / "python"
+    if not python.exists():
+        target = "test-aot" if compiler == "mosaic" else "test-triton"
+        raise RuntimeError(f"{environment} is not there; run `make {target}` first")
+    done = subprocess.run(
+        [python, "-m", "benchmarks.gpu_kernels", "--compile", compiler],
+        env={**quiet_environment(), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(done.stdout, end="")
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+
+
 # The whole ------------------------------------------------------------------------------------
 
 
@@ -375,9 +519,9 @@ def fit(config: dict[str, Any], memory_gib: float) -> dict[str, Any]:
     return config | {"num_hidden_layers": layers}
 
 
-def has_transformers(python: Path | str) -> bool:
-    """Tell whether a Python can import torch and transformers."""
-    code = "import torch, transformers"
+def has(python: Path | str, packages: str) -> bool:
+    """Tell whether a Python can import packages."""
+    code = f"import {packages}"
     try:
         done = subprocess.run(
             [str(python), "-c", code], capture_output=True, timeout=90, check=False
@@ -387,14 +531,19 @@ def has_transformers(python: Path | str) -> bool:
     return done.returncode == 0
 
 
-def peer_python() -> Path | str | None:
+def peer_python(packages: str = "torch, transformers") -> Path | str | None:
     """Find a Python with torch: this one, as on GPU machines, else the oracle environment's."""
     candidates = [sys.executable, *filter(None, [oracle_python()])]
-    return next((python for python in candidates if has_transformers(python)), None)
+    return next((python for python in candidates if has(python, packages)), None)
 
 
 def run_all(run: Run) -> None:
-    """Carry out every part."""
+    """Carry out every part; of a dry run, those that concern kernels."""
+    if run.is_dry:
+        for compiler, environment in ENVIRONMENTS.items():
+            run.guard(
+                f"compile {compiler}", functools.partial(compile_kernels, compiler, environment)
+            )
     preallocate = {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
@@ -407,6 +556,9 @@ def run_all(run: Run) -> None:
             run.guard("ceilings", lambda: measure_ceilings(run, probe))
         finally:
             probe.close()
+        run.guard("kernels", lambda: measure_kernels(run, config_dir))
+        if run.is_dry:
+            return
         run.guard("tests", lambda: run_tests(run))
         children: dict[str, Child] = {}
         try:
@@ -452,8 +604,10 @@ def main() -> None:
     """Run everything, or say what would be run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on any device")
+    parser.add_argument("--dry", action="store_true", help="compile kernels; needs no GPU")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
     args = parser.parse_args()
+    args.rehearse |= args.dry
     started = time.monotonic()
     device = find_device(any_device=args.rehearse)
     if device is None:
@@ -472,6 +626,7 @@ def main() -> None:
         recorder=Recorder("gpu_rehearsal" if args.rehearse else "gpu", device=device),
         deadline=started + args.budget,
         rehearsal=args.rehearse,
+        is_dry=args.dry,
     )
     print(f"{device['kind']}, {device['memory_gib']:.0f} GiB, driver {device['driver']}")
     if not args.rehearse and sizes.config != LLAMA_8B:

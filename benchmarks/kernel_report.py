@@ -1,194 +1,252 @@
-"""What every Mosaic kernel takes in every configuration, from the compiler; no GPU is needed.
+"""What every kernel takes in every configuration, from the compilers; no GPU is needed.
 
-    python -m benchmarks.kernel_report [--only WORD] [--jobs 2] [--out FILE]
+    python -m benchmarks.kernel_report mosaic|triton [--only WORD] [--jobs 2]
 
-Registers, spills and shared memory are the assembler's for Hopper; bytes and operations are those
-that an example step must move and do. JAX's CUDA plugin is needed: where it is missing, the
-environment of `make test-aot` is used.
+Prints one JSON line per configuration; `python -m benchmarks.kernels --report` runs it where each
+compiler is, and makes a table of the lines. Registers, spills and shared memory are the assembler's
+for Hopper; bytes and operations are those that the operation's card counts for an example step.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
-import importlib.util
+import json
 import multiprocessing
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks.kernel_builds import Build, tuned, varied
-from benchmarks.record import table
-from jaxserve.pallas_kernels.attention.backends import BACKENDS, Case, load
+import jax
+
+from benchmarks.kernel_builds import Build, builds, chosen_for_triton
+from jaxserve.pallas_kernels import triton_launch
+from jaxserve.pallas_kernels.attention.api import attention
+from jaxserve.pallas_kernels.attention.backends import BACKENDS, Case, refusal
+from jaxserve.pallas_kernels.cards import PLACES, card_of
+from jaxserve.pallas_kernels.plan import PlanSpec
 from jaxserve.pallas_kernels.testing import Resources, compile_for, gpu_target
+from jaxserve.pallas_kernels.triton_compile import compile_launch
+from jaxserve.pallas_kernels.variant import AttentionVariant
 
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = ROOT / "tests" / "kernels" / "h200.txtpb"
 REQUESTS = 64
-"""Requests of the example step."""
+"""Requests of the example step of attention."""
 KEYS = 4096
 """Keys of each of them."""
+CAPABILITY = 90
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """One kernel in one configuration.
 
     Attributes:
+        compiler: "mosaic" or "triton".
         kernel: Its name.
         configuration: What it was built for.
-        resources: What it takes; None if it does not compile.
+        registers: Registers of a thread; None if it does not compile.
+        spill_bytes: Bytes of a thread that are written and read because registers ran out.
+        shared_memory: Bytes of shared memory of a CTA.
+        threads: Threads of a CTA.
         num_bytes: Bytes that the example step must move.
         num_flops: Operations that it must do.
-        backends: Backends that can do the same on an H200.
+        backends: Backends that can do the same on an H200; filled in where Triton is.
     """
 
+    compiler: str
     kernel: str
     configuration: str
-    resources: Resources | None
+    registers: int | None
+    spill_bytes: int
+    shared_memory: int
+    threads: int
     num_bytes: int
     num_flops: int
     backends: tuple[str, ...]
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing spills."""
-        return self.resources is not None and self.resources.spill_stores == 0
+        """Whether it compiles and nothing spills."""
+        return self.registers is not None and self.spill_bytes == 0
 
 
-def builds() -> list[Build]:
-    """Return everything that is reported."""
-    return [*tuned(), *varied()]
-
-
-def measure(index: int) -> Line:
-    """Compile one of `builds`; run in a process of its own, as compiling is single-threaded."""
-    build = builds()[index]
+def measure_mosaic(build: Build) -> Line:
+    """Compile one Mosaic kernel."""
+    taken: Resources | None = None
     try:
-        (resources,) = compile_for(
+        (taken,) = compile_for(
             gpu_target(DESCRIPTION.read_text()), build.function, *build.arguments
         )
     except ValueError as error:  # what the compiler says of tiles that do not fit
         print(f"{build.name}: {error}", file=sys.stderr)
-        resources = None
     return Line(
+        compiler="mosaic",
         kernel=build.kernel,
         configuration=build.configuration,
-        resources=resources,
+        registers=taken and taken.registers,
+        spill_bytes=taken.spill_stores + taken.spill_loads if taken else 0,
+        shared_memory=taken.shared_memory if taken else 0,
+        threads=taken.threads if taken else 0,
         num_bytes=num_bytes(build),
         num_flops=num_flops(build),
-        backends=able(build),
+        backends=(),
     )
 
 
-def example_tokens(build: Build) -> int:
-    """Return the query tokens per request of the example step."""
-    return build.spec.max_tokens // REQUESTS
+def sizes_of(build: Build) -> dict[str, int]:
+    """Return the example step of a build in the words of attention's card."""
+    spec = build.spec
+    q_len = spec.max_tokens // REQUESTS
+    return {
+        "requests": REQUESTS,
+        "q_len": q_len,
+        "kv_len": min(KEYS, spec.window + q_len) if spec.window else KEYS,
+        "q_heads": spec.q_heads,
+        "kv_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "page_size": spec.page_size,
+    }
 
 
 def num_bytes(build: Build) -> int:
-    """Return the bytes of queries, keys, values and outputs of the example step."""
-    spec = build.spec
-    q_size = 2
-    kv_size = 1 if spec.kv_dtype == "float8_e4m3fn" else 2
-    rows = REQUESTS * example_tokens(build) * spec.q_heads
-    keys = min(KEYS, spec.window + example_tokens(build)) if spec.window else KEYS
-    kept = REQUESTS * keys * spec.kv_heads
-    dims = spec.head_dim + spec.v_dim
-    return rows * dims * q_size + kept * dims * kv_size
+    """Return the bytes of queries and outputs, and of keys and values, whose dtypes may differ."""
+    sizes, count = sizes_of(build), card_of("attention").num_bytes
+    rows = count({**sizes, "kv_heads": 0}, build.spec.q_dtype)
+    return rows + count({**sizes, "q_heads": 0}, build.spec.kv_dtype)
 
 
 def num_flops(build: Build) -> int:
-    """Return the operations of both products of the example step."""
-    spec = build.spec
-    keys = min(KEYS, spec.window) if spec.window else KEYS
-    rows = REQUESTS * example_tokens(build) * spec.q_heads
-    return 2 * rows * keys * (spec.head_dim + spec.v_dim)
+    """Return the operations of both products; a window's edges are counted in full."""
+    return card_of("attention").num_flops(sizes_of(build))
 
 
-def able(build: Build) -> tuple[str, ...]:
-    """Return the backends that say they can do this on an H200."""
-    _, kv, _, _ = build.arguments
-    kind = "none" if kv.k_scale is None else ("head" if len(kv.k_scale.shape) == 1 else "page")
+def able(spec: PlanSpec, variant: AttentionVariant, scales: str) -> tuple[str, ...]:
+    """Return the backends that say they can do this on an H200; asked where Triton is."""
     case = Case(
-        spec=build.spec,
-        variant=build.variant,
+        spec=spec,
+        variant=variant,
         platform="gpu",
         capability="9.0",
-        k_scale=kind,
-        v_scale=kind,
+        k_scale=scales,
+        v_scale=scales,
     )
-    found = [(name, load(name)) for name in BACKENDS]
-    return tuple(n for n, backend in found if backend and backend.supports(case) is None)
+    with triton_launch.record_launches(CAPABILITY):  # or Triton would be refused for want of a GPU
+        return tuple(name for name in BACKENDS if refusal(name, case) is None)
 
 
-def report(lines: list[Line]) -> str:
-    """Return the table, and a line that says whether all is well."""
-    rows = []
-    for line in lines:
-        taken = line.resources
-        numbers = ["-"] * 4
-        if taken is not None:
-            numbers = [
-                str(taken.registers),
-                str(taken.spill_stores + taken.spill_loads),
-                f"{taken.shared_memory:,}",
-                str(taken.ctas_per_multiprocessor),
-            ]
-        work = [f"{line.num_bytes / 1e6:,.1f}", f"{line.num_flops / 1e9:,.1f}"]
-        rows.append([line.kernel, line.configuration, *numbers, *work, " ".join(line.backends)])
-    head = [
-        "kernel",
-        "configuration",
-        "registers",
-        "spill bytes",
-        "shared memory",
-        "CTAs per SM",
-        "MB",
-        "GFLOP",
-        "backends",
+def able_to_build(build: Build) -> tuple[str, ...]:
+    """Return the backends that say they can do what a Mosaic kernel was built for."""
+    _, kv, _, _ = build.arguments
+    kinds = {None: "none", 1: "head", 2: "page"}
+    return able(build.spec, build.variant, kinds[kv.k_scale and len(kv.k_scale.shape)])
+
+
+def measure_operation(name: str, dtype: str) -> list[Line]:
+    """Compile all Triton launches of an operation at the sizes of a usual model."""
+    card = card_of(name)
+    sizes = card.usual()
+    inputs: Any = card.make(sizes, dtype, 0)
+    options = {n: v for n, v in inputs.items() if isinstance(v, bool | float)}
+    arrays = {n: v for n, v in inputs.items() if n not in options}
+    if name == "attention":  # it asks which GPU is there
+        spec = inputs["plan"].spec
+        backends = able(spec, spec.variant, "none")
+    else:
+        with triton_launch.record_launches(CAPABILITY):
+            backends = tuple(b for b in card.backends if card.supports(b, sizes, dtype) is None)
+    return measure_launches(
+        lambda a: card.run(**a, **options, backend="triton"),
+        (arrays,),
+        kernel=name,
+        configuration=", ".join([dtype, *(f"{axis} {size}" for axis, size in sizes.items())]),
+        num_bytes=card.num_bytes(sizes, dtype),
+        num_flops=card.num_flops(sizes),
+        backends=backends,
+    )
+
+
+def measure_attention(build: Build) -> list[Line]:
+    """Compile Triton's launches for what a Mosaic kernel was built for."""
+    return measure_launches(
+        lambda q, kv, plan, extra: attention(q, kv, plan, extra=extra, backend="triton"),
+        build.arguments,
+        kernel="attention",
+        configuration=build.configuration.partition(" ->")[0],
+        num_bytes=num_bytes(build),
+        num_flops=num_flops(build),
+        backends=able_to_build(build),
+    )
+
+
+def measure_launches(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    kernel: str,
+    **line: Any,  # noqa: ANN401
+) -> list[Line]:
+    """Compile every Triton launch of a function.
+
+    Args:
+        function: Calls the kernels.
+        arguments: Arrays, or what stands for them.
+        kernel: Name of the operation.
+        **line: Further fields of the lines.
+    """
+    with triton_launch.record_launches(CAPABILITY) as launches:
+        jax.eval_shape(function, *arguments)
+        found = list(launches)
+    return [
+        Line(
+            compiler="triton",
+            kernel=f"{kernel}: {taken.name.strip('_')}",
+            registers=taken.registers,
+            spill_bytes=taken.stack_bytes,
+            shared_memory=taken.shared_bytes,
+            threads=taken.threads,
+            **line,
+        )
+        for taken in (compile_launch(launch, CAPABILITY) for launch in found)
     ]
-    bad = [line for line in lines if not line.is_good]
-    verdict = f"{len(lines)} configurations, {len(bad)} that spill or do not compile"
-    example = f"MB and GFLOP are those of {REQUESTS} requests with {KEYS} keys each."
-    return "\n".join([table(head, rows), "", example, verdict])
+
+
+def measure(task: tuple[str, str, str]) -> list[Line]:
+    """Compile what a task names; run in a process of its own, as compiling is single-threaded."""
+    kind, name, dtype = task
+    if kind == "operation":
+        return measure_operation(name, dtype)
+    (build,) = (build for build in builds() if build.name == name)
+    return measure_attention(build) if kind == "attention" else [measure_mosaic(build)]
+
+
+def tasks(compiler: str) -> list[tuple[str, str, str]]:
+    """Return what there is to compile: kind, name, dtype."""
+    if compiler == "mosaic":
+        return [("mosaic", build.name, "") for build in builds()]
+    found = [("operation", name, d) for name in sorted(PLACES) for d in card_of(name).tolerances]
+    return found + [("attention", build.name, "") for build in chosen_for_triton()]
 
 
 def main() -> None:
-    """Compile, print the table, and fail if something spills."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    """Compile, and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("compiler", choices=("mosaic", "triton"))
     parser.add_argument("--only", default="", help="a word that kernel or configuration contains")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--out", type=Path, help="where to write the table as well")
     args = parser.parse_args()
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        sys.exit(_elsewhere())
-    chosen = [i for i, build in enumerate(builds()) if args.only in build.name]
+    chosen = [task for task in tasks(args.compiler) if args.only in " ".join(task)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        lines = list(pool.map(measure, chosen))
-    text = report(lines)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    sys.exit(0 if all(line.is_good for line in lines) else 1)
-
-
-def _elsewhere() -> int:
-    """Run in the environment that can compile."""
-    python = ROOT / ".venv-aot" / "bin" / "python"
-    if not python.exists():
-        print(
-            f"compiling for a GPU needs JAX's CUDA plugin, and {python} is not there; "
-            "run `make test-aot` first.",
-            file=sys.stderr,
-        )
-        return 1
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    command = [python, "-m", "benchmarks.kernel_report", *sys.argv[1:]]
-    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+        for lines in pool.map(measure, chosen):
+            for line in lines:
+                print(json.dumps(dataclasses.asdict(line)), flush=True)
+    if args.compiler == "triton":
+        for build in builds():
+            if args.only in build.name:
+                print(json.dumps({"name": build.name, "backends": able_to_build(build)}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Attention kernels beside their peers.
+"""Kernels: attention beside its peers, and what every kernel takes.
 
     python -m benchmarks.kernels --cpu
+    python -m benchmarks.kernels --report [--only WORD] [--jobs 2]
 
-The portable backend, over pages, against dense attention of JAX and of torch on the same CPU. The
+`--report` compiles every kernel in every configuration for Hopper, without a GPU, in the
+environments of `make test-aot` and `make test-triton`, and fails if a Mosaic kernel spills.
+
+`--cpu`: the portable backend, over pages, against dense attention of JAX and torch on one CPU. The
 peer in JAX is what one would write without kernels: gather the pages of every request into a dense
 batch, then `jax.nn.dot_product_attention`. That of torch (`peers/sdpa_peer.py`) is spared the
 gather. All get the same values, take turns, and are compared by their outputs first; ratios are of
@@ -11,20 +15,23 @@ medians.
 
 import argparse
 import functools
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.child import Child, PeerError, oracle_python
+from benchmarks.child import ROOT, Child, PeerError, oracle_python, quiet_environment
 from benchmarks.peers.attention_inputs import dense_inputs
 from benchmarks.record import Recorder, summary, table
 from jaxserve.pallas_kernels.attention.api import attention
@@ -265,16 +272,72 @@ def compare_on_cpu(args: argparse.Namespace) -> bool:
 
 NAMES = ("xla", "dense jax", "torch")
 
+ENVIRONMENTS = {"mosaic": ".venv-aot", "triton": ".venv-triton"}
+"""Where each compiler is."""
+
+
+def compiled(compiler: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compile everything with one compiler, in its environment; return what it says."""
+    python = ROOT / ENVIRONMENTS[compiler] / "bin" / "python"
+    if not python.exists():
+        name = "aot" if compiler == "mosaic" else compiler
+        sys.exit(f"{ENVIRONMENTS[compiler]} is not there; run `make test-{name}` first.")
+    command = [python, "-m", "benchmarks.kernel_report", compiler, "--jobs", str(args.jobs)]
+    done = subprocess.run(
+        [*command, "--only", args.only or ""],
+        env={**quiet_environment(), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def report(args: argparse.Namespace) -> bool:
+    """Compile every kernel, print and record; tell whether no Mosaic kernel spills."""
+    from_triton = compiled("triton", args)
+    able = {line["name"]: line["backends"] for line in from_triton if "name" in line}
+    lines = compiled("mosaic", args)
+    for line in lines:
+        line["backends"] = able[f"{line['kernel']}: {line['configuration']}"]
+    lines += [line for line in from_triton if "name" not in line]
+    recorder = Recorder("kernel_report", out=args.out)
+    rows = []
+    for line in lines:
+        recorder.write(line["kernel"], **{n: v for n, v in line.items() if n != "kernel"})
+        numbers = ("registers", "spill_bytes", "shared_memory", "threads")
+        rows.append(
+            [
+                f"{line['compiler']} {line['kernel']}",
+                *("-" if line[n] is None else f"{line[n]:,}" for n in numbers),
+                f"{line['num_bytes'] / 1e6:,.2f}",
+                f"{line['num_flops'] / 1e9:,.2f}",
+                " ".join(line["backends"]),
+                line["configuration"],
+            ]
+        )
+    header = ["kernel", "registers", "spill B", "shared B", "threads", "MB", "GFLOP", "backends"]
+    print(table([*header, "configuration"], rows))
+    mosaic = [line for line in lines if line["compiler"] == "mosaic"]
+    bad = [line for line in mosaic if line["registers"] is None or line["spill_bytes"]]
+    print(f"{len(lines)} lines; {len(bad)} Mosaic configurations spill or do not compile")
+    return not bad
+
 
 def main() -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cpu", action="store_true", help="the portable backend beside peers")
+    parser.add_argument("--report", action="store_true", help="what every kernel takes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", help="cases whose name holds this")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder of the result lines")
     args = parser.parse_args()
+    if args.report:
+        sys.exit(0 if report(args) else 1)
     if not args.cpu:
         parser.print_help()
         sys.exit(2)

@@ -2,30 +2,36 @@
 
 import pytest
 
-from benchmarks.kernel_builds import tuned, varied
+from benchmarks.kernel_builds import most_demanding, tuned, varied
 from jaxserve.pallas_kernels.attention.mosaic_tile import SHARED_MEMORY_LIMIT
 from jaxserve.pallas_kernels.testing import compile_for
 
 pytestmark = pytest.mark.aot
 
 
-def by_name(builds, *, slow):
+QUICK = {build.name for build in most_demanding()}
+
+
+def by_name(builds):
     return [
-        pytest.param(build, id=build.name, marks=pytest.mark.slow if slow(build) else ())
+        pytest.param(build, id=build.name, marks=() if build.name in QUICK else pytest.mark.slow)
         for build in builds
     ]
 
 
-# Changed keys are rare, and compile what the others do and more.
-@pytest.mark.parametrize("build", by_name(tuned(), slow=lambda b: b.variant.k_mod is not None))
+@pytest.mark.parametrize("build", by_name(tuned()))
 def test_every_tuning_configuration_compiles_without_spills(h200, build):
     (kernel,) = compile_for(h200, build.function, *build.arguments)
     assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
     assert kernel.shared_memory <= min(build.limit, SHARED_MEMORY_LIMIT)
 
 
-@pytest.mark.parametrize("build", by_name(varied(), slow=lambda b: b.variant.packed_mask != "none"))
+@pytest.mark.parametrize("build", by_name(varied()))
 def test_groups_pages_dtypes_and_variants_compile_without_spills(h200, build):
     (kernel,) = compile_for(h200, build.function, *build.arguments)
     assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
     assert kernel.shared_memory <= SHARED_MEMORY_LIMIT
+
+
+def test_the_quick_builds_are_among_all_of_them():
+    assert {build.name for build in (*tuned(), *varied())} >= QUICK

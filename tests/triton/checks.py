@@ -1,13 +1,28 @@
 """What is checked of every Triton kernel: that it compiles everywhere, and fits."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import pytest
+from hypothesis import settings
 
 from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.triton_compile import Compiled, compile_launch
+
+
+def examples(most: int) -> settings:
+    """Let hypothesis try a few examples, or all where THOROUGH=1 (make test-triton-slow).
+
+    Triton's interpreter takes seconds for what a device does in microseconds.
+    """
+    return settings(max_examples=most if os.environ.get("THOROUGH") == "1" else max(3, most // 4))
+
+
+def slow(*values: Any) -> Any:
+    """Mark a case of a parameter that a quicker case covers most of."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:

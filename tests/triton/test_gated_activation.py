@@ -1,18 +1,18 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.gated_activation import gelu_mul, silu_mul
 from tests.kernels.test_gated_activation import KINDS, gated64
-from tests.triton.checks import compile_all, shape
+from tests.triton.checks import compile_all, examples, shape
 
 EPSILON = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 
 @pytest.mark.interpreted
-@settings(max_examples=15)
+@examples(15)
 @given(
     rows=st.integers(0, 4),
     hidden=st.one_of(st.integers(1, 100), st.just(2049)),

@@ -2,18 +2,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.rms_norm import add_rms_norm, rms_norm
-from tests.triton.checks import compile_all, lower_for_cuda, shape
+from tests.triton.checks import compile_all, examples, lower_for_cuda, shape, slow
 
 EPSILON = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 """Two units in the last place for float32, which rounds a few times; one for the others."""
 
 
 @pytest.mark.interpreted
-@settings(max_examples=25)
+@examples(25)
 @given(
     rows=st.integers(0, 4),
     hidden=st.one_of(st.integers(1, 300), st.sampled_from([8192, 8193, 20000])),
@@ -54,8 +54,15 @@ def test_sum_and_norm_may_have_dtypes_of_their_own():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("hidden", [64, 4096, 16384])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("hidden", "dtype"),
+    [
+        (4096, "bfloat16"),
+        slow(64, "bfloat16"),
+        slow(16384, "bfloat16"),
+        *(slow(hidden, "float32") for hidden in (64, 4096, 16384)),
+    ],
+)
 def test_it_compiles_for_every_device(hidden, dtype):
     x, weight = shape(8, hidden, dtype=dtype), shape(hidden, dtype=dtype)
     compile_all(lambda x, w: rms_norm(x, w, backend="triton"), x, weight)

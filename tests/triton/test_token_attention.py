@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels import variant as variants
@@ -10,11 +10,11 @@ from jaxserve.pallas_kernels.paged import PagedKV
 from jaxserve.pallas_kernels.token_attention import TokenLists, token_attention
 from tests.token_lists import random_lists
 from tests.triton.attention_oracle import attend64, random_case
-from tests.triton.checks import compile_all, lower_for_cuda, shape
+from tests.triton.checks import compile_all, examples, lower_for_cuda, shape, slow
 
 
 @pytest.mark.interpreted
-@settings(max_examples=20)
+@examples(20)
 @given(
     kv_len=st.lists(st.sampled_from([1, 5, 40, 90]), min_size=1, max_size=3),
     heads=st.sampled_from([(4, 4), (4, 1), (14, 2)]),
@@ -96,9 +96,9 @@ def abstract(kv_dtype="bfloat16", *, head_dim=128, page_size=1, requests=16, cap
     ("kv_dtype", "options"),
     [
         ("bfloat16", {}),
-        ("bfloat16", {"head_dim": 256, "page_size": 16}),
-        ("float8_e4m3fn", {"page_size": 4}),
-        ("bfloat16", {"head_dim": 64, "capacity": 4096}),
+        slow("bfloat16", {"head_dim": 256, "page_size": 16}),
+        slow("float8_e4m3fn", {"page_size": 4}),
+        slow("bfloat16", {"head_dim": 64, "capacity": 4096}),
     ],
 )
 def test_it_compiles_for_every_device(kv_dtype, options):
