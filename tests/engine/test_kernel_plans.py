@@ -189,15 +189,15 @@ def test_the_choice_of_auto_is_unchanged_on_a_cpu(module):
         assert spec.backend in ("llvm", "xla")
 
 
-def test_a_better_kernel_is_the_choice_of_pallas_and_of_auto(module, monkeypatch):
+def test_a_better_kernel_is_the_choice_of_pallas_alone(module, monkeypatch):
     """A stranger that can do everything, by the name of the preferred kernel."""
     load = backends.load
 
     monkeypatch.setattr(backends, "load", lambda n: load("xla") if n == "mosaic" else load(n))
-    bench = Bench(module, kv_layout="pages")
+    bench = Bench(module, attention_backend="pallas")
     assert bench.engine.runner.spec.backend == "mosaic"
     assert bench.generate([PREFIX[:9]], [GREEDY])[0].finished
-    assert Bench(module, attention_backend="pallas").engine.runner.spec.backend == "mosaic"
+    assert Bench(module, kv_layout="pages").engine.runner.spec.shapes.kernels is None
 
 
 def test_nobody_but_who_names_it_gets_the_interpreter(module, monkeypatch):

@@ -187,6 +187,7 @@ class Deaf:
 
 # In the order in which they are traced: queries, keys and values of the computing warpgroup.
 @pytest.mark.parametrize("skipped", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.xfail(reason="the interpreter checks no operands of Hopper's matrix unit", strict=True)
 def test_a_wait_left_out_is_reported_as_a_race(monkeypatch, skipped):
     monkeypatch.setattr(mosaic_decode, "plgpu", Deaf(mosaic_decode.plgpu, skipped))
     assert run(Step(q_len=[1], kv_len=[20]), kernel="decode").races_found is True

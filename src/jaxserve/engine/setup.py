@@ -464,17 +464,16 @@ def _choose_kernels(
     model: LoadedModel,
     plans: KernelPlans,
     *,
-    use_pages: bool,
     has_draft: bool,
 ) -> tuple[Backend, KernelPlans] | None:
-    """Choose paged kernels, if they were asked for or are the best that there is.
+    """Choose paged kernels, if they were asked for.
 
     Raises:
         ConfigError: If those that were asked for cannot serve this model here.
     """
     wanted, devices = config.runner.attention_backend, model.mesh.devices
-    is_automatic = wanted == "auto"
-    if not is_automatic and wanted not in _PAGED_BACKENDS:
+    # Nobody's own choice yet: those for GPUs have been proved on none, plain JAX gains nothing.
+    if wanted not in _PAGED_BACKENDS:
         return None
     reasons: dict[str, str] = {}
     if devices.size != 1:
@@ -487,12 +486,8 @@ def _choose_kernels(
     elif has_draft:
         reasons["every kernel"] = "a model that drafts advances on the device, where nothing plans"
     else:
-        names: dict[AttentionBackend, tuple[Backend, ...]] = {
-            # What is no faster than the way without plans is nobody's own choice.
-            "auto": ("mosaic",) if use_pages else (),
-            "pallas": ("mosaic", "triton", "pallas-xla"),
-        }
-        for name in names.get(wanted, (cast(Backend, wanted),)):
+        best: tuple[Backend, ...] = ("mosaic", "triton", "pallas-xla")
+        for name in best if wanted == "pallas" else (cast(Backend, wanted),):
             named = dataclasses.replace(plans, backend=KERNEL_BACKENDS[name])
             reason = named.refusal(*present_device())
             if name == "triton" != wanted and triton_launch.is_interpreting():
@@ -500,8 +495,6 @@ def _choose_kernels(
             if reason is None:
                 return name, named
             reasons[name] = reason
-    if is_automatic:
-        return None
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     near = "'auto'" if "every kernel" in reasons else "'pallas', the best that there is here"
     raise ConfigError(f"attention_backend={wanted!r} cannot serve this. {told}; use {near}.")
@@ -594,7 +587,6 @@ def assemble(
         config,
         model,
         _kernel_plans(config, model, dtype, plan, attention),
-        use_pages=plan.use_pages,
         has_draft=draft is not None,
     )
     if chosen is None:
