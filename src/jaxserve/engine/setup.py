@@ -487,7 +487,7 @@ def _choose_kernels(
         reasons["every kernel"] = "a model that drafts advances on the device, where nothing plans"
     else:
         best: tuple[Backend, ...] = ("mosaic", "triton", "pallas-xla")
-        for name in best if wanted == "pallas" else (cast(Backend, wanted),):
+        for name in best if wanted == "pallas" else (wanted,):
             named = dataclasses.replace(plans, backend=KERNEL_BACKENDS[name])
             reason = named.refusal(*present_device())
             if name == "triton" != wanted and triton_launch.is_interpreting():
