@@ -158,7 +158,27 @@ def tuning_table() -> dict[TuningKey, TuningConfig]:
 
 def choose(spec: PlanSpec, variant: AttentionVariant) -> TuningConfig:
     """Choose the configuration for a spec that `why_not` lets pass."""
-    return tuning_table()[TuningKey.of(spec, variant)]
+    key = TuningKey.of(spec, variant)
+    config = tuning_table()[key]
+    return config if _is_aligned(spec, config) else _wider(config)
+
+
+COPY_ALIGNMENT = 128
+"""Bytes that the shared memory of a copy begins at a multiple of."""
+
+
+def _is_aligned(spec: PlanSpec, config: TuningConfig) -> bool:
+    """Tell whether each token's rows begin where a copy may begin."""
+    heads = spec.heads_per_tile
+    if WARPGROUP_ROWS % heads == 0:  # several tokens are copied at once, see `write_rows`
+        return True
+    sizes = (config.o_columns * 2 * heads, config.part_columns * 4 * heads)
+    return all(size % COPY_ALIGNMENT == 0 for size in sizes)
+
+
+def _wider(config: TuningConfig) -> TuningConfig:
+    """Return a configuration whose rows are aligned for any group, with fewer stages."""
+    return dataclasses.replace(config, stages=config.stages - 1, o_columns=64, part_columns=32)
 
 
 # ----------------------------------------------------------------------------------- arguments
@@ -227,6 +247,13 @@ def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
     key = TuningKey.of(spec, variant)
     if key not in tuning_table():
         return f"no configuration of head_dim {key.dim} fits shared memory with this variant"
+    config = tuning_table()[key]
+    if not _is_aligned(spec, config) and config.stages == 2:
+        one = tile_q(spec.heads_per_tile, warpgroups=1)
+        return (
+            f"tiles of {spec.heads_per_tile} heads of {key.dim} numbers do not fit shared memory "
+            f"twice; set tile_q to {one}"
+        )
     return mosaic_tile.why_not(variant)
 
 
@@ -283,6 +310,13 @@ class _Kernel:
     @property
     def widens_keys(self) -> bool:
         return self.sizes.narrow or self.variant.k_mod is not None
+
+    @property
+    def key_columns(self) -> int:
+        """Columns of stored keys that are read at once."""
+        if self.variant.k_mod is None:
+            return self.columns
+        return min(self.columns, mosaic_tile.CHANGED_COLUMNS)
 
     @property
     def columns(self) -> int:
@@ -551,7 +585,7 @@ class _Kernel:
             def target(columns: Any, tokens: Any) -> Ref:  # noqa: ANN401
                 return refs.o.at[tokens, pl.ds(head, heads), columns]
 
-            self.write_rows(refs.my_o.at[warpgroup], result, count, start, target)
+            self.write_rows(refs.my_o, warpgroup, result, count, start, target)
             if self.return_lse:
                 self.write_lse(refs, warpgroup, count, refs.lse, start, head)
 
@@ -560,12 +594,28 @@ class _Kernel:
             def target(columns: Any, tokens: Any) -> Ref:  # noqa: ANN401
                 return refs.part.at[tokens, :, columns]
 
-            self.write_rows(refs.my_part.at[warpgroup], result, count, slot + before, target)
+            self.write_rows(refs.my_part, warpgroup, result, count, slot + before, target)
             self.write_lse(refs, warpgroup, count, refs.part_lse, slot + before, 0)
+
+    @property
+    def copies_tokens(self) -> bool:
+        """Whether rows of several tokens are copied out at once.
+
+        They then lie in shared memory as tokens and heads, which must fill it, and which the
+        interpreter cannot see as the rows that are stored.
+        """
+        return WARPGROUP_ROWS % self.spec.heads_per_tile == 0 and not self.config.portable
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape that 64 rows are staged in."""
+        heads = self.spec.heads_per_tile
+        return (WARPGROUP_ROWS // heads, heads) if self.copies_tokens else (WARPGROUP_ROWS,)
 
     def write_rows(
         self,
-        rows: Ref,
+        buffer: Ref,
+        warpgroup: Array,
         value: Array,
         count: Array,
         first: Array,
@@ -573,56 +623,67 @@ class _Kernel:
     ) -> None:
         """Write rows of some tokens, a few columns at a time.
 
-        Copies have fixed sizes, so the tokens are cut into powers of two, the largest one first: a
-        part begins at a multiple of twice its size, as the alignment of copies wants it.
-
         Args:
-            rows: Shared memory for some columns of all rows.
+            buffer: Shared memory for some columns of all rows, `row_shape` for each warpgroup.
+            warpgroup: Which of them this is.
             value: The rows.
             count: How many tokens they are of.
             first: Where the first token goes.
             target: (columns, tokens) -> where these go in global memory.
         """
-        width = rows.shape[-1]
+        width = buffer.shape[-1]
+        rows = (buffer.shape[0], WARPGROUP_ROWS, width)
         for column in range(0, self.spec.v_dim, width):
             place = functools.partial(target, pl.ds(column, width))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             piece = lax.slice(value, (0, column), (WARPGROUP_ROWS, column + width))
-            mosaic_tile.store_plainly(rows, piece.astype(rows.dtype))
+            staged = buffer.reshape(*rows) if self.copies_tokens else buffer
+            mosaic_tile.store_plainly(staged.at[warpgroup], piece.astype(buffer.dtype))
             plgpu.commit_smem()
-            done, size = jnp.int32(0), 1 << (self.sizes.warpgroup_tokens.bit_length() - 1)
+            if WARPGROUP_ROWS % self.spec.heads_per_tile:
+                self.copy_tokens(buffer, warpgroup, 0, count, first, place)
+                continue
+            # Copies have fixed sizes, so the tokens are cut into powers of two, the largest first:
+            # a part begins at a multiple of twice its size, and so at one of `COPY_ALIGNMENT`.
+            done, size = jnp.int32(0), self.sizes.warpgroup_tokens
             while size:
 
                 @pl.when((count & size) != 0)
                 def _some(done: Array = done, size: int = size, place: Any = place) -> None:  # noqa: ANN401
-                    self.copy_out(rows, done, size, first, place)
+                    if not self.copies_tokens:
+                        self.copy_tokens(buffer, warpgroup, done, size, first, place)
+                        return
+                    some = buffer.at[warpgroup, pl.ds(done, size)]
+                    plgpu.copy_smem_to_gmem(some, place(pl.ds(first + done, size)))
 
                 done, size = done + (count & size), size // 2
 
-    def copy_out(
-        self, rows: Ref, done: Array, size: int, first: Array, place: Callable[[Any], Ref]
+    def copy_tokens(
+        self,
+        buffer: Ref,
+        warpgroup: Array,
+        done: Array | int,
+        count: Array | int,
+        first: Array,
+        place: Callable[[Any], Ref],
     ) -> None:
-        """Copy rows of some tokens to global memory.
+        """Copy rows of some tokens to global memory, one token at a time.
 
         Args:
-            rows: Shared memory, a row for each head of each token.
+            buffer: Shared memory, 64 rows for each warpgroup.
+            warpgroup: Which of them this is.
             done: Tokens in front of these.
-            size: How many these are.
-            first: Where the first token of `rows` goes.
+            count: How many these are.
+            first: Where the first token of the buffer goes.
             place: Tokens -> where these go.
         """
         heads = self.spec.heads_per_tile
-        if not self.config.portable:
-            some = rows.at[pl.ds(done * heads, size * heads)]
-            source = some.reshape(size, heads, rows.shape[-1])
-            plgpu.copy_smem_to_gmem(source, place(pl.ds(first + done, size)))
-            return
 
-        # The interpreter cannot see rows as tokens and heads, so they go one by one.
-        @pl.loop(0, size)
+        @pl.loop(0, count)
         def _token(index: Array) -> None:
             token = done + index
-            plgpu.copy_smem_to_gmem(rows.at[pl.ds(token * heads, heads)], place(first + token))
+            rows = buffer.at[warpgroup, pl.ds(token * heads, heads)]
+            plgpu.copy_smem_to_gmem(rows, place(first + token))
 
     def write_lse(
         self,
@@ -762,10 +823,10 @@ def _scratch(kernel: _Kernel) -> dict[str, Any]:
     def swizzled(shape: tuple[int, ...], columns: int) -> Any:  # noqa: ANN401
         return plgpu.SMEM(shape, sizes.dtype, transforms=mosaic_tile.swizzled(columns, sizes.dtype))
 
-    o_shape = (each, rows, min(config.o_columns, v_dim))
-    part_shape = (each, rows, min(config.part_columns, v_dim))
+    o_shape = (each, *kernel.row_shape, min(config.o_columns, v_dim))
+    part_shape = (each, *kernel.row_shape, min(config.part_columns, v_dim))
     return {
-        "k_ring": pages.scratch(dim, kernel.columns, readers=each),
+        "k_ring": pages.scratch(dim, kernel.key_columns, readers=each),
         "v_ring": pages.scratch(v_dim, v_dim, readers=each),
         "my_q": swizzled((each, rows, dim), kernel.columns),
         "my_k": swizzled((each, keys, dim), kernel.columns) if kernel.widens_keys else None,

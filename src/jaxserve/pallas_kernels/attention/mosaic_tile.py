@@ -122,6 +122,10 @@ def zeros(shape: tuple[int, int]) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
+CHANGED_COLUMNS = 64
+"""Columns of each half of the keys that a variant changes at once; tiles are no wider."""
+
+
 def swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
     """Return the transforms of a tile that the matrix unit reads, for rows of so many columns."""
     swizzle = min(128, columns * dtype.itemsize)
@@ -448,7 +452,7 @@ def widen_keys(
     else:
         change = with_fast_math(variant.k_mod)
         # Piece by piece, as angles and both halves in float32 fill many registers.
-        width = min(columns, 64)
+        width = min(columns, CHANGED_COLUMNS)
         at = Orientation((source.shape[0], width), key_axis=0)
         for column in range(0, columns, width):
             halves = [pl.ds(start + column, width) for start in (0, columns)]
