@@ -124,15 +124,15 @@ class Request(NamedTuple):
     """One request of a plan.
 
     Attributes:
-        index: Its place in the plan.
+        place: Its index in the plan.
         start: Position of its first token in this step.
-        count: Its tokens in this step.
+        num_tokens: Its tokens in this step.
         pages: Pages of its sequence, int32; as many as that needs, or more.
     """
 
-    index: int
+    place: int
     start: int
-    count: int
+    num_tokens: int
     pages: Buffer
 
 
@@ -152,9 +152,9 @@ class StepPlanner:
         """Say what each request has, and find what they share."""
         q_len, kv_len = [0] * num, [0] * num
         pages: list[memoryview | bytes] = [b""] * num
-        for index, start, count, held in requests:
-            q_len[index], kv_len[index] = count, start + count
-            pages[index] = memoryview(held)[: -(-(start + count) // plans.page_size)]
+        for place, start, count, held in requests:
+            q_len[place], kv_len[place] = count, start + count
+            pages[place] = memoryview(held)[: -(-(start + count) // plans.page_size)]
         self._q_len, keys = np.asarray(q_len), np.asarray(kv_len, np.int32)
         indptr = np.zeros(num + 1, np.int32)
         np.cumsum(-(-keys // plans.page_size), out=indptr[1:])
