@@ -184,10 +184,13 @@ def _planner(items: Sequence[Item], rows: int, shapes: ShapeTable) -> StepPlanne
     for item in items:
         pages, start = item.sequence.pages, item.start
         is_decode = item.sequence.has_device_token
-        requests.append(Request(item.row, start, 1 if is_decode else item.num_tokens, pages))
+        count = 1 if is_decode else item.num_tokens
+        # Keys of drafts are written through the table of their row.
+        reach = start + count + len(item.drafts)
+        requests.append(Request(item.row, start, count, reach, pages))
         if item.drafts:
             num = 2 * rows
-            requests.append(Request(rows + item.row, start + 1, len(item.drafts), pages))
+            requests.append(Request(rows + item.row, start + 1, len(item.drafts), reach, pages))
     return StepPlanner(shapes.kernels, num, requests)
 
 

@@ -127,12 +127,14 @@ class Request(NamedTuple):
         place: Its index in the plan.
         start: Position of its first token in this step.
         num_tokens: Its tokens in this step.
-        pages: Pages of its sequence, int32; as many as that needs, or more.
+        reach: Tokens of its sequence that have pages, later ones of this step included.
+        pages: Pages of its sequence, int32; as many as those need, or more.
     """
 
     place: int
     start: int
     num_tokens: int
+    reach: int
     pages: Buffer
 
 
@@ -150,14 +152,15 @@ class StepPlanner:
 
     def __init__(self, plans: KernelPlans, num: int, requests: Sequence[Request]) -> None:
         """Say what each request has, and find what they share."""
-        q_len, kv_len = [0] * num, [0] * num
+        q_len, kv_len, num_pages = ([0] * num for _ in range(3))
         pages: list[memoryview | bytes] = [b""] * num
-        for place, start, count, held in requests:
+        for place, start, count, reach, held in requests:
             q_len[place], kv_len[place] = count, start + count
-            pages[place] = memoryview(held)[: -(-(start + count) // plans.page_size)]
+            num_pages[place] = -(-reach // plans.page_size)
+            pages[place] = memoryview(held)[: num_pages[place]]
         self._q_len, keys = np.asarray(q_len), np.asarray(kv_len, np.int32)
         indptr = np.zeros(num + 1, np.int32)
-        np.cumsum(-(-keys // plans.page_size), out=indptr[1:])
+        np.cumsum(num_pages, out=indptr[1:])
         indices = np.frombuffer(b"".join(pages), np.int32)
         self._table = PageTable(indptr=indptr, indices=indices, kv_len=keys)
         self.shared: Sequence[SharedPrefix] = ()

@@ -174,7 +174,7 @@ def _check(
     if q_start is None:
         starts, last = np.cumsum(q_len) - q_len, total
     else:
-        starts = np.asarray(q_start, np.int64)
+        starts = np.array(q_start, np.int64)  # a copy, which the plan's order of tokens changes
         last = int((starts + q_len).max()) if q_len.size else 0
     if last > spec.max_tokens:
         raise ValueError(
