@@ -178,7 +178,8 @@ def test_a_row_forgets_the_bias_of_the_request_before(module, expected):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kv_layout": "slots"}, {"kv_layout": "pages"}, {"attention_backend": "pallas"}]
+    "settings",
+    [{"kv_layout": "slots"}, {"kv_layout": "pages"}, slow({"attention_backend": "pallas"})],
 )
 def test_batch_invariant_results_are_equal_bit_by_bit(module, settings):
     def exact(output):

@@ -53,6 +53,7 @@ def spied(bench, monkeypatch) -> list[Plan]:
     return plans
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_each_sequence_sees(module, monkeypatch):
     bench = Bench(module, attention_backend="pallas", max_num_batched_tokens=32)
     plans = spied(bench, monkeypatch)
