@@ -1,13 +1,15 @@
 import dataclasses
 import heapq
+import importlib.util
 import itertools
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.pallas_kernels import planner, variant
+from jaxserve.pallas_kernels import planner, planner_loops, variant
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import Item, ItemFlag, Plan, PlanSpec
 from jaxserve.pallas_kernels.planner import make_plan
@@ -159,16 +161,23 @@ def test_long_work_is_spread_evenly():
     assert plan.num_items <= 64 * 8 + spec.num_ctas - 1
 
 
-@given(cost=st.lists(st.integers(1, 5000), min_size=1, max_size=300), num_ctas=st.integers(1, 40))
-def test_longest_first_is_what_a_heap_would_do(cost, num_ctas):
-    order, indptr = planner._assign_longest_first(np.array(cost), num_ctas)
+@given(
+    cost=st.lists(st.integers(1, 5000), min_size=1, max_size=100),
+    blocks=st.integers(1, 4),
+    num_ctas=st.integers(1, 40),
+)
+def test_longest_first_is_what_a_heap_would_do(cost, blocks, num_ctas):
+    place, begins = planner_loops.assign_longest_first(np.array(cost), blocks, num_ctas)
     heap = [(0, cta) for cta in range(num_ctas)]
     chosen: list[list[int]] = [[] for _ in range(num_ctas)]
-    for index in sorted(range(len(cost)), key=lambda i: (-cost[i], i)):
+    costs = cost * blocks
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, cta = heapq.heappop(heap)
         chosen[cta].append(index)
-        heapq.heappush(heap, (load + cost[index], cta))
-    assert [list(order[a:b]) for a, b in itertools.pairwise(indptr)] == chosen
+        heapq.heappush(heap, (load + costs[index], cta))
+    order = np.argsort(place)
+    bounds = itertools.pairwise([0, *begins, len(costs)])
+    assert [list(order[a:b]) for a, b in bounds] == chosen
 
 
 @given(data=st.data())
@@ -235,6 +244,24 @@ def test_padding_is_empty_and_safe():
     assert (plan.kv_len[2:] == 0).all()
     assert (plan.kv_indices[4:] == 0).all()
     assert len(plan.kv_indices) >= 64 + spec.tile_kv // spec.page_size
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_a_compiler_plans_are_the_same(mode, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    spec = importlib.util.spec_from_file_location("plain_loops", planner_loops.__file__)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    assert "install numba" in caplog.text
+    q_len, kv_len = [1, 0, 30, 7], [900, 5, 64, 400]
+    shared = [SharedPrefix(requests=(0, 3), begin=0, end=128)]
+    table, _ = page_table(kv_len, 16, shared=shared)
+    room = spec_for(q_len, kv_len, num_ctas=5, cascade_levels=1, **mode)
+    wanted = make_plan(room, np.array(q_len), table, shared=shared).buffer
+    monkeypatch.setattr(planner, "_loops", lambda: plain)
+    planner._numbers.cache_clear()
+    assert (make_plan(room, np.array(q_len), table, shared=shared).buffer == wanted).all()
+    planner._numbers.cache_clear()
 
 
 def test_nothing_at_all_is_a_plan():
