@@ -147,6 +147,7 @@ def decoding(draw, most=8):
         num_free_pages=draw(st.integers(len(running), len(running) + most)), num_pages=99,
         page_size=page_size, max_num_seqs=8,
         max_num_batched_tokens=draw(st.integers(len(running), len(running) + most)),
+        draft_sizes=draw(st.sampled_from([(), (1, 2, 3), (5, 12), (12,)])),
     )  # fmt: skip
 
 
@@ -155,7 +156,9 @@ def goodput(view, drafts, cost):
         sum(s.draft_acceptance**i for i in range(n + 1))
         for s, n in zip(view.running, drafts, strict=True)
     )
-    return output / (1 + cost * sum(drafts))
+    count = sum(drafts)
+    padded = min((n for n in view.draft_sizes if n >= count), default=count) if count else 0
+    return output / (1 + cost * padded)
 
 
 @given(decoding(), st.floats(0.01, 0.5))

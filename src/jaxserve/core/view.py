@@ -69,6 +69,8 @@ class ReplicaView:
         adapters: Keys of the adapters that hold a slot on the device: those of running sequences,
             and pinned ones.
         max_loras: Slots for adapters.
+        draft_sizes: Numbers of draft tokens that a step of these sequences can be padded to,
+            ascending: it takes as long as if it had so many. Empty if nothing is padded.
     """
 
     now: float
@@ -81,3 +83,4 @@ class ReplicaView:
     max_num_batched_tokens: int
     adapters: frozenset[str] = frozenset()
     max_loras: int = 0
+    draft_sizes: tuple[int, ...] = ()

@@ -323,6 +323,7 @@ class Engine(Inbox):
             max_num_batched_tokens=self._max_num_batched_tokens,
             adapters=self.adapters.held,
             max_loras=self.adapters.max_loras,
+            draft_sizes=spec.shapes.draft_sizes(len(running)),
         )
 
     def _num_draft(self, sequence: SequenceState) -> int:

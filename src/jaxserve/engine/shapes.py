@@ -311,6 +311,12 @@ class ShapeTable:
         parts = {max(1, rows // part) * self.num_draft for part in (4, 2)}
         return tuple(sorted({whole, *(part for part in parts if part < whole)}))
 
+    def draft_sizes(self, rows: int) -> tuple[int, ...]:
+        """List what the draft tokens of so many rows are padded to; nothing if nobody drafts."""
+        if not rows or not self.draft_row_buckets:
+            return ()
+        return self.draft_buckets(_ceil_to(rows, self.draft_row_buckets))
+
     def shape(self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False) -> StepShape:
         """Return the smallest shape that holds so many rows and tokens; no shape has both kinds.
 

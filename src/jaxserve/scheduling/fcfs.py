@@ -5,6 +5,8 @@ Where nothing but decodes runs, what is left of the budget goes to draft tokens 
 """
 
 import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxserve.core.plan import StepPlan, Work
@@ -98,39 +100,53 @@ class FcfsScheduler:
         )
 
     def _draft(self, view: ReplicaView, decodes: dict[int, SequenceView], budget: _Budget) -> None:
-        """Add draft tokens to a step of decodes, the likeliest first, while tokens per time go up.
+        """Add draft tokens to a step of decodes, so that it brings the most tokens per time.
 
         A sequence's draft token number i, counted from 1, becomes output with the chance
-        `acceptance ** i`. Pages are taken only from what is free: drafts displace nobody.
+        `acceptance ** i`; the likeliest come first. A step takes as long as if it were full, so
+        what is padded anyhow is filled. Pages are taken only from what is free: drafts displace
+        nobody.
 
         Source: the goodput of SmartSpec (arXiv 2406.14066), with a step whose time grows evenly.
         """
-        drafts = dict.fromkeys((item.seq_id for item in budget.work), 0)
-        if not drafts.keys() <= decodes.keys():
+        rows = [item.seq_id for item in budget.work]
+        if not all(seq_id in decodes for seq_id in rows):
             return
-        chances = [
-            (-decodes[seq_id].draft_acceptance, seq_id)
-            for seq_id in drafts
-            if decodes[seq_id].num_draft
-        ]
-        heapq.heapify(chances)
-        output, time = float(len(drafts)), 1.0
-        left = view.max_num_batched_tokens - len(drafts)
-        while chances and left > 0:
-            chance, seq_id = -chances[0][0], heapq.heappop(chances)[1]
-            if chance * time <= self._draft_cost * output:
+        left = view.max_num_batched_tokens - len(rows)
+        output, best, taken = float(len(rows)), float(len(rows)), 0
+        order: list[int] = []
+        for seq_id, chance in self._likeliest(view, [decodes[i] for i in rows], budget.pages):
+            if len(order) == left:
                 break
-            sequence, count = decodes[seq_id], drafts[seq_id] + 1
-            pages = pages_for(view, sequence, 1 + count) - pages_for(view, sequence, count)
-            if pages > budget.pages:
-                continue
-            drafts[seq_id] = count
-            budget.pages -= pages
-            left -= 1
-            output, time = output + chance, time + self._draft_cost
-            if count < sequence.num_draft:
-                heapq.heappush(chances, (-chance * sequence.draft_acceptance, seq_id))
+            order.append(seq_id)
+            output += chance
+            size = next((n for n in view.draft_sizes if n >= len(order)), len(order))
+            rate = output / (1 + self._draft_cost * size)
+            if rate > best:
+                best, taken = rate, len(order)
+        drafts = Counter(order[:taken])
         budget.work = [replace(item, num_draft=drafts[item.seq_id]) for item in budget.work]
+
+    @staticmethod
+    def _likeliest(
+        view: ReplicaView, decodes: Sequence[SequenceView], pages: int
+    ) -> Iterator[tuple[int, float]]:
+        """Yield whose draft token comes next and its chance, the likeliest first, within pages."""
+        by_id = {s.seq_id: s for s in decodes}
+        counts = dict.fromkeys(by_id, 0)
+        chances = [(-s.draft_acceptance, s.seq_id) for s in decodes if s.num_draft]
+        heapq.heapify(chances)
+        while chances:
+            chance, seq_id = heapq.heappop(chances)
+            sequence, count = by_id[seq_id], counts[seq_id] + 1
+            needed = pages_for(view, sequence, 1 + count) - pages_for(view, sequence, count)
+            if needed > pages:
+                continue
+            pages -= needed
+            counts[seq_id] = count
+            yield seq_id, -chance
+            if count < sequence.num_draft:
+                heapq.heappush(chances, (chance * sequence.draft_acceptance, seq_id))
 
     def _rank(self, sequence: SequenceView, now: float) -> tuple[float, float, int]:
         priority = float(sequence.priority) if self._by_priority else 0.0
