@@ -1,15 +1,20 @@
 """Paged kernels in the engine: their plans, what they share, and what they refuse."""
 
+import dataclasses
 import re
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.request import SamplingParams
+from jaxserve.engine import kernel_choice
 from jaxserve.pallas_kernels import triton_launch
-from jaxserve.pallas_kernels.attention import backends
+from jaxserve.pallas_kernels.attention import api, backends
 from jaxserve.pallas_kernels.plan import Plan
 from tests.cases import slow
 from tests.plain import DenseLoop
@@ -189,15 +194,49 @@ def test_the_choice_of_auto_is_unchanged_on_a_cpu(module):
         assert spec.backend in ("llvm", "xla")
 
 
-def test_a_better_kernel_is_the_choice_of_pallas_alone(module, monkeypatch):
-    """A stranger that can do everything, by the name of the preferred kernel."""
-    load = backends.load
+@pytest.fixture
+def stranger(monkeypatch):
+    """A GPU, and something that can do everything by the name of the preferred kernel."""
+    load, other = backends.load, types.SimpleNamespace(**vars(backends.load("xla")))
 
-    monkeypatch.setattr(backends, "load", lambda n: load("xla") if n == "mosaic" else load(n))
-    bench = Bench(module, attention_backend="pallas")
+    for place in (api, backends):
+        monkeypatch.setattr(place, "load", lambda n: other if n == "mosaic" else load(n))
+    monkeypatch.setattr(kernel_choice, "present_device", lambda: ("gpu", "9.0"))
+    return other
+
+
+def test_a_kernel_that_computes_what_it_should_is_the_choice_of_auto(module, stranger):
+    bench = Bench(module, kv_layout="pages")
     assert bench.engine.runner.spec.backend == "mosaic"
     assert bench.generate([PREFIX[:9]], [GREEDY])[0].finished
-    assert Bench(module, kv_layout="pages").engine.runner.spec.shapes.kernels is None
+    assert Bench(module, kv_layout="slots").engine.runner.spec.shapes.kernels is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (
+            lambda state: dataclasses.replace(state, o=state.o * 1.01),
+            "outputs differ from the reference, by",
+        ),
+        (
+            lambda state: dataclasses.replace(state, o=state.o.at[0].set(jnp.nan)),
+            "outputs differ from the",
+        ),
+        (lambda _: jnp.zeros(3) + jnp.zeros(4), "fails on this device: TypeError: add got"),
+    ],
+)
+def test_a_kernel_that_does_not_is_nobodys(module, stranger, monkeypatch, caplog, fault, told):
+    run = stranger.run
+    jax.clear_caches()  # what was traced for the name of the kernel is not this
+    monkeypatch.setattr(stranger, "run", lambda *a, **k: fault(run(*a, **k)))
+    monkeypatch.setattr(triton_launch, "is_interpreting", lambda: True)
+    spec = Bench(module, kv_layout="pages").engine.runner.spec
+    assert spec.backend in ("xla", "llvm")
+    assert "attention runs on 'xla', without kernels. mosaic: it" in caplog.text
+    assert told in caplog.text
+    with pytest.raises(ConfigError, match=f"'mosaic' cannot serve this. mosaic: it .*{told}"):
+        Bench(module, attention_backend="mosaic")
 
 
 def test_nobody_but_who_names_it_gets_the_interpreter(module, monkeypatch):

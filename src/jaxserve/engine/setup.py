@@ -13,17 +13,21 @@ import jax.numpy as jnp
 import psutil
 from flax import nnx
 
-from jaxserve import cpu_kernels
 from jaxserve.attention.custom import CustomAttention
-from jaxserve.attention.metadata import KERNEL_BACKENDS, Backend
 from jaxserve.cache.buffers import slot_capacity
-from jaxserve.core.config import AttentionBackend, EngineConfig, ModelOptions
+from jaxserve.core.config import EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.draft_runner import DraftedRunner, DraftModel
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.kernel_choice import (
+    PAGED_BACKENDS,
+    check_custom,
+    choose_backend,
+    choose_kernels,
+)
 from jaxserve.engine.kernel_plans import KernelPlans
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.runner import Runner, RunnerSpec
@@ -58,8 +62,6 @@ from jaxserve.models.registry import (
     fill,
     flatten_params,
 )
-from jaxserve.pallas_kernels import triton_launch
-from jaxserve.pallas_kernels.attention.backends import present_device
 from jaxserve.pallas_kernels.variant import compose, soft_cap
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.sharding.mesh import make_mesh
@@ -77,7 +79,6 @@ _SLOT_SHARE = 0.75
 _CPU_CACHE_SHARE = 0.25
 _CPU_CACHE_BYTES = 4 << 30
 _SHORTEST_AUTO_LEN = 256
-_PAGED_BACKENDS = ("pallas", *KERNEL_BACKENDS)
 _CPU_DRAFT_COST, _GPU_DRAFT_COST = 0.1, 0.005
 """Time of one draft token, as a share of that of a step without drafts. Measured with SmolLM2-135M
 on two cores: 0.02 to 0.11 in either precision; a guess on GPUs."""
@@ -368,7 +369,7 @@ def _plan_cache(
 
 def _uses_pages(config: EngineConfig, *, on_cpu: bool) -> bool:
     layout, backend = config.cache.kv_layout, config.runner.attention_backend
-    if backend not in _PAGED_BACKENDS:
+    if backend not in PAGED_BACKENDS:
         return layout == "pages" or (layout == "auto" and not on_cpu)
     if layout == "slots":
         raise ConfigError(
@@ -459,77 +460,6 @@ def _kernel_plans(
     )
 
 
-def _choose_kernels(
-    config: EngineConfig,
-    model: LoadedModel,
-    plans: KernelPlans,
-    *,
-    has_draft: bool,
-) -> tuple[Backend, KernelPlans] | None:
-    """Choose paged kernels, if they were asked for.
-
-    Raises:
-        ConfigError: If those that were asked for cannot serve this model here.
-    """
-    wanted, devices = config.runner.attention_backend, model.mesh.devices
-    # Nobody's own choice yet: those for GPUs have been proved on none, plain JAX gains nothing.
-    if wanted not in _PAGED_BACKENDS:
-        return None
-    reasons: dict[str, str] = {}
-    if devices.size != 1:
-        reasons["every kernel"] = f"it works on one device, found {devices.size}"
-    elif devices.flat[0].platform != jax.devices()[0].platform:
-        reasons["every kernel"] = (
-            f"it works on the default device, of platform {jax.devices()[0].platform}, found one "
-            f"of platform {devices.flat[0].platform}"
-        )
-    elif has_draft:
-        reasons["every kernel"] = "a model that drafts advances on the device, where nothing plans"
-    else:
-        best: tuple[Backend, ...] = ("mosaic", "triton", "pallas-xla")
-        for name in best if wanted == "pallas" else (wanted,):
-            named = dataclasses.replace(plans, backend=KERNEL_BACKENDS[name])
-            reason = named.refusal(*present_device())
-            if name == "triton" != wanted and triton_launch.is_interpreting():
-                reason = "TRITON_INTERPRET is set, and the interpreter is for tests"
-            if reason is None:
-                return name, named
-            reasons[name] = reason
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    near = "'auto'" if "every kernel" in reasons else "'pallas', the best that there is here"
-    raise ConfigError(f"attention_backend={wanted!r} cannot serve this. {told}; use {near}.")
-
-
-def _check_custom(config: EngineConfig) -> None:
-    """Check that attention of the caller's own meets what can serve it."""
-    wanted = config.runner.attention_backend
-    if wanted not in _PAGED_BACKENDS:
-        known = ", ".join(map(repr, _PAGED_BACKENDS))
-        raise ConfigError(
-            f"attention of your own needs an attention_backend among {known}, got {wanted!r}; use "
-            "attention_backend='pallas'."
-        )
-
-
-def _choose_backend(wanted: AttentionBackend, mesh: jax.sharding.Mesh) -> Backend:
-    is_one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    if wanted == "auto":
-        return "llvm" if is_one_cpu and cpu_kernels.is_available() else "xla"
-    if wanted != "llvm":
-        return cast(Backend, wanted)
-    if not is_one_cpu:
-        raise ConfigError(
-            f"attention_backend='llvm' works on one CPU device, found {mesh.devices.size} of "
-            f"platform {mesh.devices.flat[0].platform}; use 'auto'."
-        )
-    if not cpu_kernels.is_available():
-        raise ConfigError(
-            "attention_backend='llvm' needs the package llvmlite and a jaxlib with the XLA FFI of "
-            "major version 0; install llvmlite, or use 'xla'."
-        )
-    return "llvm"
-
-
 def assemble(
     source: ModelSource,
     config: EngineConfig,
@@ -558,7 +488,7 @@ def assemble(
         CapacityError: If the cache does not fit into memory.
     """
     if attention is not None:
-        _check_custom(config)
+        check_custom(config)
     if config.runner.batch_invariant and config.cache.enable_prefix_caching:
         # Which part of a prompt is computed and which is found would depend on earlier requests.
         logger.info("batch_invariant: prefixes are not cached")
@@ -583,14 +513,15 @@ def assemble(
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
-    chosen = _choose_kernels(
+    chosen = choose_kernels(
         config,
-        model,
+        model.mesh,
         _kernel_plans(config, model, dtype, plan, attention),
         has_draft=draft is not None,
+        use_pages=plan.use_pages,
     )
     if chosen is None:
-        backend = _choose_backend(runner_options.attention_backend, model.mesh)
+        backend = choose_backend(runner_options.attention_backend, model.mesh)
     else:
         backend, kernels = chosen
     resolved = dataclasses.replace(
