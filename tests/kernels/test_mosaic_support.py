@@ -59,12 +59,12 @@ def test_what_no_kernel_can_do_is_named_with_the_nearest_that_it_can(module, cha
         (
             mosaic_decode,
             {"tile_q": 68},
-            "an item has 136 rows (17 tokens of 8), more than 128; set tile_q to 16 tokens",
+            "an item has 136 rows (17 tokens of 8), more than 64; set tile_q to 8 tokens",
         ),
         (
             mosaic_decode,
-            {"head_dim": 256, "tile_q": 64},
-            "head_dim 256 with 128 rows exceeds shared memory",
+            {"head_dim": 256, "tile_q": 16},
+            "head_dim 256 with 32 rows exceeds registers",
         ),
         (
             mosaic_decode,
