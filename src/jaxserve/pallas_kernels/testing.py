@@ -22,6 +22,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (  # noqa: TID251
     interpret_pallas_call as internals,
 )
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.core.errors import UnsupportedError
@@ -215,14 +216,16 @@ def _dump() -> Generator[Path]:
     names = ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTXAS")
     before = {name: os.environ.get(name) for name in names}
     cached = jax.config.jax_enable_compilation_cache
-    # A program from the cache would write no report.
+    # A program from the cache would write no report. JAX remembers whether it uses one.
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
+    compilation_cache.reset_cache()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(zip(names, (folder, "1"), strict=True))
         try:
             yield Path(folder)
         finally:
             jax.config.update("jax_enable_compilation_cache", cached)
+            compilation_cache.reset_cache()
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
