@@ -88,6 +88,14 @@ def test_what_one_kernel_cannot_do_is_named(module, changes, words):
     assert module.why_not(spec(**changes), PLAIN) == words
 
 
+def test_keys_that_two_warpgroups_cannot_change_are_left_to_one():
+    narrow = spec(kv_dtype="float8_e4m3fn", head_dim=128, v_head_dim=128, tile_q=128)
+    words = "two warpgroups that change 8-bit keys of head_dim 128 exceed registers; set tile_q to "
+    assert mosaic_prefill.why_not(narrow, variants.rope()) == words + "64 or less"
+    one = dataclasses.replace(narrow, tile_q=64)
+    assert mosaic_prefill.why_not(one, variants.rope()) is None
+
+
 def test_variants_that_look_things_up_are_refused():
     looks_up = variants.AttentionVariant(
         score_mod=lambda s, ctx, q, k, h: s + ctx.take("table", k), extras={"table": "array"}
