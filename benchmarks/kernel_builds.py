@@ -95,6 +95,7 @@ def varied() -> Iterator[Build]:
         yield make(variant=variants.packed_mask(per_head=True))
         yield make(kv_dtype="float8_e4m3fn", scales="page")
     yield prefill(cascade_levels=1, window=1024)
+    yield prefill(heads=5, warpgroups=1)
     yield prefill(portable=True, tile_kv=64)
 
 

@@ -36,8 +36,8 @@ def spec(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"head_dim": 96}, "head_dim must be one of 64, 128, 256, got 96"),
-        ({"v_head_dim": 512}, "v_head_dim must be one of 64, 128, 256, got 512"),
+        ({"head_dim": 96}, "head_dim must be one of {dims}, got 96"),
+        ({"v_head_dim": 512}, "v_head_dim must be one of {dims}, got 512"),
         ({"page_size": 4}, "page_size must be one of 8, 16, 32, 64, 128, got 4"),
         ({"q_dtype": "float32"}, "q_dtype must be one of bfloat16, float16, got float32"),
         (
@@ -50,7 +50,8 @@ def spec(**changes):
 )
 @pytest.mark.parametrize("module", [mosaic_decode, mosaic_prefill])
 def test_what_no_kernel_can_do_is_named_with_the_nearest_that_it_can(module, changes, words):
-    assert module.why_not(spec(**changes), PLAIN) == words
+    dims = ", ".join(map(str, module.HEAD_DIMS))
+    assert module.why_not(spec(**changes), PLAIN) == words.format(dims=dims)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +60,12 @@ def test_what_no_kernel_can_do_is_named_with_the_nearest_that_it_can(module, cha
         (
             mosaic_decode,
             {"tile_q": 68},
-            "an item has 136 rows (17 tokens of 8), more than 128; set tile_q to 16 tokens",
+            "an item has 136 rows (17 tokens of 8), more than 64; set tile_q to 8 tokens",
         ),
         (
             mosaic_decode,
-            {"head_dim": 256, "tile_q": 64},
-            "head_dim 256 with 128 rows exceeds shared memory",
+            {"head_dim": 256, "tile_q": 16},
+            "head_dim 256 with 32 rows exceeds registers",
         ),
         (
             mosaic_decode,
@@ -85,6 +86,14 @@ def test_what_no_kernel_can_do_is_named_with_the_nearest_that_it_can(module, cha
 )
 def test_what_one_kernel_cannot_do_is_named(module, changes, words):
     assert module.why_not(spec(**changes), PLAIN) == words
+
+
+def test_keys_that_two_warpgroups_cannot_change_are_left_to_one():
+    narrow = spec(kv_dtype="float8_e4m3fn", head_dim=128, v_head_dim=128, tile_q=128)
+    words = "two warpgroups that change 8-bit keys of head_dim 128 exceed registers; set tile_q to "
+    assert mosaic_prefill.why_not(narrow, variants.rope()) == words + "64 or less"
+    one = dataclasses.replace(narrow, tile_q=64)
+    assert mosaic_prefill.why_not(one, variants.rope()) is None
 
 
 def test_variants_that_look_things_up_are_refused():

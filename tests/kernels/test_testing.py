@@ -61,6 +61,63 @@ def copy_and_add(x, *, waits=True):
     )(x)
 
 
+def multiply(y_ref, tile, weights, full, empty, mistake):
+    """Multiply what comes into a slot, one matrix after the other."""
+    for i in range(y_ref.shape[0]):
+        weights[...] = jnp.full(weights.shape, i + 1, weights.dtype)
+        if mistake != "not committed":
+            plgpu.commit_smem()
+        if mistake != "copy awaited late":
+            plgpu.barrier_wait(full.at[i])
+
+        def product(acc, i=i):
+            plgpu.wgmma(acc, weights, tile)
+            if mistake == "released early":
+                plgpu.barrier_arrive(empty.at[i])
+            return acc[...]
+
+        y_ref[i] = pl.run_scoped(product, plgpu.ACC(y_ref.shape[1:], jnp.float32))
+        if mistake == "copy awaited late":
+            plgpu.barrier_wait(full.at[i])
+        if mistake != "released early":
+            plgpu.barrier_arrive(empty.at[i])
+
+
+def fill(x_ref, tile, full, empty, mistake):
+    """Copy matrices into the slot, one after the other."""
+    count = x_ref.shape[0]
+    is_late = mistake == "slot awaited late"
+    for i in range(count):
+        if i and not is_late:
+            plgpu.barrier_wait(empty.at[i - 1])
+        plgpu.copy_gmem_to_smem(x_ref.at[i], tile, full.at[i])
+    for i in range(0 if is_late else count - 1, count):
+        plgpu.barrier_wait(empty.at[i])
+
+
+def products(x, mistake=None):
+    """Two warpgroups: one copies matrices into one slot, the other multiplies what is there."""
+    count, rows, columns = x.shape
+
+    def body(x_ref, y_ref, tile, weights, full, empty):
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup == 0)(lambda: multiply(y_ref, tile, weights, full, empty, mistake))
+        pl.when(warpgroup == 1)(lambda: fill(x_ref, tile, full, empty, mistake))
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        scratch_types=[
+            plgpu.SMEM((rows, columns), x.dtype),
+            plgpu.SMEM((rows, rows), x.dtype),
+            plgpu.Barrier(num_barriers=count),
+            plgpu.Barrier(num_barriers=count),
+        ],
+        num_threads=2,
+        thread_name="warpgroup",
+    )(x)
+
+
 @pytest.fixture
 def x():
     return jnp.asarray(np.random.default_rng(0).standard_normal((ROWS, COLUMNS)), jnp.float32)
@@ -78,6 +135,30 @@ def test_a_kernel_with_barriers_runs_interpreted_without_races(x):
 @pytest.mark.race
 def test_a_missing_wait_is_reported_as_a_race(x):
     assert interpret(functools.partial(copy_and_add, waits=False), x).races_found is True
+
+
+@pytest.fixture
+def matrices():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, ROWS, COLUMNS)), jnp.float16)
+
+
+@pytest.mark.mosaic
+@pytest.mark.race
+def test_products_of_what_was_waited_for_do_not_race(matrices):
+    got = interpret(products, matrices)
+    sums = np.asarray(matrices, np.float64).sum(axis=1, keepdims=True)
+    want = np.broadcast_to([[[1.0]], [[2.0]]] * sums, matrices.shape)
+    np.testing.assert_allclose(got.value, want, atol=1e-3)
+    assert got.races_found is False
+
+
+@pytest.mark.mosaic
+@pytest.mark.race
+@pytest.mark.parametrize(
+    "mistake", ["not committed", "copy awaited late", "slot awaited late", "released early"]
+)
+def test_operands_of_products_are_looked_at_for_races(matrices, mistake):
+    assert interpret(functools.partial(products, mistake=mistake), matrices).races_found is True
 
 
 @pytest.mark.mosaic

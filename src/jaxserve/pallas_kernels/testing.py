@@ -6,6 +6,7 @@ only user of JAX's internals: whether races were found, and what the assembler r
 public name.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -16,13 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # noqa: TID251
 from jax._src.pallas.mosaic_gpu.interpret import (  # noqa: TID251
     interpret_pallas_call as internals,
 )
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.core.errors import UnsupportedError
+
+ASYNCHRONOUS_CLOCKS = 128
+"""Clocks that copies and products take in turn.
+
+Two that are in flight on one clock pass for ordered, which hides races.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,17 +60,68 @@ def interpret[T](
         *args: Its arguments.
         detect_races: Whether to look for races.
     """
-    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    params = plgpu.InterpretGPUParams(
+        detect_races=detect_races, num_tma_threads_per_device=ASYNCHRONOUS_CLOCKS
+    )
     if hasattr(params, "on_race"):  # from JAX 0.12 on; a race would raise, but the caller decides
         params = dataclasses.replace(params, on_race="warn")
     try:
-        with plgpu.force_gpu_interpret_mode(params):
+        with plgpu.force_gpu_interpret_mode(params), _operands_checked():
             value = jax.block_until_ready(_fresh(function)(*args))
         races = internals.get_races().races_found if detect_races else None
     finally:
         # An interpreter that failed remembers its threads and barriers.
         internals.reset_gpu_interpret_mode_state()
     return Interpreted(value=value, races_found=races)
+
+
+@contextlib.contextmanager
+def _operands_checked() -> Generator[None]:
+    """Have operands that Hopper's matrix unit reads from shared memory checked for races.
+
+    JAX's interpreter checks those of Blackwell's only. As there, a product sees what was committed,
+    and is asynchronous: it reads at an instant of its own, which its thread knows to have passed
+    only when it takes the accumulator.
+    """
+    multiply, take = gpu_callbacks.wgmma, gpu_callbacks.wgmma_accumulator_deref
+    running: dict[Any, collections.deque[Any]] = collections.defaultdict(collections.deque)
+
+    def checked_multiply(**arguments: Any) -> Any:  # noqa: ANN401
+        memory = gpu_callbacks._get_shared_memory()  # noqa: SLF001
+        if memory.detect_races:
+            thread = arguments["thread"]
+            clock = memory.incr_clock(thread)
+            clock.inc(memory.get_next_tma_thread_id())
+            running[thread].append(clock)
+            for name in ("a", "b"):
+                key = gpu_callbacks.HostAllocationKey.from_array(
+                    arguments[f"{name}_allocation_key_as_array"]
+                )
+                transforms = gpu_callbacks._remove_noop_transforms(  # noqa: SLF001
+                    arguments[f"{name}_transforms"]
+                )
+                access = memory.access(key, jax.tree.map(int, transforms))
+                gpu_callbacks.get_races().check_read(
+                    thread, clock.async_smem_clock, key, access, arguments["source_info"]
+                )
+        return multiply(**arguments)
+
+    def checked_take(**arguments: Any) -> Any:  # noqa: ANN401
+        memory = gpu_callbacks._get_shared_memory()  # noqa: SLF001
+        if memory.detect_races and arguments["wait_n"] is not None:  # None: nothing is waited for
+            thread = arguments["thread"]
+            memory.incr_clock(thread)
+            with memory.lock:
+                while len(running[thread]) > arguments["wait_n"]:
+                    memory.clocks[thread].update(running[thread].popleft())
+        return take(**arguments)
+
+    gpu_callbacks.wgmma = gpu_callbacks.fail_on_exception(checked_multiply)
+    gpu_callbacks.wgmma_accumulator_deref = gpu_callbacks.fail_on_exception(checked_take)
+    try:
+        yield
+    finally:
+        gpu_callbacks.wgmma, gpu_callbacks.wgmma_accumulator_deref = multiply, take
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +192,13 @@ def compile_for(
     )
     with _dump() as folder:
         _fresh(function).lower(*shapes).compile()
-        return tuple(_read(report) for report in sorted(folder.glob("*.ptxas")))
+        # The two kinds of files are numbered apart, so a failed compilation shifts their numbers.
+        reports = zip(
+            sorted(folder.glob("*.ptxas"), key=_number),
+            sorted(folder.glob("*.after_layout_inference.txt"), key=_number),
+            strict=True,
+        )
+        return tuple(_read(*files) for files in reports)
 
 
 def _fresh(function: Callable[..., object]) -> Any:  # noqa: ANN401  a jitted function
@@ -150,14 +216,16 @@ def _dump() -> Generator[Path]:
     names = ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTXAS")
     before = {name: os.environ.get(name) for name in names}
     cached = jax.config.jax_enable_compilation_cache
-    # A program from the cache would write no report.
+    # A program from the cache would write no report. JAX remembers whether it uses one.
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
+    compilation_cache.reset_cache()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(zip(names, (folder, "1"), strict=True))
         try:
             yield Path(folder)
         finally:
             jax.config.update("jax_enable_compilation_cache", cached)
+            compilation_cache.reset_cache()
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
@@ -165,9 +233,14 @@ def _dump() -> Generator[Path]:
                     os.environ[name] = value
 
 
-def _read(report: Path) -> Resources:
-    text = report.read_text()
-    module = report.with_suffix(".after_layout_inference.txt").read_text()
+def _number(path: Path) -> int:
+    """Return the number that a dumped file's name ends with; the first one has none."""
+    found = re.search(r"_(\d+)$", path.name.partition(".")[0])
+    return int(found.group(1)) if found else -1
+
+
+def _read(report: Path, layouts: Path) -> Resources:
+    text, module = report.read_text(), layouts.read_text()
 
     def number(pattern: str, where: str) -> int:
         found = re.search(pattern, where)

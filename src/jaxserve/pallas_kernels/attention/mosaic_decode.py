@@ -70,7 +70,7 @@ HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)
 Q_DTYPES = ("bfloat16", "float16")
 KV_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
-ROWS = (8, 16, 32, 64, 128)
+ROWS = (8, 16, 32, 64)
 """Rows of work items that have a configuration; others take the next larger one's."""
 Q_STAGES = 2
 """Items whose queries are in flight: the copying warpgroup runs ahead by one item."""
@@ -119,6 +119,13 @@ class TuningKey:
         return sum(-(-part // 1024) * 1024 for part in parts) + 3072
 
 
+def most_rows(dim: int, itemsize: int, *, changes_keys: bool) -> int:
+    """Return the most rows that registers hold without spills, as compiling for Hopper shows."""
+    if dim == 256:
+        return 0 if changes_keys else 8 * itemsize
+    return 32 if dim == 128 and changes_keys else ROWS[-1]
+
+
 @functools.cache
 def tuning_table() -> dict[TuningKey, TuningConfig]:
     """Return every configuration that is ever chosen.
@@ -128,6 +135,8 @@ def tuning_table() -> dict[TuningKey, TuningConfig]:
     """
     table: dict[TuningKey, TuningConfig] = {}
     for dim, itemsize, rows, changes in itertools.product(HEAD_DIMS, (1, 2), ROWS, (False, True)):
+        if rows > most_rows(dim, itemsize, changes_keys=changes):
+            continue
         key = TuningKey(dim, itemsize, rows, changes)
         half = mosaic_tile.MULTIPROCESSOR_SHARED_MEMORY // 2 - 1024
         for limit, least, most in ((half, 3, 6), (mosaic_tile.SHARED_MEMORY_LIMIT, 2, 4)):
@@ -204,7 +213,8 @@ def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
             f"more than {ROWS[-1]}; set tile_q to {ROWS[-1] // sizes.rows_per_token} tokens"
         )
     if TuningKey.of(spec, variant) not in tuning_table():
-        return f"head_dim {spec.head_dim} with {sizes.rows} rows exceeds shared memory"
+        changed = " and changed keys" if variant.k_mod is not None else ""
+        return f"head_dim {spec.head_dim} with {sizes.rows} rows{changed} exceeds registers"
     if spec.cascade_levels:
         return "shared prefixes have more rows than a decode tile; the prefill kernel takes them"
     return mosaic_tile.why_not(variant)
@@ -256,6 +266,13 @@ class _Kernel:
     @property
     def widens_keys(self) -> bool:
         return self.sizes.narrow or self.variant.k_mod is not None
+
+    @property
+    def key_columns(self) -> int:
+        """Columns of stored keys that are read at once."""
+        if self.variant.k_mod is None:
+            return self.columns
+        return min(self.columns, mosaic_tile.CHANGED_COLUMNS)
 
     @property
     def columns(self) -> int:
@@ -371,7 +388,7 @@ class _Kernel:
                 s = jnp.where(seen, s * LOG2_E, mosaic_tile.LOWEST)
                 new_top = jnp.maximum(top, s.max(axis=0))
                 shrink = jnp.exp2(top - new_top)
-                weights = jnp.where(seen, jnp.exp2(s - tile.spread(new_top)), 0.0)
+                weights = jnp.exp2(s - tile.spread(mosaic_tile.exponent_base(new_top)))
                 # Summed over keys once per item: that sum needs all four warps.
                 mass = mass * tile.spread(shrink) + weights
                 acc = acc * tile.spread(shrink, wide)
@@ -591,7 +608,7 @@ def _scratch(kernel: _Kernel) -> dict[str, Any]:
 
     return {
         "q_tile": swizzled((Q_STAGES, rows, dim), kernel.columns),
-        "k_ring": pages.scratch(dim, kernel.columns, readers=1),
+        "k_ring": pages.scratch(dim, kernel.key_columns, readers=1),
         "v_ring": pages.scratch(v_dim, v_dim, readers=1),
         "k_wide": swizzled((keys, dim), kernel.columns) if kernel.widens_keys else None,
         "v_wide": swizzled((keys, v_dim), v_dim) if sizes.narrow else None,

@@ -44,7 +44,8 @@ from jaxserve.pallas_kernels.variant import AttentionVariant
 
 WARPGROUP_ROWS = 64
 """Rows that one warpgroup computes: those of the matrix unit."""
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128)
+"""With 256, accumulators of 64 rows leave too few registers."""
 PAGE_SIZES = (8, 16, 32, 64, 128)
 Q_DTYPES = ("bfloat16", "float16")
 KV_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
@@ -60,8 +61,8 @@ class TuningConfig:
         o_columns: Columns of the output that are written at a time.
         part_columns: Columns of a partial state that are written at a time.
         schedule_barrier: Whether the two computing warpgroups take turns.
-        portable: Whether weights go through shared memory, products are added in registers, and
-            rows are copied out one token at a time. Slower, and what the interpreter can do.
+        portable: Whether weights go through shared memory and products are added in registers.
+            Slower, and what the interpreter can do.
     """
 
     tile_kv: int = 128
@@ -132,17 +133,21 @@ class TuningKey:
 def tuning_table() -> dict[TuningKey, TuningConfig]:
     """Return every configuration that is ever chosen; not measured yet.
 
-    Wide tiles and two stages where they fit, as in FlashAttention-3; 64 keys with a dimension of
-    256, whose accumulator takes half of the registers.
+    Tiles are as wide, and rows written at once as many, as registers hold without spills, which
+    compiling for Hopper shows; then as many stages as fit. Two warpgroups have 240 registers per
+    thread, one has 255.
     """
     table: dict[TuningKey, TuningConfig] = {}
     for dim, itemsize, warpgroups, most, changes in itertools.product(
         HEAD_DIMS, (1, 2), (1, 2), (64, 128), (False, True)
     ):
         key = TuningKey(dim, itemsize, warpgroups, most, changes)
-        wide = most == 128 and dim < 256 and itemsize == 2 and not changes
+        if dim == 128 and itemsize == 1 and changes and warpgroups == 2:
+            continue  # spills with the smallest tiles, too
+        wide = most == 128 and warpgroups == 1 and itemsize == 2 and not changes
         tries = [(128, 3), (128, 2)] if wide else [(64, 4), (64, 3), (64, 2)]
-        for (keys, stages), columns in itertools.product(tries, (32, 16)):
+        widths = (32, 16) if warpgroups == 1 else (16,)
+        for (keys, stages), columns in itertools.product(tries, widths):
             config = TuningConfig(
                 tile_kv=keys,
                 stages=stages,
@@ -226,7 +231,10 @@ def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
         )
     key = TuningKey.of(spec, variant)
     if key not in tuning_table():
-        return f"no configuration of head_dim {key.dim} fits shared memory with this variant"
+        return (
+            f"two warpgroups that change 8-bit keys of head_dim {key.dim} exceed registers; set "
+            f"tile_q to {tile_q(spec.heads_per_tile, warpgroups=1)} or less"
+        )
     return mosaic_tile.why_not(variant)
 
 
@@ -283,6 +291,13 @@ class _Kernel:
     @property
     def widens_keys(self) -> bool:
         return self.sizes.narrow or self.variant.k_mod is not None
+
+    @property
+    def key_columns(self) -> int:
+        """Columns of stored keys that are read at once."""
+        if self.variant.k_mod is None:
+            return self.columns
+        return min(self.columns, mosaic_tile.CHANGED_COLUMNS)
 
     @property
     def columns(self) -> int:
@@ -439,8 +454,8 @@ class _Kernel:
             s = s if seen is None else jnp.where(seen, s, mosaic_tile.LOWEST)
             new_top = jnp.maximum(top, s.max(axis=1))
             shrink = jnp.exp2(top - new_top)
-            weights = jnp.exp2(s - tile.spread(new_top))
-            weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+            base = new_top if seen is None else mosaic_tile.exponent_base(new_top)
+            weights = jnp.exp2(s - tile.spread(base))
             mass = mass * shrink + weights.sum(axis=1)
             acc = acc * tile.spread(shrink, wide)
             top = new_top
@@ -528,10 +543,10 @@ class _Kernel:
                 mosaic_tile.clean_values(source, source, begin, end, dtype=self.sizes.dtype)
                 plgpu.commit_smem()
                 if refs.cleaned is not None:
-                    plgpu.barrier_arrive(refs.cleaned)
+                    plgpu.barrier_arrive(refs.cleaned.at[stage])
 
             if refs.cleaned is not None:
-                pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(refs.cleaned))
+                pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(refs.cleaned.at[stage]))
 
         return source
 
@@ -548,8 +563,10 @@ class _Kernel:
 
         @pl.when(slot < 0)
         def _write_through() -> None:
-            def target(columns: Any, tokens: Any) -> Ref:  # noqa: ANN401
-                return refs.o.at[tokens, pl.ds(head, heads), columns]
+            block = lax.div(head, jnp.int32(heads))
+
+            def target(rows: Any, columns: Any) -> Ref:  # noqa: ANN401
+                return refs.o.at[block, rows, columns]
 
             self.write_rows(refs.my_o.at[warpgroup], result, count, start, target)
             if self.return_lse:
@@ -557,8 +574,8 @@ class _Kernel:
 
         @pl.when(slot >= 0)
         def _keep_partial() -> None:
-            def target(columns: Any, tokens: Any) -> Ref:  # noqa: ANN401
-                return refs.part.at[tokens, :, columns]
+            def target(rows: Any, columns: Any) -> Ref:  # noqa: ANN401
+                return refs.part.at[rows, columns]
 
             self.write_rows(refs.my_part.at[warpgroup], result, count, slot + before, target)
             self.write_lse(refs, warpgroup, count, refs.part_lse, slot + before, 0)
@@ -574,18 +591,19 @@ class _Kernel:
         """Write rows of some tokens, a few columns at a time.
 
         Copies have fixed sizes, so the tokens are cut into powers of two, the largest one first: a
-        part begins at a multiple of twice its size, as the alignment of copies wants it.
+        part begins at a multiple of twice its size, and with it at a multiple of 128 bytes, as
+        copies want it, whatever the number of heads.
 
         Args:
             rows: Shared memory for some columns of all rows.
             value: The rows.
             count: How many tokens they are of.
             first: Where the first token goes.
-            target: (columns, tokens) -> where these go in global memory.
+            target: (rows, columns) -> where these go in global memory.
         """
-        width = rows.shape[-1]
+        width, heads = rows.shape[-1], self.spec.heads_per_tile
         for column in range(0, self.spec.v_dim, width):
-            place = functools.partial(target, pl.ds(column, width))
+            columns = pl.ds(column, width)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             piece = lax.slice(value, (0, column), (WARPGROUP_ROWS, column + width))
             mosaic_tile.store_plainly(rows, piece.astype(rows.dtype))
@@ -594,35 +612,12 @@ class _Kernel:
             while size:
 
                 @pl.when((count & size) != 0)
-                def _some(done: Array = done, size: int = size, place: Any = place) -> None:  # noqa: ANN401
-                    self.copy_out(rows, done, size, first, place)
+                def _some(done: Array = done, size: int = size, columns: Any = columns) -> None:  # noqa: ANN401
+                    source = rows.at[pl.ds(done * heads, size * heads)]
+                    there = pl.ds((first + done) * heads, size * heads)
+                    plgpu.copy_smem_to_gmem(source, target(there, columns))
 
                 done, size = done + (count & size), size // 2
-
-    def copy_out(
-        self, rows: Ref, done: Array, size: int, first: Array, place: Callable[[Any], Ref]
-    ) -> None:
-        """Copy rows of some tokens to global memory.
-
-        Args:
-            rows: Shared memory, a row for each head of each token.
-            done: Tokens in front of these.
-            size: How many these are.
-            first: Where the first token of `rows` goes.
-            place: Tokens -> where these go.
-        """
-        heads = self.spec.heads_per_tile
-        if not self.config.portable:
-            some = rows.at[pl.ds(done * heads, size * heads)]
-            source = some.reshape(size, heads, rows.shape[-1])
-            plgpu.copy_smem_to_gmem(source, place(pl.ds(first + done, size)))
-            return
-
-        # The interpreter cannot see rows as tokens and heads, so they go one by one.
-        @pl.loop(0, size)
-        def _token(index: Array) -> None:
-            token = done + index
-            plgpu.copy_smem_to_gmem(rows.at[pl.ds(token * heads, heads)], place(first + token))
 
     def write_lse(
         self,
@@ -691,7 +686,7 @@ def prefill(
         v_scale=mosaic_tile.scale_kind(kv.v_scale),
     )
     heads = spec.heads_per_tile
-    # Rows of a block of heads side by side. A tile may reach behind the last row.
+    # Rows of a block of heads side by side, like the outputs. Tiles may reach behind the last row.
     rows = q.astype(kernel.sizes.dtype).reshape(q.shape[0], -1, heads, spec.head_dim)
     rows = jnp.swapaxes(rows, 0, 1).reshape(-1, q.shape[0] * heads, spec.head_dim)
     rows = jnp.pad(rows, ((0, 0), (0, 2 * WARPGROUP_ROWS), (0, 0)))
@@ -699,6 +694,8 @@ def prefill(
         kv, plan, variant, extra, rows_per_token=heads, rows=2 * WARPGROUP_ROWS
     )
     o, lse, part, part_lse = _launch(kernel, plan, rows, kv, small)
+    o = jnp.swapaxes(o.reshape(-1, spec.max_tokens, heads, spec.v_dim), 0, 1)
+    o, part = o.reshape(-1, spec.q_heads, spec.v_dim), part.reshape(-1, heads, spec.v_dim)
     if spec.split_mode == "none" and not spec.cascade_levels:
         return o, lse
     return mosaic_tile.merge_partials(plan, o, lse, part, part_lse, use_softmax=variant.use_softmax)
@@ -708,12 +705,15 @@ def _launch(
     kernel: _Kernel, plan: Plan, q: Array, kv: PagedKV, small: dict[str, Array]
 ) -> tuple[Array, Array, Array, Array]:
     spec = kernel.spec
+    heads = spec.heads_per_tile
     _, units = spec.bounds
     results = (
-        jax.ShapeDtypeStruct((spec.max_tokens, spec.q_heads, spec.v_dim), jnp.dtype(spec.q_dtype)),
+        jax.ShapeDtypeStruct(
+            (spec.q_heads // heads, spec.max_tokens * heads, spec.v_dim), jnp.dtype(spec.q_dtype)
+        ),
         jax.ShapeDtypeStruct((spec.max_tokens, spec.q_heads), jnp.float32),
-        jax.ShapeDtypeStruct((max(units, 1), spec.heads_per_tile, spec.v_dim), jnp.float32),
-        jax.ShapeDtypeStruct((max(units, 1), spec.heads_per_tile), jnp.float32),
+        jax.ShapeDtypeStruct((max(units, 1) * heads, spec.v_dim), jnp.float32),
+        jax.ShapeDtypeStruct((max(units, 1), heads), jnp.float32),
     )
     names = tuple(small)
 
@@ -765,7 +765,7 @@ def _scratch(kernel: _Kernel) -> dict[str, Any]:
     o_shape = (each, rows, min(config.o_columns, v_dim))
     part_shape = (each, rows, min(config.part_columns, v_dim))
     return {
-        "k_ring": pages.scratch(dim, kernel.columns, readers=each),
+        "k_ring": pages.scratch(dim, kernel.key_columns, readers=each),
         "v_ring": pages.scratch(v_dim, v_dim, readers=each),
         "my_q": swizzled((each, rows, dim), kernel.columns),
         "my_k": swizzled((each, keys, dim), kernel.columns) if kernel.widens_keys else None,
@@ -775,5 +775,6 @@ def _scratch(kernel: _Kernel) -> dict[str, Any]:
         "my_part": plgpu.SMEM(part_shape, jnp.float32),
         "my_lse": plgpu.SMEM((each, rows), jnp.float32),
         "turn": plgpu.Barrier(num_arrivals=2) if config.schedule_barrier else None,
-        "cleaned": plgpu.Barrier() if each == 2 else None,
+        # One for each stage: without turns, one warpgroup may be as far ahead as the ring is long.
+        "cleaned": plgpu.Barrier(num_barriers=config.stages) if each == 2 else None,
     }

@@ -102,6 +102,15 @@ class Orientation:
         return self.spread(plgpu.load(ref, layout=layout, optimized=False))
 
 
+def exponent_base(top: Array) -> Array:
+    """Return what to subtract from scores before exponentials, given maxima.
+
+    A maximum, unless nothing was seen yet: hidden scores, which are `LOWEST`, then weigh 0 and not
+    1. So nobody has to remember which keys were hidden, which takes a register per score.
+    """
+    return jnp.where(top == LOWEST, 0.0, top)
+
+
 def wrap(count: Array, size: int) -> Array:
     """Return the place in a ring of the given size."""
     return lax.rem(count, jnp.int32(size))
@@ -120,6 +129,10 @@ def product(shape: tuple[int, ...], a: Ref, b: Ref) -> Array:
 def zeros(shape: tuple[int, int]) -> Array:
     """Return a tile of zeros in the accumulator's layout."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+CHANGED_COLUMNS = 64
+"""Columns of each half of the keys that a variant changes at once; tiles are no wider."""
 
 
 def swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
@@ -448,7 +461,7 @@ def widen_keys(
     else:
         change = with_fast_math(variant.k_mod)
         # Piece by piece, as angles and both halves in float32 fill many registers.
-        width = min(columns, 64)
+        width = min(columns, CHANGED_COLUMNS)
         at = Orientation((source.shape[0], width), key_axis=0)
         for column in range(0, columns, width):
             halves = [pl.ds(start + column, width) for start in (0, columns)]
