@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # noqa: TID251
@@ -94,7 +94,7 @@ def _operands_checked() -> Generator[None]:
             clock.inc(memory.get_next_tma_thread_id())
             running[thread].append(clock)
             for name in ("a", "b"):
-                key = gpu_callbacks.HostAllocationKey.from_array(
+                key = cast("Any", gpu_callbacks).HostAllocationKey.from_array(
                     arguments[f"{name}_allocation_key_as_array"]
                 )
                 transforms = gpu_callbacks._remove_noop_transforms(  # noqa: SLF001
