@@ -88,12 +88,16 @@ def test_what_one_kernel_cannot_do_is_named(module, changes, words):
     assert module.why_not(spec(**changes), PLAIN) == words
 
 
-def test_keys_that_two_warpgroups_cannot_change_are_left_to_one():
-    narrow = spec(kv_dtype="float8_e4m3fn", head_dim=128, v_head_dim=128, tile_q=128)
-    words = "two warpgroups that change 8-bit keys of head_dim 128 exceed registers; set tile_q to "
-    assert mosaic_prefill.why_not(narrow, variants.rope()) == words + "64 or less"
-    one = dataclasses.replace(narrow, tile_q=64)
+def test_keys_that_registers_cannot_change_are_refused():
+    wide = spec(head_dim=128, v_head_dim=128, tile_q=128)
+    words = "two warpgroups that change keys of head_dim 128 exceed registers; set tile_q to "
+    assert mosaic_prefill.why_not(wide, variants.rope()) == words + "64 or less"
+    one = dataclasses.replace(wide, tile_q=64)
     assert mosaic_prefill.why_not(one, variants.rope()) is None
+    narrow = dataclasses.replace(one, kv_dtype="float8_e4m3fn")
+    words = "changing 8-bit keys of head_dim 128 exceeds registers; keep keys and values as bfloat16"
+    assert mosaic_prefill.why_not(narrow, variants.rope()) == words
+    assert mosaic_prefill.why_not(narrow, PLAIN) is None
 
 
 def test_variants_that_look_things_up_are_refused():

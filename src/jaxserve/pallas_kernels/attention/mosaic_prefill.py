@@ -142,7 +142,7 @@ def tuning_table() -> dict[TuningKey, TuningConfig]:
         HEAD_DIMS, (1, 2), (1, 2), (64, 128), (False, True)
     ):
         key = TuningKey(dim, itemsize, warpgroups, most, changes)
-        if dim == 128 and itemsize == 1 and changes and warpgroups == 2:
+        if dim == 128 and changes and (warpgroups == 2 or itemsize == 1):
             continue  # spills with the smallest tiles, too
         wide = most == 128 and warpgroups == 1 and itemsize == 2 and not changes
         tries = [(128, 3), (128, 2)] if wide else [(64, 4), (64, 3), (64, 2)]
@@ -231,8 +231,13 @@ def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
         )
     key = TuningKey.of(spec, variant)
     if key not in tuning_table():
+        if key.itemsize == 1:
+            return (
+                f"changing 8-bit keys of head_dim {key.dim} exceeds registers; keep keys and "
+                "values as bfloat16"
+            )
         return (
-            f"two warpgroups that change 8-bit keys of head_dim {key.dim} exceed registers; set "
+            f"two warpgroups that change keys of head_dim {key.dim} exceed registers; set "
             f"tile_q to {tile_q(spec.heads_per_tile, warpgroups=1)} or less"
         )
     return mosaic_tile.why_not(variant)
