@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from jaxserve.core.config import EngineConfig
 from jaxserve.engine.async_engine import AsyncLLM
 from jaxserve.models.hub import DEFAULT_MODEL
 from jaxserve.serve.app import create_app
@@ -83,8 +84,18 @@ def url(default_model: Path) -> Iterator[str]:
             engine.close()
 
 
+@pytest.fixture
+def compiling_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile a step when it is needed first: at its real size, a model takes long for all."""
+    make = EngineConfig.from_settings
+    monkeypatch.setattr(
+        EngineConfig, "from_settings", lambda settings: make({"warmup": "lazy"} | settings)
+    )
+
+
 @pytest.mark.weights
-@pytest.mark.timeout(900)  # at their real size the steps of a model take long to compile
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("compiling_what_is_used")
 @pytest.mark.parametrize("path", with_any(lambda path: blocks(path, "python")))
 def test_python_runs(path: Path, url: str):
     names = {"__name__": "example"}

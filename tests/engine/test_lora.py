@@ -79,7 +79,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(
     ("overlap", "layout"),
-    [slow(True, "slots"), (True, "pages"), (False, "slots"), slow(False, "pages")],
+    [slow(True, "slots"), (True, "pages"), slow(False, "slots"), slow(False, "pages")],
 )
 def test_three_adapters_and_none_take_turns_on_one_slot(
     module, requests, expected, layout, overlap

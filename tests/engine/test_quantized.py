@@ -65,6 +65,7 @@ def test_tokens_are_those_of_the_weights_that_are_stood_for(way):
     bench.assert_idle()
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_prefer_the_same_tokens():
     bench = Bench(tiny_module("bfloat16"), quantization="int8")
     output = bench.complete(PROMPTS[0], max_tokens=32, temperature=0, ignore_eos=True)

@@ -41,7 +41,7 @@ def expected(module):
         slow({}),
         slow({"kv_layout": "pages"}),
         {"batch_invariant": True, "kv_layout": "pages"},
-        {"attention_backend": "pallas"},
+        slow({"attention_backend": "pallas"}),
         slow({"batch_invariant": True}),
     ],
     ids=str,

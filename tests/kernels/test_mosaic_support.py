@@ -95,7 +95,9 @@ def test_keys_that_registers_cannot_change_are_refused():
     one = dataclasses.replace(wide, tile_q=64)
     assert mosaic_prefill.why_not(one, variants.rope()) is None
     narrow = dataclasses.replace(one, kv_dtype="float8_e4m3fn")
-    words = "changing 8-bit keys of head_dim 128 exceeds registers; keep keys and values as bfloat16"
+    words = (
+        "changing 8-bit keys of head_dim 128 exceeds registers; keep keys and values as bfloat16"
+    )
     assert mosaic_prefill.why_not(narrow, variants.rope()) == words
     assert mosaic_prefill.why_not(narrow, PLAIN) is None
 

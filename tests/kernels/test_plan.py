@@ -248,20 +248,18 @@ def test_padding_is_empty_and_safe():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_a_compiler_plans_are_the_same(mode, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "numba", None)
-    spec = importlib.util.spec_from_file_location("plain_loops", planner_loops.__file__)
-    plain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain)
-    assert "install numba" in caplog.text
-    q_len, kv_len = [1, 0, 30, 7], [900, 5, 64, 400]
+    q_len, kv_len = np.array([1, 0, 30, 7]), [900, 5, 64, 400]
     shared = [SharedPrefix(requests=(0, 3), begin=0, end=128)]
     table, _ = page_table(kv_len, 16, shared=shared)
-    room = spec_for(q_len, kv_len, num_ctas=5, cascade_levels=1, **mode)
-    wanted = make_plan(room, np.array(q_len), table, shared=shared).buffer
+    spec = spec_for(q_len, kv_len, num_ctas=5, cascade_levels=1, **mode)
+    wanted = make_plan(spec, q_len, table, shared=shared).buffer
+    monkeypatch.setitem(sys.modules, "numba", None)
+    source = importlib.util.spec_from_file_location("plain_loops", planner_loops.__file__)
+    plain = importlib.util.module_from_spec(source)
+    source.loader.exec_module(plain)
+    assert "install numba" in caplog.text
     monkeypatch.setattr(planner, "_loops", lambda: plain)
-    planner._numbers.cache_clear()
-    assert (make_plan(room, np.array(q_len), table, shared=shared).buffer == wanted).all()
-    planner._numbers.cache_clear()
+    assert (make_plan(spec, q_len, table, shared=shared).buffer == wanted).all()
 
 
 def test_nothing_at_all_is_a_plan():

@@ -303,7 +303,7 @@ CALLS = st.lists(
     ],
 )
 @given(CALLS, st.lists(st.integers(0, 300), max_size=8))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_whatever_is_called_is_found_however_it_is_cut(make, write, calls, places):
     _, content, found = read(make(), cut(write(calls), places))
     assert content == ""
