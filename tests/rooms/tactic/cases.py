@@ -87,18 +87,22 @@ def by_position(read: np.ndarray, index: ClusterIndex) -> np.ndarray:
 def random_context(
     seed: int, lengths: tuple[int, ...] = (700, 1000), *, clumps: int = 24, sharpness: float = 3.0
 ) -> Context:
-    """Draw keys in clumps, as real ones lie, and queries near some of them."""
+    """Draw keys and values in clumps, as real ones lie, and queries near some of them."""
     rng = np.random.default_rng(seed)
     rows = len(lengths)
     centres = rng.standard_normal((rows, HEADS, clumps, DIM))
     member = rng.integers(clumps, size=(rows, HEADS, CAPACITY))
     keys = np.take_along_axis(centres, member[..., None], axis=2)
     keys = keys + 0.4 * rng.standard_normal(keys.shape)
+    # Tokens with like keys have like values, more or less.
+    shared = rng.standard_normal((rows, HEADS, clumps, DIM))
+    values = np.take_along_axis(shared, member[..., None], axis=2)
+    values = values + 0.3 * rng.standard_normal(keys.shape)
     near = centres[:, :, rng.integers(clumps, size=GROUP)]
     q = sharpness * (near + 0.5 * rng.standard_normal(near.shape))
     return Context(
         q=q.reshape(rows, HEADS * GROUP, DIM).astype(np.float32),
         keys=keys.astype(np.float32),
-        values=rng.standard_normal(keys.shape).astype(np.float32),
+        values=values.astype(np.float32),
         length=np.asarray(lengths, np.int32),
     )

@@ -91,7 +91,7 @@ class EstimatorConfig:
     """
 
     name: EstimatorName = "sampled"
-    correction: Correction = "none"
+    correction: Correction = "spread"
     failure_rate: float = 0.25
     control_variate: bool = True
     head_len: int = 64
