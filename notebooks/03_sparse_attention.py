@@ -87,7 +87,7 @@ print(len(captures), "layers,", heads, "query heads over", kv_heads, "heads of k
 # ## How many tokens matter?
 #
 # The weights of the last token over all that came before it, largest first. The same share of the
-# mass takes a handful of tokens in one head, and a third of the context in another: a fixed number
+# mass takes one token in one head, and most of the context in another: a fixed number
 # of tokens is too many here, and too few there.
 
 

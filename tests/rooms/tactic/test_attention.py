@@ -45,11 +45,12 @@ def test_outputs_are_attention_to_what_is_read(backend, seed, lengths, p):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tail", ["drop", "mean"])
 def test_all_of_the_mass_is_dense_attention(backend, tail):
-    context = random_context(7, (1, 30, 700, 1024))
-    out, stats = attend(context, 1.0, config(tail=tail), backend=backend)
-    np.testing.assert_allclose(out, context.dense(), atol=3e-5)
-    assert (np.asarray(stats.tokens) == context.length[:, None]).all()
-    assert (np.asarray(stats.mass) == 1).all()
+    for lengths in [(1, 1024), (30, 700)]:
+        context = random_context(7, lengths)
+        out, stats = attend(context, 1.0, config(tail=tail), backend=backend)
+        np.testing.assert_allclose(out, context.dense(), atol=3e-5)
+        assert (np.asarray(stats.tokens) == context.length[:, None]).all()
+        assert (np.asarray(stats.mass) == 1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
