@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jaxserve import cpu_kernels
 from jaxserve.attention.tactic.attention import sparse_decode
+from jaxserve.core.errors import UnsupportedError
 from tests.rooms.tactic.cases import SCALE, Context, config, random_context
 from tests.rooms.tactic.test_select import choose
 
@@ -90,6 +91,17 @@ def test_what_is_dropped_bounds_the_error():
     largest = np.linalg.norm(context.values, axis=-1).max()
     bound = 2 * (1 - context.mass(read).reshape(2, -1)) * largest
     assert (np.linalg.norm(out - context.dense(), axis=-1) <= bound + 1e-5).all()
+
+
+def test_slots_that_kernels_cannot_read_are_refused():
+    context = random_context(8)
+    index, keys, values = context.build(config())
+    with pytest.raises(UnsupportedError, match=r"got keys \(2, 2, 1024, 16\) in float16 .*'xla'"):
+        sparse_decode(
+            jnp.asarray(context.q), keys.astype(jnp.float16), values.astype(jnp.float16),
+            jnp.asarray(context.length), index, jnp.ones(2), scale=SCALE, config=config(),
+            backend="llvm",
+        )  # fmt: skip
 
 
 def test_short_contexts_are_read_whole():

@@ -23,6 +23,7 @@ from jaxserve.attention.tactic.clustering import ClusterIndex
 from jaxserve.attention.tactic.config import TacticConfig
 from jaxserve.attention.tactic.select import Selection, select
 from jaxserve.attention.xla import MASKED, State
+from jaxserve.core.errors import UnsupportedError
 
 _TILE = 256
 """Tokens that are gathered at a time."""
@@ -74,7 +75,12 @@ def sparse_decode(
 
     Returns:
         Outputs in float32, zeros for rows without tokens, and what was read.
+
+    Raises:
+        UnsupportedError: If the backend cannot read such slots here.
     """
+    if backend == "llvm":
+        _check_kernels(keys, values)
     rows, q_heads, head_dim = q.shape
     kv_heads = keys.shape[1]
     grouped = q.astype(jnp.float32).reshape(rows, kv_heads, q_heads // kv_heads, head_dim) * scale
@@ -98,6 +104,18 @@ def sparse_decode(
         tokens=chosen.num_tokens + jnp.sum(size, axis=-1), mass=jnp.min(chosen.estimated, axis=-1)
     )
     return out.reshape(rows, q_heads, values.shape[-1]), stats
+
+
+def _check_kernels(keys: Array, values: Array) -> None:
+    dim, capacity, dtype = keys.shape[3], keys.shape[2], keys.dtype.name
+    fits = keys.shape == values.shape and keys.dtype == values.dtype
+    if not (fits and cpu_kernels.supports_slots(dim, capacity, dtype)):
+        raise UnsupportedError(
+            "backend 'llvm' needs llvmlite, and float32 or bfloat16 slots of alike keys and values "
+            f"whose heads fill vectors and whose capacity is a multiple of 64; got keys "
+            f"{keys.shape} in {dtype} and values {values.shape} in {values.dtype.name}; "
+            "use backend='xla'."
+        )
 
 
 def _kept_spans(
