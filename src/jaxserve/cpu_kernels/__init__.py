@@ -11,19 +11,23 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxserve.cpu_kernels.cluster_choice import choose_clusters as choose_clusters
     from jaxserve.cpu_kernels.decode_attention import decode as decode
     from jaxserve.cpu_kernels.lazy_zeros import zeros as zeros
     from jaxserve.cpu_kernels.matmul import multiply as multiply
     from jaxserve.cpu_kernels.matmul import multiply_transposed as multiply_transposed
     from jaxserve.cpu_kernels.prefill_attention import append as append
     from jaxserve.cpu_kernels.prefill_attention import prefill as prefill
+    from jaxserve.cpu_kernels.span_attention import attend_spans as attend_spans
 
 _KERNELS = {
     "multiply": "matmul",
     "multiply_transposed": "matmul",
+    "choose_clusters": "cluster_choice",
     "decode": "decode_attention",
     "append": "prefill_attention",
     "prefill": "prefill_attention",
+    "attend_spans": "span_attention",
     "zeros": "lazy_zeros",
 }
 """Which module holds which kernel."""

@@ -1,0 +1,1 @@
+"""Benchmarks of single systems; each has a room of the same name."""
