@@ -171,7 +171,9 @@ def test_cells_that_are_no_times_are_refused_by_name(value):
 
 def test_a_table_with_holes_or_contradictions_is_refused():
     rows = rows_of(bumpy)
-    with pytest.raises(ConfigError, match="has no value for .1 decodes of 128, chunk 64 after 512"):
+    with pytest.raises(
+        ConfigError, match=r"has no value for .1 decodes of 128, chunk 64 after 512"
+    ):
         TableCost([row for row in rows if row[:4] != (1, 128, 64, 512)])
     with pytest.raises(ConfigError, match="twice, as 1 and 2 ms"):
         TableCost([(1, 128, 0, 0, 0.001), (1, 128, 0, 0, 0.002)])

@@ -81,3 +81,16 @@ class ReplicaView:
     max_num_batched_tokens: int
     adapters: frozenset[str] = frozenset()
     max_loras: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetView:
+    """Several engines, as a router sees them.
+
+    Attributes:
+        now: Clock time in seconds.
+        replicas: Each as of the end of the step that it is at; its `now` is when that will be.
+    """
+
+    now: float
+    replicas: tuple[ReplicaView, ...]

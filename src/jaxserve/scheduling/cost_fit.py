@@ -64,7 +64,7 @@ def fit_linear(
     order = np.argsort(counts[:, 0], kind="stable")
     owner = np.empty(len(times), int)
     owner[order] = np.arange(len(times)) * num_planes // len(times)
-    best: tuple[float, LinearCost] | None = None
+    best, least = LinearCost(_plane(counts, times)), np.inf
     for _ in range(rounds):
         planes = [
             _plane(counts[owner == plane], times[owner == plane])
@@ -74,15 +74,14 @@ def fit_linear(
         model = LinearCost(*planes)
         predicted = np.array([model.step_time(load) for load in loads])
         error = float(np.mean(((predicted - times) / times) ** 2))
-        if best is None or error < best[0]:
-            best = (error, model)
+        if error < least:
+            best, least = model, error
         heights = np.stack([_heights(plane, counts) for plane in planes])
         owned = heights.argmax(axis=0)
         if (owned == owner).all():
             break
         owner = owned
-    assert best is not None
-    return best[1]
+    return best
 
 
 def judge_fit(cost: CostModel, loads: Sequence[StepLoad], seconds: Sequence[float]) -> FitReport:
