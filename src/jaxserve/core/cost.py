@@ -50,12 +50,12 @@ class StepLoad(NamedTuple):
 
     def with_chunk(self, num_tokens: int, past: int = 0) -> "StepLoad":
         """Return the load with one more chunk of `num_tokens` behind `past` tokens."""
-        return self._replace(
-            prefill=self.prefill + num_tokens,
-            pairs=self.pairs + num_tokens * past + num_tokens * num_tokens / 2,
-            prefills=self.prefills + 1,
-            past=self.past + past,
-        )
+        prefill, pairs, prefills, before, decodes, context, drafts, draft_steps = self
+        pairs += num_tokens * past + num_tokens * num_tokens / 2
+        return StepLoad(
+            prefill + num_tokens, pairs, prefills + 1, before + past,
+            decodes, context, drafts, draft_steps,
+        )  # fmt: skip
 
 
 class CostModel(Protocol):
@@ -86,9 +86,15 @@ class CostModel(Protocol):
         ...
 
 
-def zero_load_time(cost: CostModel, prompt_len: int) -> float:
-    """Return the seconds to the first token of a prompt that is alone."""
-    return cost.step_time(StepLoad().with_chunk(prompt_len))
+def zero_load_time(cost: CostModel, prompt_len: int, cached_len: int = 0) -> float:
+    """Return the seconds to the first token of a prompt that is alone.
+
+    Args:
+        cost: Times of steps.
+        prompt_len: Tokens of the prompt.
+        cached_len: How many of them need not be computed.
+    """
+    return cost.step_time(StepLoad().with_chunk(prompt_len - cached_len, cached_len))
 
 
 def max_decodes(cost: CostModel, seconds: float, mean_context: float, *, limit: int = 4096) -> int:
@@ -237,22 +243,61 @@ class LinearCost:
 
     def prefill_within(self, seconds: float, load: StepLoad, past: int = 0) -> int:
         """Return the length of the longest chunk that can be added within a time."""
-        tokens, requests = load.tokens, load.prefills + load.decodes + 1
-        read = load.context + load.past + past
+        prefill, _, prefills, before, decodes, context, drafts, draft_steps = load
+        tokens, requests = prefill + decodes + drafts, prefills + decodes + 1
+        read = context + before + past
         most = _MOST_TOKENS
         for token, request, per_read, draft_step, base in self._rows:
-            rest = token * tokens + request * requests + draft_step * load.draft_steps + base
+            rest = token * tokens + request * requests + draft_step * draft_steps + base
             left = seconds - (rest + per_read * read)
             if left < 0:
                 most = 0
             elif token > 0:
                 most = min(most, int(left / token))
+
+        def time(num_tokens: int) -> float:
+            return max(
+                token * (tokens + num_tokens) + request * requests + draft_step * draft_steps + base
+                + per_read * read
+                for token, request, per_read, draft_step, base in self._rows
+            )  # fmt: skip
+
         # Rounding may put the quotient one off in either direction.
-        while most > 0 and self.step_time(load.with_chunk(most, past)) > seconds:
+        while most > 0 and time(most) > seconds:
             most -= 1
-        while most < _MOST_TOKENS and self.step_time(load.with_chunk(most + 1, past)) <= seconds:
+        while most < _MOST_TOKENS and time(most + 1) <= seconds:
             most += 1
         return most
+
+    def scaled(self, scale: float, more: float) -> "LinearCost":
+        """Return a model whose times are `scale` times as long, and `more` seconds more."""
+        return LinearCost(
+            *(
+                Plane(
+                    token=scale * plane.token,
+                    request=scale * plane.request,
+                    context=scale * plane.context,
+                    draft_step=scale * plane.draft_step,
+                    base=scale * plane.base + more,
+                )
+                for plane in self.planes
+            )
+        )
+
+
+def safe_cost(cost: CostModel, *, margin: float, overhead: float = 0.0) -> CostModel:
+    """Return another model's times, stretched so that few steps take longer than predicted.
+
+    Args:
+        cost: The model.
+        margin: Share by which each time is raised.
+        overhead: Seconds of the host per step.
+
+    Raises:
+        ConfigError: For a negative margin or overhead.
+    """
+    safe = SafeCost(cost, margin=margin, overhead=overhead)
+    return cost.scaled(1 + margin, overhead) if isinstance(cost, LinearCost) else safe
 
 
 class SafeCost:

@@ -95,7 +95,7 @@ class LiveSequence:
         self.max_total_len = request.prompt_len + output
         self.num_pages = 0
         self.is_running = False
-        self.num_cached = 0
+        self.num_cached = request.cached_len
         self.num_draft = 0
         self.draft_acceptance = request.acceptance
         self.is_decoding = False
@@ -287,7 +287,8 @@ class Replica:
         if not plan.work:
             return self.begin(self.now, horizon) if self.is_busy else None
         begin = self.now
-        if self._jump and plan.holds_until > begin and load.decodes == len(plan.work):
+        is_plain = load.decodes == len(plan.work) and not load.drafts
+        if self._jump and plan.holds_until > begin and is_plain:
             self._look_ahead(load, sequences, min(horizon, plan.holds_until))
             if self._observer is not None:
                 self._observer.step(self.index, begin, self._ahead, plan, load)
@@ -485,6 +486,7 @@ class Replica:
             )
         self.free_pages -= needed
         sequence.num_pages = needed
+        sequence.num_computed = sequence.num_cached
         sequence.is_running = True
         self.running[seq_id] = sequence
 

@@ -23,6 +23,8 @@ class SimRequest:
         max_output: Most output tokens that it asks for, which policies see; None is `output_len`.
         slo: Its objectives.
         name: Class of requests, for reports.
+        cached_len: Prompt tokens that the prefix cache holds, fewer than the prompt has. Pages are
+            counted as if nothing were shared.
         acceptance: Chance that a draft token is right if all before it are.
     """
 
@@ -33,6 +35,7 @@ class SimRequest:
     max_output: int | None = None
     slo: Slo | None = None
     name: str = ""
+    cached_len: int = 0
     acceptance: float = 0.7
 
 

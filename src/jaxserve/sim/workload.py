@@ -23,6 +23,7 @@ class Shape:
         ttft_slowdown: Time to the first token, as a multiple of that on an idle server.
         tpot_s: Seconds per further token.
         name: Class of requests.
+        cached_len: Prompt tokens that the prefix cache holds.
     """
 
     prompt_len: int
@@ -30,6 +31,7 @@ class Shape:
     ttft_slowdown: float
     tpot_s: float
     name: str
+    cached_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +100,14 @@ class Workload:
         stretch = total / span / rate
         first = rng.randrange(total) if seed else 0
         start = self.arrivals[first]
-        idle: dict[int, float] = {}
+        idle: dict[tuple[int, int], float] = {}
         requests: list[SimRequest] = []
         for number in range(count):
             turn, place = divmod(first + number, total)
             shape = self.shapes[place] if self.is_paired else rng.choice(self.shapes)
-            if shape.prompt_len not in idle:
-                idle[shape.prompt_len] = zero_load_time(cost, shape.prompt_len)
+            lens = (shape.prompt_len, shape.cached_len)
+            if lens not in idle:
+                idle[lens] = zero_load_time(cost, *lens)
             requests.append(
                 SimRequest(
                     request_id=number,
@@ -113,11 +116,12 @@ class Workload:
                     output_len=shape.output_len,
                     max_output=None if max_output is None else max(max_output, shape.output_len),
                     slo=Slo(
-                        ttft_ms=shape.ttft_slowdown * idle[shape.prompt_len] * _PER_SECOND,
+                        ttft_ms=shape.ttft_slowdown * idle[lens] * _PER_SECOND,
                         tpot_ms=shape.tpot_s * _PER_SECOND,
                         tier=f"{shape.tpot_s * _PER_SECOND:g}ms",
                     ),
                     name=shape.name,
+                    cached_len=shape.cached_len,
                 )
             )
         return requests

@@ -1,7 +1,7 @@
 """What the planner remembers about each request, and how it reads its objectives."""
 
 import math
-from bisect import insort
+from bisect import bisect_right, insort
 from dataclasses import dataclass
 from enum import Enum
 
@@ -92,22 +92,11 @@ class OutputLengths:
         if len(ordered) < _ENOUGH:
             guess = max(self._initial, generated + generated // 4 + 1)
             return min(guess, limit)
-        longer = len(ordered)
-        low = 0
-        if generated:
-            low = _first_above(ordered, generated)
-        if low >= longer:
+        low = bisect_right(ordered, generated) if generated else 0
+        if low >= len(ordered):
             return min(limit, generated + generated // 4 + 1)
-        place = low + int(self._quantile * (longer - 1 - low))
+        place = low + int(self._quantile * (len(ordered) - 1 - low))
         return max(generated + 1, min(limit, ordered[place]))
-
-
-def _first_above(ordered: list[int], value: int) -> int:
-    low, high = 0, len(ordered)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if ordered[middle] > value else (middle + 1, high)
-    return low
 
 
 def record_of(sequence: SequenceView, config: SlosServeConfig, idle_s: float) -> Record:

@@ -7,13 +7,19 @@ from functools import lru_cache
 
 import numpy as np
 
-from jaxserve.core.cost import CostModel, SafeCost, StepLoad, zero_load_time
+from jaxserve.core.cost import CostModel, StepLoad, safe_cost, zero_load_time
 from jaxserve.core.plan import DeclineReason, Rejection, StepPlan, Work
 from jaxserve.core.view import ReplicaView, SequenceView
 from jaxserve.scheduling.slos_serve.config import SlosServeConfig
 from jaxserve.scheduling.slos_serve.fast import admit_greedily
 from jaxserve.scheduling.slos_serve.forward import (
-    NO_DECODES, Batch, Decodes, Prefill, certify, form, pace_of,
+    NO_DECODES,
+    Batch,
+    Decodes,
+    Prefill,
+    certify,
+    form,
+    pace_of,
 )  # fmt: skip
 from jaxserve.scheduling.slos_serve.programme import Item, choose
 from jaxserve.scheduling.slos_serve.promise import OutputLengths, Record, Standing, record_of
@@ -32,6 +38,12 @@ def _decode(seq_id: int) -> Work:
     return Work(seq_id=seq_id, num_tokens=1)
 
 
+def _left(sequence: SequenceView) -> int:
+    """Count the tokens to compute before the next one can be drawn."""
+    cached = 0 if sequence.is_running else sequence.num_cached
+    return sequence.num_tokens - sequence.num_computed - cached
+
+
 @dataclass(slots=True)
 class _Sorted:
     """The sequences of a view, by how they stand.
@@ -41,6 +53,7 @@ class _Sorted:
         prefills: Promised ones with a prompt to compute, by deadline.
         new: Ones to decide about.
         others: Those without a promise, in the order in which they are served.
+        outputs: Output tokens to reckon with for each of `decodes`, once they are known.
     """
 
     decodes: list[tuple[SequenceView, Record]] = field(default_factory=list)
@@ -48,6 +61,7 @@ class _Sorted:
     prefills: list[tuple[SequenceView, Record]] = field(default_factory=list)
     new: list[tuple[SequenceView, Record]] = field(default_factory=list)
     others: list[tuple[SequenceView, Record]] = field(default_factory=list)
+    outputs: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -81,7 +95,9 @@ class _Open:
         self.served.add(sequence.seq_id)
         plain = num_tokens == 1
         self.work.append(
-            _decode(sequence.seq_id) if plain else Work(seq_id=sequence.seq_id, num_tokens=num_tokens)
+            _decode(sequence.seq_id)
+            if plain
+            else Work(seq_id=sequence.seq_id, num_tokens=num_tokens)
         )
         return True
 
@@ -110,7 +126,8 @@ class SlosServeScheduler:
         self.config = config or SlosServeConfig()
         self.num_fallbacks = 0
         self.declined: dict[int, DeclineReason] = {}
-        self._cost = SafeCost(cost, margin=self.config.margin, overhead=self.config.overhead_s)
+        config = self.config
+        self._cost = safe_cost(cost, margin=config.margin, overhead=config.overhead_s)
         self._records: dict[int, Record] = {}
         self._lengths = OutputLengths(self.config.output_quantile, self.config.initial_output)
         self._shares: deque[tuple[float, int, int]] = deque()
@@ -131,7 +148,7 @@ class SlosServeScheduler:
             sequence: The request.
         """
         found = self._sort(view, is_real=False)
-        record = record_of(sequence, self.config, zero_load_time(self._cost, sequence.prompt_len))
+        record = record_of(sequence, self.config, self._idle(sequence))
         if record.standing is Standing.BEST_EFFORT:
             return None
         return self._objection(view, found, [*found.new, (sequence, record)])
@@ -146,7 +163,7 @@ class SlosServeScheduler:
         for sequence in (*view.running, *view.waiting):
             record = records.get(sequence.seq_id)
             if record is None:
-                idle = zero_load_time(self._cost, sequence.prompt_len)
+                idle = self._idle(sequence)
                 record = record_of(sequence, self.config, idle)
                 if is_real:
                     records[sequence.seq_id] = record
@@ -291,7 +308,7 @@ class SlosServeScheduler:
             Item(
                 key=sequence.seq_id,
                 deadline=0.0 if sequence.is_decoding else max(0.0, record.deadline - view.now),
-                prefill=0 if sequence.is_decoding else sequence.num_uncomputed,
+                prefill=0 if sequence.is_decoding else _left(sequence),
                 pages=-(-(sequence.prompt_len + self._output(sequence, record)) // size),
                 tier=tiers.index(record.tau),
                 is_forced=place < len(everybody) - len(candidates),
@@ -306,11 +323,16 @@ class SlosServeScheduler:
         choice = choose(items, planner, free_pages=free, horizon_s=horizon)
         return set(choice.accepted) if choice is not None else set()
 
+    def _idle(self, sequence: SequenceView) -> float:
+        """Return the seconds to the first token on an idle server."""
+        cached = sequence.num_cached if not sequence.is_running else 0
+        return zero_load_time(self._cost, sequence.prompt_len, min(cached, sequence.prompt_len - 1))
+
     def _work(self, sequence: SequenceView) -> float:
         """Return the seconds of server time that a request asks for, roughly."""
         load = StepLoad(decodes=1, context=sequence.num_tokens)
         idle = self._cost.step_time(StepLoad())
-        prefill = zero_load_time(self._cost, max(1, sequence.num_uncomputed)) - idle
+        prefill = zero_load_time(self._cost, max(1, _left(sequence))) - idle
         record = self._records.get(sequence.seq_id)
         output = self._output(sequence, record) if record is not None else 1
         return prefill + output * (self._cost.step_time(load) - idle)
@@ -334,38 +356,52 @@ class SlosServeScheduler:
     ) -> int:
         """Count the pages that promised requests will hold at their ends."""
         size = view.page_size
-        return sum(
-            -(-(sequence.prompt_len + self._output(sequence, record)) // size)
-            for sequence, record in (*found.decodes, *found.prefills, *new)
+        outputs = self._outputs(found)
+        pages = sum(
+            -(-(one[0].prompt_len + output) // size)
+            for one, output in zip(found.decodes, outputs, strict=True)
         )
+        return pages + sum(
+            -(-(sequence.prompt_len + self._output(sequence, record)) // size)
+            for sequence, record in (*found.prefills, *new)
+        )
+
+    def _outputs(self, found: _Sorted) -> list[int]:
+        if found.outputs is None:
+            found.outputs = [self._output(sequence, record) for sequence, record in found.decodes]
+        return found.outputs
 
     def _prefill(self, one: tuple[SequenceView, Record]) -> Prefill:
         sequence, record = one
-        cached = 0 if sequence.is_running else sequence.num_cached
+        left = _left(sequence)
         return Prefill(
             record.deadline,
-            sequence.num_uncomputed - cached,
-            sequence.num_computed + cached,
+            left,
+            sequence.num_tokens - left,
             record.tau,
             self._output(sequence, record),
         )
 
-    def _decodes(self, found: _Sorted) -> Decodes:
+    def _decodes(self, found: _Sorted, *, with_left: bool = True) -> Decodes:
         if not found.decodes:
             return NO_DECODES
+        left = [0.0] * len(found.decodes)
+        if with_left:
+            outputs = self._outputs(found)
+            left = [
+                float(output - one[1].generated)
+                for one, output in zip(found.decodes, outputs, strict=True)
+            ]
         return Decodes(
             np.array(found.dues),
             np.array([record.tau for _, record in found.decodes]),
             np.array([float(sequence.num_computed) for sequence, _ in found.decodes]),
-            np.array([
-                float(self._output(sequence, record) - record.generated)
-                for sequence, record in found.decodes
-            ]),
+            np.array(left),
         )
 
     def _rejection(self, sequence: SequenceView, record: Record) -> Rejection:
         reason = self.declined.get(sequence.seq_id, "compute")
-        idle = zero_load_time(self._cost, sequence.prompt_len)
+        idle = self._idle(sequence)
         if idle > record.deadline - sequence.arrival:
             reason = "idle_server"
         target = (record.deadline - sequence.arrival) * 1000
@@ -379,12 +415,10 @@ class SlosServeScheduler:
 
     # Which tokens ------------------------------------------------------------------------------
 
-    def _compose(
-        self, view: ReplicaView, found: _Sorted, rejections: list[Rejection]
-    ) -> StepPlan:
+    def _compose(self, view: ReplicaView, found: _Sorted, rejections: list[Rejection]) -> StepPlan:
         """Form the next batch, fill it up with those without a promise, and find pages for it."""
         prefills = [self._prefill(one) for one in found.prefills]
-        decodes = self._decodes(found)
+        decodes = self._decodes(found, with_left=False)
         pace_s = pace_of(decodes.tau, prefills)
         longest = self.config.max_step_s or min(pace_s, _DEFAULT_STEP_S)
         batch = form(
@@ -413,13 +447,15 @@ class SlosServeScheduler:
         self._fill(view, found, batch, opened)
         if not opened.work and not opened.preempt and (found.others or found.prefills):
             self._force(found, opened)
-        work = self._speculate(view, found, batch, opened)
+        work = self._speculate(view, batch, opened)
         return StepPlan(
             work=tuple(work),
             admit=tuple(opened.admit),
             preempt=tuple(opened.preempt),
             reject=tuple(rejections),
-            holds_until=self._holds_until(view, found, batch, opened, pace_s),
+            holds_until=-math.inf
+            if any(item.num_draft for item in work)
+            else self._holds_until(view, found, batch, opened, pace_s),
         )
 
     def _holds_until(
@@ -430,7 +466,7 @@ class SlosServeScheduler:
             return -math.inf
         if len(opened.work) != len(view.running) or len(found.decodes) != len(view.running):
             return -math.inf
-        if any(item.num_draft for item in opened.work) or batch.load.prefill:
+        if batch.load.prefill:
             return -math.inf
         grown = batch.load._replace(context=2 * batch.load.context + 4096)
         at_ease = self._cost.step_time(grown) < min(pace_s, batch.horizon)
@@ -476,10 +512,9 @@ class SlosServeScheduler:
                 continue  # memory is short
             if not sequence.is_running and not self._may_admit(view, sequence, opened):
                 continue
-            past = sequence.num_computed
-            tokens = min(
-                sequence.num_uncomputed, room, self._cost.prefill_within(horizon, load, past)
-            )
+            left = _left(sequence)
+            past = sequence.num_tokens - left
+            tokens = min(left, room, self._cost.prefill_within(horizon, load, past))
             if tokens <= 0:
                 break
             if opened.give(sequence, tokens):
@@ -496,7 +531,7 @@ class SlosServeScheduler:
         """Let at least one go on where no batch would be short enough for anybody."""
         most = opened.view.max_num_batched_tokens
         for sequence, _ in (*found.decodes, *found.prefills, *found.others):
-            if opened.give(sequence, min(sequence.num_uncomputed, most)):
+            if opened.give(sequence, min(_left(sequence), most)):
                 return
         running = [s for s, _ in (*found.prefills, *found.others) if s.is_running]
         if len(running) > 1 or (running and not found.decodes):
@@ -518,9 +553,7 @@ class SlosServeScheduler:
         del now
         return self._given[0] < self.config.best_effort_share * self._given[1]
 
-    def _speculate(
-        self, view: ReplicaView, found: _Sorted, batch: Batch, opened: _Open
-    ) -> list[Work]:
+    def _speculate(self, view: ReplicaView, batch: Batch, opened: _Open) -> list[Work]:
         """Add draft tokens to a batch of decodes, as many as make tokens per second the most."""
         offered = {s.seq_id: s for s in view.running if s.num_draft and s.is_decoding}
         if not offered or any(item.seq_id not in offered for item in opened.work):

@@ -1,0 +1,1 @@
+"""One benchmark per system, each under the name of its room."""
