@@ -201,7 +201,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
                 guess = 1 / _work(cost, workload)
                 groups = [(r,) for r in READINGS] if policy.knows_reading else [READINGS]
                 for readings in groups:
-                    found.append(
+                    found.append(  # noqa: PERF401
                         Task(
                             machine=server, scenario=scenario, policy=policy.name,
                             readings=readings, count=args.requests * 11 // 10, seeds=args.seeds,

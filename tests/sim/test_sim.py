@@ -126,19 +126,19 @@ def _fields(request):
 def test_one_at_a_time_with_equal_service_is_the_queue_of_theory(load):
     """M/D/1: the mean wait is load / (2 (1 - load)) services (Pollaczek and Khinchine)."""
     cost = LinearCost(Plane(token=0.001))
-    arrivals = gamma_arrivals(40_000, seed=3)
+    arrivals = gamma_arrivals(15_000, seed=3)
     shape = Shape(prompt_len=100, output_len=1, ttft_slowdown=1, tpot_s=1, name="x")
     requests = Workload(name="md1", arrivals=arrivals, shapes=(shape,)).offer(
-        load * 10, 40_000, cost
+        load * 10, 15_000, cost
     )
     spec = ReplicaSpec(num_pages=1000, max_num_seqs=1)
     done, _ = serve(requests, spec, FcfsScheduler(mix=False), cost)
     waits = np.array([one.ttft - 0.1 for one in done])
-    realised = 0.1 * 40_000 / (requests[-1].arrival - requests[0].arrival)
+    realised = 0.1 * 15_000 / (requests[-1].arrival - requests[0].arrival)
     expected = 0.1 * realised / (2 * (1 - realised))
     oracle = _lindley([r.arrival for r in requests], 0.1)
     assert waits.mean() == pytest.approx(oracle.mean(), rel=1e-9)
-    assert waits.mean() == pytest.approx(expected, rel=0.06), "as near as 40,000 arrivals come"
+    assert waits.mean() == pytest.approx(expected, rel=0.08), "as near as so many arrivals come"
 
 
 def _lindley(arrivals, service):

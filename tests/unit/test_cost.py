@@ -223,7 +223,7 @@ def test_the_h100_table_has_its_published_spots(shared_data):
         StepLoad(decodes=64, context=64 * 1024).with_chunk(512): 15.5,
     }
     for load, ms in spots.items():
-        assert table.step_time(load) * 1000 == pytest.approx(ms, rel=0.02)
+        assert table.step_time(load) * 1000 == pytest.approx(ms, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -221,8 +221,8 @@ class LinearCost:
         read = context + past
         longest = 0.0
         for token, request, per_read, draft_step, base in self._rows:
-            rest = token * tokens + request * requests + draft_step * draft_steps + base
-            time = rest + per_read * read
+            rest = request * requests + draft_step * draft_steps + base
+            time = token * tokens + rest + per_read * read
             if time > longest:
                 longest = time
         return longest
@@ -235,7 +235,8 @@ class LinearCost:
         reads = range(read, read + count * decodes, decodes) if decodes else [read] * count
         columns: list[list[float]] = []
         for token, request, per_read, draft_step, base in self._rows:
-            rest = token * tokens + request * requests + draft_step * draft_steps + base
+            rest = request * requests + draft_step * draft_steps + base
+            rest = token * tokens + rest
             columns.append([rest + per_read * read for read in reads])
         if len(columns) == 1:
             return columns[0]
@@ -254,10 +255,23 @@ class LinearCost:
                 most = 0
             elif token > 0:
                 most = min(most, int(left / token))
+        if len(self._rows) == 1 and most < _MOST_TOKENS:
+            token, request, per_read, draft_step, base = self._rows[0]
+            rest = request * requests + draft_step * draft_steps + base
+            more = per_read * read
+            # In the order in which step_time adds up, so that both round alike.
+            if most and token * (tokens + most) + rest + more > seconds:
+                most -= 1
+            elif token * (tokens + most + 1) + rest + more <= seconds:
+                most += 1
+            is_exact = most == 0 or token * (tokens + most) + rest + more <= seconds
+            if is_exact and token * (tokens + most + 1) + rest + more > seconds:
+                return most
 
         def time(num_tokens: int) -> float:
             return max(
-                token * (tokens + num_tokens) + request * requests + draft_step * draft_steps + base
+                token * (tokens + num_tokens)
+                + (request * requests + draft_step * draft_steps + base)
                 + per_read * read
                 for token, request, per_read, draft_step, base in self._rows
             )  # fmt: skip

@@ -82,10 +82,12 @@ def choose(
     Returns:
         The set; None if not even the forced ones can be served.
     """
-    ordered = sorted(items, key=order)
-    zero = (0,) * len(planner.tiers)
+    ordered = sorted((item for item in items if not _decodes(item)), key=order)
+    first = count_tiers([item for item in items if _decodes(item)], planner)
+    if planner.plan(horizon_s, first) is None:
+        return None
     # cells[counts] holds the states whose last link is the item before; forced items end others.
-    cells: dict[tuple[int, ...], list[_State]] = {zero: [_State(0.0, 0, 0, 0.0, None, None)]}
+    cells: dict[tuple[int, ...], list[_State]] = {first: [_State(0.0, 0, 0, 0.0, None, None)]}
     for item in ordered:
         grown: dict[tuple[int, ...], list[_State]] = {}
         for counts, states in cells.items():
@@ -114,6 +116,19 @@ def choose(
     return Choice(
         accepted=tuple(reversed(accepted)), value=best.value, pages=best.pages, spare=best.spare
     )
+
+
+def count_tiers(items: Sequence[Item], planner: SegmentPlanner) -> tuple[int, ...]:
+    """Count items by tier."""
+    counts = [0] * len(planner.tiers)
+    for item in items:
+        counts[item.tier] += 1
+    return tuple(counts)
+
+
+def _decodes(item: Item) -> bool:
+    """Tell whether an item is a promised request past its prefill, which begins every chain."""
+    return item.is_forced and item.deadline <= 0 and not item.prefill
 
 
 def order(item: Item) -> tuple[float, bool, int]:

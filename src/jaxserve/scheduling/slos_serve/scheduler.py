@@ -26,8 +26,10 @@ from jaxserve.scheduling.slos_serve.promise import OutputLengths, Record, Standi
 from jaxserve.scheduling.slos_serve.segment import SegmentPlanner
 from jaxserve.scheduling.slos_serve.speculation import clamp, expected_tokens
 
-_RETRIED = 8
+_RETRIED = 4
 """Most requests without a promise that are considered anew in a step."""
+_TRIALS = 4
+"""Most requests that are tried one by one beyond those that the programme wants."""
 _WINDOW_S = 10.0
 _DEFAULT_STEP_S = 0.1
 _HOLDS_S = 1.0
@@ -257,8 +259,18 @@ class SlosServeScheduler:
         ordered = sorted(
             candidates, key=lambda one: (one[0].seq_id not in chosen, self._work(one[0]))
         )
-        promised: set[int] = set()
-        for one in ordered:
+        wanted = ordered[: len(chosen)]
+        low, high = 0, len(wanted) + 1 if len(wanted) > 1 else 1
+        trial = len(wanted)
+        while high - low > 1:  # mostly all of them at once
+            is_kept = self._objection(view, found, wanted[:trial]) is None
+            low, high = (trial, high) if is_kept else (low, trial)
+            trial = (low + high) // 2
+        found.prefills += wanted[:low]
+        promised = {one[0].seq_id for one in wanted[:low]}
+        for one in ordered[low + _TRIALS :]:
+            self.declined.setdefault(one[0].seq_id, "compute")
+        for one in ordered[low : low + _TRIALS]:
             reason = self._objection(view, found, [one])
             if reason is None:
                 found.prefills.append(one)
