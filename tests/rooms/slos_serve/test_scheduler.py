@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core.cost import PUBLISHED_COSTS, zero_load_time
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.plan import Route
 from jaxserve.core.request import Slo
-from jaxserve.core.view import ReplicaView, SequenceView
+from jaxserve.core.view import FleetView, ReplicaView, SequenceView
 from jaxserve.scheduling.fcfs import FcfsScheduler
-from jaxserve.scheduling.slos_serve import SlosServeConfig, SlosServeScheduler
+from jaxserve.scheduling.slos_serve import HandOffRouter, SlosServeConfig, SlosServeScheduler
+from jaxserve.scheduling.slos_serve.handoff import RoundRobinRouter
 from jaxserve.scheduling.slos_serve.promise import OutputLengths, Standing
 from jaxserve.sim.loop import simulate
 from jaxserve.sim.replica import Replica, ReplicaSpec
@@ -254,3 +257,42 @@ def test_lengths_are_guessed_from_those_that_ended():
         lengths.observe("a", 7)
     assert lengths.guess("a", 0, 1000) == 7
     assert lengths.guess("b", 0, 1000) == 256
+
+
+def fleet_of(requests, count, router_of, jump=True):
+    schedulers = [SlosServeScheduler(COST) for _ in range(count)]
+    fleet = [
+        Replica(SPEC, scheduler, COST, index=i, jump=jump) for i, scheduler in enumerate(schedulers)
+    ]
+    done = simulate(requests, fleet, router=router_of(schedulers), keep_times=True)
+    assert sorted(one.request.request_id for one in done) == [r.request_id for r in requests]
+    return done
+
+
+def test_a_fleet_of_one_is_a_single_server():
+    requests = stream(8, 60, rate=9.0)
+    alone = serve(requests, SlosServeScheduler(COST))
+    assert fleet_of(requests, 1, HandOffRouter) == alone
+    assert fleet_of(requests, 1, HandOffRouter, jump=False) == alone
+
+
+def test_hand_offs_keep_more_objectives_than_turns():
+    requests = stream(9, 90, rate=30.0, bursts=True)
+    turns = attainment(fleet_of(requests, 3, lambda _: RoundRobinRouter()), "tpot")
+    handed = attainment(fleet_of(requests, 3, HandOffRouter), "tpot")
+    least = attainment(fleet_of(requests, 3, lambda s: HandOffRouter(s, least_first=True)), "tpot")
+    assert min(handed, least) > turns
+
+
+def test_a_router_says_whether_and_why_not():
+    schedulers = [SlosServeScheduler(COST), SlosServeScheduler(COST)]
+    router = HandOffRouter(schedulers)
+    fleet = FleetView(now=0.0, replicas=(view_of(), view_of()))
+    assert router.place(waiting(1, 500), fleet) == Route(replica=0)
+    assert router.place(waiting(2, 500), fleet) == Route(replica=1)
+    hopeless = router.place(waiting(3, 5000, ttft_ms=50), fleet)
+    assert (hopeless.is_promised, hopeless.reason) == (False, "compute")
+    with pytest.raises(ConfigError, match="there are 2 replicas and 1 planners"):
+        HandOffRouter(schedulers[:1]).place(waiting(4, 5), fleet)
+    with pytest.raises(ConfigError, match="needs planners and at least one hop"):
+        HandOffRouter(schedulers, max_hops=0)

@@ -8,6 +8,7 @@ Source: SLOs-Serve (arXiv 2504.08784).
 """
 
 from jaxserve.scheduling.slos_serve.config import SlosServeConfig
+from jaxserve.scheduling.slos_serve.handoff import HandOffRouter
 from jaxserve.scheduling.slos_serve.scheduler import SlosServeScheduler
 
-__all__ = ["SlosServeConfig", "SlosServeScheduler"]
+__all__ = ["HandOffRouter", "SlosServeConfig", "SlosServeScheduler"]

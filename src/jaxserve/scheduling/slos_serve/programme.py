@@ -1,12 +1,12 @@
 """Which new requests to promise: a dynamic programme over prefill deadlines.
 
-The accepted requests form a chain in the order of their deadlines. On one machine whose token rate
-between two deadlines depends only on who decodes, a set of prefills is feasible if and only if it is
-in that order, and who decodes changes only at the links of the chain.
+The accepted requests form a chain in the order of their deadlines. On one machine whose token
+rate between two deadlines depends only on who decodes, a set of prefills is feasible if and only if
+it is in that order, and who decodes changes only at the links of the chain.
 
 Source: SLOs-Serve (arXiv 2504.08784), the admission programme.
-Differs: a larger spare budget dominates a smaller one, other things being equal; lists of states are
-    bounded.
+Differs: a larger spare budget dominates a smaller one, other things being equal; lists of states
+    are bounded.
 """
 
 from collections.abc import Sequence

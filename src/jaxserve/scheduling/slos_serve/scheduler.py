@@ -153,7 +153,8 @@ class SlosServeScheduler:
         record = record_of(sequence, self.config, self._idle(sequence))
         if record.standing is Standing.BEST_EFFORT:
             return None
-        return self._objection(view, found, [*found.new, (sequence, record)])
+        undecided = [one for one in found.new if one[1].standing is Standing.NEW]
+        return self._objection(view, found, [*undecided, (sequence, record)])
 
     # Who is there ------------------------------------------------------------------------------
 
