@@ -31,6 +31,10 @@ _RETRIED = 4
 _TRIALS = 4
 """Most requests that are tried one by one beyond those that the programme wants."""
 _WINDOW_S = 10.0
+_DEAREST = 8.0
+"""Multiple of the mean work at which prices begin to matter."""
+_SPARED = 0.03
+"""Share of the requests worth their work that find no room, where prices are at rest."""
 _DEFAULT_STEP_S = 0.1
 _HOLDS_S = 1.0
 
@@ -134,7 +138,8 @@ class SlosServeScheduler:
         self._lengths = OutputLengths(self.config.output_quantile, self.config.initial_output)
         self._shares: deque[tuple[float, int, int]] = deque()
         self._given = [0, 0]
-        self._price = 0.0
+        self._dearest = math.inf
+        self._mean_work = 0.0
 
     def plan(self, view: ReplicaView) -> StepPlan:
         """Answer one snapshot with one plan."""
@@ -254,7 +259,13 @@ class SlosServeScheduler:
         candidates: list[tuple[SequenceView, Record]],
     ) -> set[int]:
         """Choose whom to promise; everybody chosen joins `found.prefills`."""
-        candidates = [one for one in candidates if self._is_worth(view, one)]
+        if self.config.price_gain:
+            for one in candidates:
+                if one[1].standing is Standing.NEW:
+                    change = self._work(one[0]) - self._mean_work
+                    self._mean_work += change * (0.01 if self._mean_work else 1.0)
+            candidates = [one for one in candidates if self._is_worth(one)]
+        fresh = [one for one in candidates if one[1].standing is Standing.NEW]
         chosen = self._chosen(view, found, candidates) if len(candidates) > 1 else set()
         # Whom the programme wants comes first, then the others, those with little work before.
         ordered = sorted(
@@ -278,6 +289,7 @@ class SlosServeScheduler:
                 promised.add(one[0].seq_id)
             else:
                 self.declined[one[0].seq_id] = reason
+        self._price(len(fresh), sum(one[0].seq_id not in promised for one in fresh))
         return promised
 
     def _objection(
@@ -350,12 +362,26 @@ class SlosServeScheduler:
         output = self._output(sequence, record) if record is not None else 1
         return prefill + output * (self._cost.step_time(load) - idle)
 
-    def _is_worth(self, view: ReplicaView, one: tuple[SequenceView, Record]) -> bool:
-        """Tell whether a request can be promised anything at the present price of server time."""
-        del view
-        if not self._price:
-            return True
-        return self._price * self._work(one[0]) <= 1
+    def _is_worth(self, one: tuple[SequenceView, Record]) -> bool:
+        """Tell whether a request asks for little enough to be promised anything.
+
+        Where demand exceeds the server, one that asks for much costs several others their promise.
+        """
+        return self._work(one[0]) <= self._dearest
+
+    def _price(self, fresh: int, refused: int) -> None:
+        """Let the most that a request may ask for follow demand.
+
+        It falls with every new request that is worth its work and finds no room, and rises with
+        every new request, so that in the long run few of them find none.
+        """
+        gain = self.config.price_gain
+        if not gain:
+            return
+        if refused:
+            self._dearest = min(self._dearest, _DEAREST * self._mean_work)
+        self._dearest *= math.exp(gain * (_SPARED * fresh - refused))
+        self._dearest = max(self._dearest, self._mean_work)
 
     def _output(self, sequence: SequenceView, record: Record) -> int:
         limit = sequence.max_total_len - sequence.prompt_len
