@@ -6,11 +6,15 @@ every gap, for the mean gap). Output lengths are not known to any policy.
 
     python -m benchmarks.rooms.slos_serve            # everything; hours
     python -m benchmarks.rooms.slos_serve --quick    # two scenarios, few requests; minutes
+    python -m benchmarks.rooms.slos_serve --tables   # of what has been recorded before
+    python -m benchmarks.rooms.slos_serve --overhead # thread time of one decision of the planner
 """
 
 import argparse
+import json
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,8 +25,10 @@ import numpy as np
 
 from benchmarks.record import Recorder, table
 from benchmarks.rooms.scenarios import NAMES, TRACES, Machine, load, machine
-from jaxserve.core.cost import CostModel, StepLoad
+from jaxserve.core.cost import CostModel, LinearCost, StepLoad
 from jaxserve.core.protocols import Scheduler
+from jaxserve.core.request import Slo
+from jaxserve.core.view import ReplicaView, SequenceView
 from jaxserve.scheduling.baselines import (
     DeadlineHybridScheduler,
     DeadlineScheduler,
@@ -31,6 +37,10 @@ from jaxserve.scheduling.baselines import (
 )  # fmt: skip
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.scheduling.slos_serve import SlosServeConfig, SlosServeScheduler
+from jaxserve.scheduling.slos_serve.fast import admit_greedily
+from jaxserve.scheduling.slos_serve.programme import Item, choose
+from jaxserve.scheduling.slos_serve.segment import SegmentPlanner
+from jaxserve.sim.bounds import clairvoyant_share
 from jaxserve.sim.capacity import Capacity, CapacitySearch, geometric_mean
 from jaxserve.sim.loop import simulate
 from jaxserve.sim.replica import Replica
@@ -224,20 +234,54 @@ def _work(cost: CostModel, workload: Workload) -> float:
     return total / len(some)
 
 
-def report(results: Sequence[Result], recorder: Recorder) -> None:
-    """Print tables, and write every capacity and ratio."""
-    found: dict[tuple[str, str, str, Reading], Capacity] = {}
-    for result in results:
-        task = result.task
-        for reading, (budget, capacity) in result.found.items():
-            found[task.machine, task.scenario, task.policy, reading] = capacity
-            recorder.write(
-                "capacity", machine_model=task.machine, scenario=task.scenario,
-                policy=task.policy, reading=reading, level=LEVEL, requests_per_second=capacity.rate,
-                interval_95=[capacity.low, capacity.high], budget=budget, seeds=task.seeds,
-                requests=task.count, is_monotone=capacity.is_monotone, tried=capacity.tried,
-                seconds=result.seconds,
+type Found = dict[tuple[str, str, str, Reading], Capacity]
+
+
+def record(result: Result, recorder: Recorder, bounds: dict[tuple[str, str], float]) -> None:
+    """Write the capacities of one task, each beside the clairvoyant bound at its rate."""
+    task = result.task
+    for reading, (budget, capacity) in result.found.items():
+        recorder.write(
+            "capacity", machine_model=task.machine, scenario=task.scenario,
+            policy=task.policy, reading=reading, level=LEVEL, requests_per_second=capacity.rate,
+            interval_95=[capacity.low, capacity.high], budget=budget, seeds=task.seeds,
+            requests=task.count, is_monotone=capacity.is_monotone, tried=capacity.tried,
+            seconds=result.seconds, bound=bounds.get((task.machine, task.scenario)),
+        )  # fmt: skip
+
+
+def recorded(path: Path) -> Found:
+    """Read capacities back; the last line of a kind counts."""
+    found: Found = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if row["what"] == "capacity":
+            low, high = row["interval_95"]
+            key = (row["machine_model"], row["scenario"], row["policy"], row["reading"])
+            found[key] = Capacity(
+                rate=row["requests_per_second"], low=low, high=high, tried=(),
+                is_monotone=row["is_monotone"],
             )  # fmt: skip
+    return found
+
+
+def clairvoyant(task: Task) -> float | None:
+    """Return an upper bound of the capacity of any policy; None where costs do not add up."""
+    server = machine(task.machine, task.traces)
+    if not isinstance(server.cost, LinearCost):
+        return None
+    workload, cost = load(task.scenario, task.traces), server.cost
+    low, high = task.guess / 4, task.guess * 16
+    while high / low > 1.03:
+        middle = math.sqrt(low * high)
+        requests = workload.offer(middle, task.count, cost)
+        share = clairvoyant_share(requests, cost)
+        low, high = (middle, high) if share >= LEVEL else (low, middle)
+    return math.sqrt(low * high)
+
+
+def report(found: Found, recorder: Recorder) -> None:
+    """Print tables, and write the ratios."""
     machines = list(dict.fromkeys(key[0] for key in found))
     names = list(dict.fromkeys(key[2] for key in found))
     for server in machines:
@@ -295,10 +339,78 @@ def _ratios(
         )  # fmt: skip
 
 
+def overhead(recorder: Recorder, repeats: int = 200) -> None:
+    """Time the planner's decisions on random states: 64 promised requests and some new ones."""
+    cost = machine("a100").cost
+    for name, num_new in (("programme", 8), ("fast_admission", 8), ("fast_admission", 32)):
+        samples: list[float] = []
+        for seed in range(repeats):
+            rng = random.Random(seed)
+            items = [
+                Item(key=i, deadline=0.0, prefill=0, pages=0, tier=rng.randrange(2), is_forced=True)
+                for i in range(64)
+            ] + [
+                Item(
+                    key=100 + i, deadline=rng.uniform(0.2, 1.5), prefill=rng.randint(50, 3000),
+                    pages=100, tier=rng.randrange(2),
+                ) for i in range(num_new)
+            ]  # fmt: skip
+            began = time.thread_time()
+            planner = SegmentPlanner(cost, (0.05, 0.1), mean_context=1500, max_step_s=0.05)
+            (choose if name == "programme" else admit_greedily)(items, planner, free_pages=9000)
+            samples.append(1000 * (time.thread_time() - began))
+        _told(recorder, f"{name}, {num_new} new", samples)
+    samples = [_plan_ms(seed, cost) for seed in range(repeats)]
+    _told(recorder, "plan, 64 running and 8 new", samples)
+
+
+def _told(recorder: Recorder, what: str, samples: Sequence[float]) -> None:
+    p50, p99 = (float(np.quantile(samples, q)) for q in (0.5, 0.99))
+    print(f"{what}: {p50:.2f} ms (p99 {p99:.2f})")
+    recorder.write("overhead", part=what, p50_ms=p50, p99_ms=p99, repeats=len(samples))
+
+
+def _plan_ms(seed: int, cost: CostModel) -> float:
+    """Return the thread time of a whole plan in which eight requests arrive at once."""
+    rng = random.Random(seed)
+    running: list[SequenceView] = []
+    for i in range(64):
+        prompt, made = rng.randint(50, 3000), rng.randint(1, 200)
+        running.append(
+            SequenceView(
+                seq_id=i, arrival=-0.06 * made - 0.3, priority=0, prompt_len=prompt,
+                num_tokens=prompt + made, num_computed=prompt + made - 1,
+                max_total_len=prompt + 1000, num_pages=-(-(prompt + made) // 16), is_running=True,
+                is_decoding=True, slo=Slo(ttft_ms=400, tpot_ms=rng.choice([50, 100])),
+                first_token_time=-0.06 * made,
+            )
+        )  # fmt: skip
+    new = [
+        SequenceView(
+            seq_id=100 + i, arrival=0.0, priority=0, prompt_len=prompt, num_tokens=prompt,
+            num_computed=0, max_total_len=prompt + 1000, num_pages=0, is_running=False,
+            slo=Slo(ttft_ms=rng.uniform(200, 1500), tpot_ms=rng.choice([50, 100])),
+        ) for i, prompt in enumerate(rng.randint(50, 3000) for _ in range(8))
+    ]  # fmt: skip
+    view = ReplicaView(
+        now=0.0, running=tuple(running), waiting=(), num_pages=22_000, page_size=16,
+        num_free_pages=22_000 - sum(s.num_pages for s in running), max_num_seqs=256,
+        max_num_batched_tokens=8192,
+    )  # fmt: skip
+    scheduler = SlosServeScheduler(cost)
+    scheduler.adopt(view)
+    began = time.thread_time()
+    scheduler.plan(replace(view, waiting=tuple(new)))
+    return 1000 * (time.thread_time() - began)
+
+
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two scenarios, 400 requests, 1 seed")
+    parser.add_argument("--tables", action="store_true", help="print what has been recorded")
+    parser.add_argument("--overhead", action="store_true", help="time decisions of the planner")
+    parser.add_argument("--bounds", action="store_true", help="compute clairvoyant bounds as well")
     parser.add_argument("--machines", nargs="+", default=["a100", "h100"], choices=["a100", "h100"])
     parser.add_argument("--scenarios", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--policies", nargs="+", default=[], help="only these")
@@ -314,17 +426,34 @@ def main() -> None:
         args.requests, args.seeds = 400, 1
         args.policies = args.policies or ["fcfs", "chunked_fcfs_2048", "deadline_hybrid", PLANNER]
     recorder = Recorder("slos_serve_quick" if args.quick else "slos_serve")
-    results: list[Result] = []
+    if args.overhead:
+        overhead(recorder)
+        return
+    if args.tables:
+        report(recorded(recorder.path), recorder)
+        return
+    todo = tasks(args)
+    bounds: dict[tuple[str, str], float] = {}
+    if args.bounds:
+        for task in {(one.machine, one.scenario): one for one in todo}.values():
+            bound = clairvoyant(task)
+            if bound is not None:
+                bounds[task.machine, task.scenario] = bound
+                print(f"{task.machine} {task.scenario}: nobody can do more than {bound:.2f}")
+    found: Found = {}
     with ProcessPoolExecutor(args.jobs) as pool:
-        for result in pool.map(measure, tasks(args)):
-            results.append(result)
+        for result in pool.map(measure, todo):
+            record(result, recorder, bounds)
+            for reading, (_, capacity) in result.found.items():
+                key = (result.task.machine, result.task.scenario, result.task.policy, reading)
+                found[key] = capacity
             task = result.task
             rates = ", ".join(f"{r} {c.rate:.2f}" for r, (_, c) in result.found.items())
             print(
                 f"{task.machine} {task.scenario} {task.policy}: {rates} ({result.seconds:.0f} s)",
                 flush=True,
             )
-    report(results, recorder)
+    report(found, recorder)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ class SlosServeConfig:
         pace: How the target per token is read.
         margin: Share by which predicted times are raised before anything is promised.
         overhead_s: Seconds of the host per step, added to predicted times.
-        max_step_s: Longest step in seconds; whoever arrives waits for the step under way. None is
-            the tightest target per token of those being served.
+        max_step_s: Longest step in seconds; whoever arrives waits for the step under way. None
+            follows the targets of the first token.
+        step_share: Without `max_step_s`: longest step as a share of a short target of the first
+            token, that of the shortest fifth of the latest requests.
         horizon_s: How long decodes alone must be sustainable, in the programme (the paper's H).
         max_candidates: New requests up to which the programme chooses; beyond, fast admission.
         max_tiers: Distinct targets per token up to which the programme chooses.
@@ -40,6 +42,7 @@ class SlosServeConfig:
     margin: float = 0.05
     overhead_s: float = 0.0
     max_step_s: float | None = None
+    step_share: float = 0.5
     horizon_s: float = 1.0
     max_candidates: int = 16
     max_tiers: int = 3
@@ -56,6 +59,7 @@ class SlosServeConfig:
         for name, low, high in (
             ("margin", 0.0, 1.0),
             ("overhead_s", 0.0, 10.0),
+            ("step_share", 0.01, 10.0),
             ("horizon_s", 1e-3, 100.0),
             ("max_candidates", 1, 64),
             ("max_tiers", 1, 8),

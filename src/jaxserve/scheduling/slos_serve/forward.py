@@ -195,7 +195,7 @@ def certify(
     cost: CostModel,
     *,
     pace: Pace,
-    max_step_s: float | None,
+    max_step_s: float,
     max_tokens: int,
 ) -> DeclineReason | None:
     """Tell whether every deadline can be kept, by forming the batches until all prompts are done.
@@ -206,7 +206,7 @@ def certify(
         prefills: Promised prompts and new ones.
         cost: Times of steps, with their margin.
         pace: How the target per token is read.
-        max_step_s: Longest batch; None is the tightest target per token.
+        max_step_s: Longest batch.
         max_tokens: Most tokens in a batch.
 
     Returns:
@@ -215,13 +215,12 @@ def certify(
     due, tau, context, left = (np.array(part, float) for part in decodes)
     waiting = sorted(prefills)
     pace_s = pace_of(tau, waiting)
-    longest = pace_s if max_step_s is None else max_step_s
     if _is_hopeless(now, waiting, cost):
         return "compute"
     while waiting:
         state = Decodes(due, tau, context, left)
         batch = form(
-            now, state, waiting, cost, pace_s=pace_s, max_step_s=longest, max_tokens=max_tokens
+            now, state, waiting, cost, pace_s=pace_s, max_step_s=max_step_s, max_tokens=max_tokens
         )
         if batch.is_late or not batch.load.tokens:
             return "compute"

@@ -36,6 +36,9 @@ _DEAREST = 8.0
 _SPARED = 0.03
 """Share of the requests worth their work that find no room, where prices are at rest."""
 _DEFAULT_STEP_S = 0.1
+_SHORTEST_STEP_S = 0.01
+_TARGETS = 64
+"""Latest targets of the first token that are remembered."""
 _HOLDS_S = 1.0
 
 
@@ -138,6 +141,8 @@ class SlosServeScheduler:
         self._lengths = OutputLengths(self.config.output_quantile, self.config.initial_output)
         self._shares: deque[tuple[float, int, int]] = deque()
         self._given = [0, 0]
+        self._targets: deque[float] = deque(maxlen=_TARGETS)
+        self._step_s: float | None = None
         self._dearest = math.inf
         self._mean_work = 0.0
 
@@ -146,6 +151,13 @@ class SlosServeScheduler:
         found = self._sort(view)
         rejections = self._decide(view, found) if found.new else []
         return self._compose(view, found, rejections)
+
+    def adopt(self, view: ReplicaView) -> None:
+        """Promise everybody who is running their objectives, as when a planner is exchanged."""
+        found = self._sort(view)
+        for sequence, record in (*found.new, *found.others):
+            if sequence.is_running and record.deadline < math.inf:
+                record.standing, record.has_missed = Standing.PROMISED, False
 
     def would_admit(self, view: ReplicaView, sequence: SequenceView) -> DeclineReason | None:
         """Tell why a request that is not here could not be promised anything; None if it could.
@@ -175,6 +187,9 @@ class SlosServeScheduler:
                 record = record_of(sequence, self.config, idle)
                 if is_real:
                     records[sequence.seq_id] = record
+                    if record.deadline < math.inf:
+                        self._targets.append(record.deadline - sequence.arrival)
+                        self._step_s = None
             generated = sequence.num_tokens - sequence.prompt_len
             if generated != record.generated:
                 record.generated = generated
@@ -307,9 +322,21 @@ class SlosServeScheduler:
             prefills,
             self._cost,
             pace=self.config.pace,
-            max_step_s=self.config.max_step_s,
+            max_step_s=self._longest_step(),
             max_tokens=view.max_num_batched_tokens,
         )
+
+    def _longest_step(self) -> float:
+        """Return the longest step, so that those who come during one can still be served in time."""
+        if self.config.max_step_s is not None:
+            return self.config.max_step_s
+        targets = self._targets
+        if not targets:
+            return _DEFAULT_STEP_S
+        if self._step_s is None:
+            short = sorted(targets)[len(targets) // 5]
+            self._step_s = max(_SHORTEST_STEP_S, self.config.step_share * short)
+        return self._step_s
 
     def _chosen(
         self,
@@ -325,7 +352,7 @@ class SlosServeScheduler:
             self._cost,
             tiers,
             mean_context=context,
-            max_step_s=self.config.max_step_s or tiers[0],
+            max_step_s=self._longest_step(),
             max_tokens=view.max_num_batched_tokens,
         )
         size = view.page_size
@@ -459,14 +486,13 @@ class SlosServeScheduler:
         prefills = [self._prefill(one) for one in found.prefills]
         decodes = self._decodes(found, with_left=False)
         pace_s = pace_of(decodes.tau, prefills)
-        longest = self.config.max_step_s or min(pace_s, _DEFAULT_STEP_S)
         batch = form(
             view.now,
             decodes,
             prefills,
             self._cost,
             pace_s=pace_s,
-            max_step_s=longest,
+            max_step_s=self._longest_step(),
             max_tokens=view.max_num_batched_tokens,
         )
         self.num_fallbacks += batch.is_late
