@@ -7,8 +7,8 @@ from typing import Literal
 from jaxserve.core.errors import ConfigError
 
 Pace = Literal["tpot", "tpot_gap", "tpot_mean"]
-"""How the target per token is read: as deadlines that early tokens bank for, as a bound of every gap,
-or as a bound of the mean gap."""
+"""How the target per token is read: as deadlines that early tokens bank for, as a bound of every
+gap, or as a bound of the mean gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

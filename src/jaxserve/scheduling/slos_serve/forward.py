@@ -1,8 +1,8 @@
 """The rule by which batches are formed, and the proof by simulation that a promise can be kept.
 
 One rule serves both: `form` chooses the next batch, and `certify` applies it until every promised
-prompt is done, and looks at the decodes that then remain. With an exact cost model what is certified
-is what happens, unless somebody else is promised something, which is certified in turn.
+prompt is done, and looks at the decodes that then remain. With an exact cost model what is
+certified is what happens, unless somebody else is promised something, which is certified in turn.
 
 The rule: a batch ends when the next token is due, at the latest. It holds the decodes whose token
 would be late if they were left out, prompts by deadline, and then whoever else decodes.
@@ -275,8 +275,8 @@ def _sustain(
     """Tell whether decodes alone keep their pace until they end, though their contexts grow.
 
     In a batch as long as the tightest target each tier decodes a share of its requests. The number
-    of requests only falls, so that only those times matter at which the contexts together are longer
-    than ever before; they grow until somebody ends.
+    of requests only falls, so that only those times matter at which the contexts together are
+    longer than ever before; they grow until somebody ends.
     """
     count = len(decodes.due)
     if not count:

@@ -181,15 +181,7 @@ class SlosServeScheduler:
         found = _Sorted()
         seen = len(view.running) + len(view.waiting)
         for sequence in (*view.running, *view.waiting):
-            record = records.get(sequence.seq_id)
-            if record is None:
-                idle = self._idle(sequence)
-                record = record_of(sequence, self.config, idle)
-                if is_real:
-                    records[sequence.seq_id] = record
-                    if record.deadline < math.inf:
-                        self._targets.append(record.deadline - sequence.arrival)
-                        self._step_s = None
+            record = records.get(sequence.seq_id) or self._meet(sequence, is_real=is_real)
             generated = sequence.num_tokens - sequence.prompt_len
             if generated != record.generated:
                 record.generated = generated
@@ -225,6 +217,16 @@ class SlosServeScheduler:
         found.prefills.sort(key=lambda one: (one[1].deadline, one[0].seq_id))
         found.new.sort(key=lambda one: (one[1].deadline, one[0].seq_id))
         return found
+
+    def _meet(self, sequence: SequenceView, *, is_real: bool) -> Record:
+        """Read the objectives of a request, and remember it if it is here to stay."""
+        record = record_of(sequence, self.config, self._idle(sequence))
+        if is_real:
+            self._records[sequence.seq_id] = record
+            if record.deadline < math.inf:
+                self._targets.append(record.deadline - sequence.arrival)
+                self._step_s = None
+        return record
 
     def _forget(self, view: ReplicaView) -> None:
         """Drop the records of those that are gone, and learn from their lengths."""
@@ -327,7 +329,7 @@ class SlosServeScheduler:
         )
 
     def _longest_step(self) -> float:
-        """Return the longest step, so that those who come during one can still be served in time."""
+        """Return the longest step: those who come during one must still be served in time."""
         if self.config.max_step_s is not None:
             return self.config.max_step_s
         targets = self._targets
