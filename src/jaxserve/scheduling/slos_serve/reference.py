@@ -36,7 +36,7 @@ def serve_chain(
 def choose_exhaustively(
     items: Sequence[Item], planner: SegmentPlanner, *, free_pages: int, horizon_s: float = 1.0
 ) -> Choice | None:
-    """Answer as `programme.choose` does, by trying every subset; exponential in the new requests."""
+    """Answer as `programme.choose` does by trying every subset; exponential in new requests."""
     forced = [item for item in items if item.is_forced]
     new = sorted((item for item in items if not item.is_forced), key=order)
     best: Choice | None = None

@@ -1,8 +1,9 @@
 """How many draft tokens each tier gets per step.
 
-Source: SLOs-Serve (arXiv 2504.08784), speculation lengths per tier: with the chance `alpha` that a
-    draft token is right, a round that verifies s tokens in all yields `(1 - alpha**s) / (1 - alpha)`
-    on average.
+Source: SLOs-Serve (arXiv 2504.08784), speculation lengths per tier: with the chance `alpha` that
+    a draft token is right, a round that verifies s tokens in all yields
+    `(1 - alpha**s) / (1 - alpha)` on average.
+Differs: a round may last as long as its mean yield allows, not only as whole tokens do.
 """
 
 import math
