@@ -209,7 +209,8 @@ def tasks(args: argparse.Namespace) -> list[Task]:
                 if args.policies and policy.name not in args.policies:
                     continue
                 guess = 1 / _work(cost, workload)
-                groups = [(r,) for r in READINGS] if policy.knows_reading else [READINGS]
+                wanted = tuple(args.readings)
+                groups = [(r,) for r in wanted] if policy.knows_reading else [wanted]
                 for readings in groups:
                     found.append(  # noqa: PERF401
                         Task(
@@ -414,6 +415,7 @@ def main() -> None:
     parser.add_argument("--machines", nargs="+", default=["a100", "h100"], choices=["a100", "h100"])
     parser.add_argument("--scenarios", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--policies", nargs="+", default=[], help="only these")
+    parser.add_argument("--readings", nargs="+", default=list(READINGS), choices=READINGS)
     parser.add_argument("--requests", type=int, default=2000, help="judged, per seed and rate")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))

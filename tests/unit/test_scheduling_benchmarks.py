@@ -95,8 +95,9 @@ def test_the_scenarios_are_those_of_the_traces(shared_data):
         found = scenarios.load(name, traces)
         assert len(found.shapes) > 1000
     args = argparse.Namespace(
-        machines=["a100"], scenarios=["chatbot"], policies=[], traces=traces, requests=10, seeds=1
-    )
+        machines=["a100"], scenarios=["chatbot"], policies=[], traces=traces, requests=10, seeds=1,
+        readings=slos_serve.READINGS,
+    )  # fmt: skip
     tasks = slos_serve.tasks(args)
     names = {task.policy for task in tasks}
     assert len(names) == 9

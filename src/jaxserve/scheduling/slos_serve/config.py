@@ -22,7 +22,8 @@ class SlosServeConfig:
         max_step_s: Longest step in seconds; whoever arrives waits for the step under way. None
             follows the targets of the first token.
         step_share: Without `max_step_s`: longest step as a share of a short target of the first
-            token, that of the shortest fifth of the latest requests.
+            token, that of the shortest fifth of the latest requests; twice that where every gap
+            counts.
         horizon_s: How long decodes alone must be sustainable, in the programme (the paper's H).
         max_candidates: New requests up to which the programme chooses; beyond, fast admission.
         max_tiers: Distinct targets per token up to which the programme chooses.

@@ -337,7 +337,9 @@ class SlosServeScheduler:
             return _DEFAULT_STEP_S
         if self._step_s is None:
             short = sorted(targets)[len(targets) // 5]
-            self._step_s = max(_SHORTEST_STEP_S, self.config.step_share * short)
+            # Where every gap counts, decodes end steps early enough, and short ones waste time.
+            share = self.config.step_share * (2 if self.config.pace == "tpot_gap" else 1)
+            self._step_s = max(_SHORTEST_STEP_S, share * short)
         return self._step_s
 
     def _chosen(
