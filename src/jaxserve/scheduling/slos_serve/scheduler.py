@@ -62,6 +62,7 @@ class _Sorted:
         prefills: Promised ones with a prompt to compute, by deadline.
         new: Ones to decide about.
         others: Those without a promise, in the order in which they are served.
+        expired: New ones whose deadline passed during the step in which they came.
         outputs: Output tokens to reckon with for each of `decodes`, once they are known.
     """
 
@@ -70,6 +71,7 @@ class _Sorted:
     prefills: list[tuple[SequenceView, Record]] = field(default_factory=list)
     new: list[tuple[SequenceView, Record]] = field(default_factory=list)
     others: list[tuple[SequenceView, Record]] = field(default_factory=list)
+    expired: list[tuple[SequenceView, Record]] = field(default_factory=list)
     outputs: list[int] | None = None
 
 
@@ -142,14 +144,16 @@ class SlosServeScheduler:
         self._shares: deque[tuple[float, int, int]] = deque()
         self._given = [0, 0]
         self._targets: deque[float] = deque(maxlen=_TARGETS)
-        self._step_s: float | None = None
+        self._longest_step_s = self.config.max_step_s or _DEFAULT_STEP_S
         self._dearest = math.inf
         self._mean_work = 0.0
 
     def plan(self, view: ReplicaView) -> StepPlan:
         """Answer one snapshot with one plan."""
         found = self._sort(view)
-        rejections = self._decide(view, found) if found.new else []
+        if found.new:
+            self._follow_targets(found)
+        rejections = self._decide(view, found) if found.new or found.expired else []
         return self._compose(view, found, rejections)
 
     def adopt(self, view: ReplicaView) -> None:
@@ -210,7 +214,9 @@ class SlosServeScheduler:
                     found.new.append((sequence, record))
                     continue
                 record.has_missed = True
-                record.standing = Standing.BEST_EFFORT
+                if standing is Standing.NEW:
+                    found.expired.append((sequence, record))
+                    continue
             found.others.append((sequence, record))
         if is_real and len(records) > seen:
             self._forget(view)
@@ -225,7 +231,6 @@ class SlosServeScheduler:
             self._records[sequence.seq_id] = record
             if record.deadline < math.inf:
                 self._targets.append(record.deadline - sequence.arrival)
-                self._step_s = None
         return record
 
     def _forget(self, view: ReplicaView) -> None:
@@ -248,7 +253,9 @@ class SlosServeScheduler:
         candidates = [*fresh[:limit], *retried[:_RETRIED]]
         rejections: list[Rejection] = []
         promised = self._propose(view, found, candidates)
-        for sequence, record in found.new:
+        for sequence, _ in found.expired:
+            self.declined[sequence.seq_id] = "expired"
+        for sequence, record in (*found.new, *found.expired):
             if sequence.seq_id in promised:
                 record.standing = Standing.PROMISED
                 self.declined.pop(sequence.seq_id, None)
@@ -324,23 +331,26 @@ class SlosServeScheduler:
             prefills,
             self._cost,
             pace=self.config.pace,
-            max_step_s=self._longest_step(),
+            max_step_s=self._longest_step_s,
             max_tokens=view.max_num_batched_tokens,
         )
 
-    def _longest_step(self) -> float:
-        """Return the longest step: those who come during one must still be served in time."""
-        if self.config.max_step_s is not None:
-            return self.config.max_step_s
+    def _follow_targets(self, found: _Sorted) -> None:
+        """Fit the longest step to the targets of the first token of the latest requests.
+
+        Whoever comes during a step must still be served in time. Promises have been certified with
+        the steps of their time, so that nothing changes while prompts are promised.
+        """
         targets = self._targets
-        if not targets:
-            return _DEFAULT_STEP_S
-        if self._step_s is None:
-            short = sorted(targets)[len(targets) // 5]
-            # Where every gap counts, decodes end steps early enough, and short ones waste time.
-            share = self.config.step_share * (2 if self.config.pace == "tpot_gap" else 1)
-            self._step_s = max(_SHORTEST_STEP_S, share * short)
-        return self._step_s
+        if self.config.max_step_s is not None or not targets or found.prefills:
+            return
+        short = sorted(targets)[len(targets) // 5]
+        # Where every gap counts, decodes end steps early enough, and short ones waste time.
+        share = self.config.step_share * (2 if self.config.pace == "tpot_gap" else 1)
+        longest = max(_SHORTEST_STEP_S, share * short)
+        # The first few targets say little about those to come.
+        is_known = len(targets) >= _TARGETS // 4
+        self._longest_step_s = longest if is_known else min(longest, _DEFAULT_STEP_S)
 
     def _chosen(
         self,
@@ -356,7 +366,7 @@ class SlosServeScheduler:
             self._cost,
             tiers,
             mean_context=context,
-            max_step_s=self._longest_step(),
+            max_step_s=self._longest_step_s,
             max_tokens=view.max_num_batched_tokens,
         )
         size = view.page_size
@@ -496,7 +506,7 @@ class SlosServeScheduler:
             prefills,
             self._cost,
             pace_s=pace_s,
-            max_step_s=self._longest_step(),
+            max_step_s=self._longest_step_s,
             max_tokens=view.max_num_batched_tokens,
         )
         self.num_fallbacks += batch.is_late
