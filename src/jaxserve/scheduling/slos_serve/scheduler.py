@@ -36,7 +36,6 @@ _DEAREST = 8.0
 _SPARED = 0.03
 """Share of the requests worth their work that find no room, where prices are at rest."""
 _DEFAULT_STEP_S = 0.1
-_SHORTEST_STEP_S = 0.01
 _TARGETS = 64
 """Latest targets of the first token that are remembered."""
 _HOLDS_S = 1.0
@@ -347,7 +346,9 @@ class SlosServeScheduler:
         short = sorted(targets)[len(targets) // 5]
         # Where every gap counts, decodes end steps early enough, and short ones waste time.
         share = self.config.step_share * (2 if self.config.pace == "tpot_gap" else 1)
-        longest = max(_SHORTEST_STEP_S, share * short)
+        # A step that is mostly the cost of any step, however little it holds, serves nobody.
+        worthwhile = 2 * self._cost.step_time(StepLoad(decodes=1, context=1))
+        longest = max(worthwhile, share * short)
         # The first few targets say little about those to come.
         is_known = len(targets) >= _TARGETS // 4
         self._longest_step_s = longest if is_known else min(longest, _DEFAULT_STEP_S)
