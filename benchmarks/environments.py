@@ -1,8 +1,9 @@
 """Virtual environments of programs that jaxserve is tried with: one each, pinned, made once.
 
 What an environment holds is written in `pins/NAME.in`, exact versions in `pins/NAME.txt`, which
-`scripts/pin` resolves. The environments lie below `build/environments`, or below the folder that
-ENVIRONMENTS names, and are made again when their pins change.
+`scripts/pin` resolves. Where the former begins with `# no-deps`, dependencies are left out. The
+environments lie below `build/environments`, or below the folder that ENVIRONMENTS names, and are
+made again when their pins change.
 """
 
 import hashlib
@@ -48,6 +49,8 @@ def python_of(name: str, *, folder: Path | None = None) -> Path:
     uv = str(ROOT / "scripts" / "uv")
     _install([uv, "venv", "--quiet", "--python", sys.executable, str(home)], name)
     packages = ["--python", str(python), "--requirement", str(pins)]
+    if (PINS / f"{name}.in").read_text().startswith("# no-deps"):
+        packages.append("--no-deps")
     _install([uv, "pip", "install", "--quiet", "--compile-bytecode", *packages], name)
     stamp.write_text(wanted)
     return python

@@ -1,6 +1,8 @@
 """What policies answer."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,28 @@ class Work:
     num_draft: int = 0
 
 
+DeclineReason = Literal["compute", "memory", "idle_server", "expired"]
+"""Why objectives cannot be promised: others need the time, or the pages; not even an idle server
+could keep them; or they have been missed already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """A waiting sequence that is refused, as it asked to be if its objectives cannot be kept.
+
+    Attributes:
+        seq_id: The sequence.
+        reason: What stands against it.
+        objective: The objective that would be missed, such as "ttft_ms".
+        detail: One sentence with figures.
+    """
+
+    seq_id: int
+    reason: DeclineReason
+    objective: str
+    detail: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """One turn of the engine.
@@ -27,13 +51,33 @@ class StepPlan:
         work: What runs, running sequences and newly admitted ones alike.
         admit: Waiting sequences that get a row, in this order; each also appears in `work`.
         preempt: Running sequences that lose row and pages and wait to be recomputed.
+        reject: Waiting sequences that are refused.
+        holds_until: Clock time in seconds up to which every step that begins would get the same
+            plan, unless somebody arrives, leaves or ends, or pages run out. The default is never.
     """
 
     work: tuple[Work, ...] = ()
     admit: tuple[int, ...] = ()
     preempt: tuple[int, ...] = ()
+    reject: tuple[Rejection, ...] = ()
+    holds_until: float = -math.inf
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the step, drafts included."""
         return sum(item.num_tokens + item.num_draft for item in self.work)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where a request goes.
+
+    Attributes:
+        replica: Position in the fleet's view.
+        is_promised: Whether that replica can keep its objectives, as far as the router knows.
+        reason: Why no replica can, if none can.
+    """
+
+    replica: int
+    is_promised: bool = True
+    reason: DeclineReason | None = None

@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
-from jaxserve.core.plan import StepPlan
-from jaxserve.core.view import ReplicaView
+from jaxserve.core.plan import Route, StepPlan
+from jaxserve.core.view import FleetView, ReplicaView, SequenceView
 
 
 class Clock(Protocol):
@@ -29,4 +29,12 @@ class Scheduler(Protocol):
         Running sequences use at most `max_loras` different adapters; whoever is admitted beyond
         that goes on waiting.
         """
+        ...
+
+
+class Router(Protocol):
+    """Decides which engine of a fleet a new request goes to; no clock, no device."""
+
+    def place(self, sequence: SequenceView, fleet: FleetView) -> Route:
+        """Choose a replica for a request that has just arrived."""
         ...

@@ -84,3 +84,16 @@ class ReplicaView:
     adapters: frozenset[str] = frozenset()
     max_loras: int = 0
     draft_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetView:
+    """Several engines, as a router sees them.
+
+    Attributes:
+        now: Clock time in seconds.
+        replicas: Each as of the end of the step that it is at; its `now` is when that will be.
+    """
+
+    now: float
+    replicas: tuple[ReplicaView, ...]

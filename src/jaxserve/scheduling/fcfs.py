@@ -5,6 +5,7 @@ Where nothing but decodes runs, what is left of the budget goes to draft tokens 
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,8 +97,18 @@ class FcfsScheduler:
         if any(s.num_draft for s in decodes):
             self._draft(view, {s.seq_id: s for s in decodes}, budget)
         return StepPlan(
-            work=tuple(budget.work), admit=tuple(budget.admit), preempt=tuple(budget.preempt)
+            work=tuple(budget.work),
+            admit=tuple(budget.admit),
+            preempt=tuple(budget.preempt),
+            holds_until=math.inf if self._repeats(view, decodes, budget) else -math.inf,
         )
+
+    def _repeats(self, view: ReplicaView, decodes: list[SequenceView], budget: _Budget) -> bool:
+        """Tell whether everybody decodes and nobody can come in, so that the plan stays."""
+        is_closed = not view.waiting or len(view.running) >= view.max_num_seqs
+        is_plain = not budget.admit and not budget.preempt and self._ageing_s is None
+        everybody = 0 < len(budget.work) == len(decodes) == len(view.running)
+        return is_closed and is_plain and everybody and not any(s.num_draft for s in decodes)
 
     def _draft(self, view: ReplicaView, decodes: dict[int, SequenceView], budget: _Budget) -> None:
         """Add draft tokens to a step of decodes, so that it brings the most tokens per time.

@@ -1,0 +1,665 @@
+"""The token planner: who is promised what, and which tokens run next."""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from jaxserve.core.cost import CostModel, StepLoad, safe_cost, zero_load_time
+from jaxserve.core.plan import DeclineReason, Rejection, StepPlan, Work
+from jaxserve.core.view import ReplicaView, SequenceView
+from jaxserve.scheduling.slos_serve.config import SlosServeConfig
+from jaxserve.scheduling.slos_serve.fast import admit_greedily
+from jaxserve.scheduling.slos_serve.forward import (
+    NO_DECODES,
+    Batch,
+    Decodes,
+    Prefill,
+    certify,
+    form,
+    pace_of,
+)  # fmt: skip
+from jaxserve.scheduling.slos_serve.programme import Item, choose
+from jaxserve.scheduling.slos_serve.promise import OutputLengths, Record, Standing, record_of
+from jaxserve.scheduling.slos_serve.segment import SegmentPlanner
+from jaxserve.scheduling.slos_serve.speculation import clamp, expected_tokens
+
+_RETRIED = 4
+"""Most requests without a promise that are considered anew in a step."""
+_TRIALS = 4
+"""Most requests that are tried one by one beyond those that the programme wants."""
+_WINDOW_S = 10.0
+_DEAREST = 8.0
+"""Multiple of the mean work at which prices begin to matter."""
+_SPARED = 0.03
+"""Share of the requests worth their work that find no room, where prices are at rest."""
+_DEFAULT_STEP_S = 0.1
+_TARGETS = 64
+"""Latest targets of the first token that are remembered."""
+_HOLDS_S = 1.0
+
+
+@lru_cache(maxsize=1 << 16)
+def _decode(seq_id: int) -> Work:
+    return Work(seq_id=seq_id, num_tokens=1)
+
+
+def _left(sequence: SequenceView) -> int:
+    """Count the tokens to compute before the next one can be drawn."""
+    cached = 0 if sequence.is_running else sequence.num_cached
+    return sequence.num_tokens - sequence.num_computed - cached
+
+
+@dataclass(slots=True)
+class _Sorted:
+    """The sequences of a view, by how they stand.
+
+    Attributes:
+        decodes: Promised ones that decode, with when their next token is due.
+        prefills: Promised ones with a prompt to compute, by deadline.
+        new: Ones to decide about.
+        others: Those without a promise, in the order in which they are served.
+        expired: New ones whose deadline passed during the step in which they came.
+        outputs: Output tokens to reckon with for each of `decodes`, once they are known.
+    """
+
+    decodes: list[tuple[SequenceView, Record]] = field(default_factory=list)
+    dues: list[float] = field(default_factory=list)
+    prefills: list[tuple[SequenceView, Record]] = field(default_factory=list)
+    new: list[tuple[SequenceView, Record]] = field(default_factory=list)
+    others: list[tuple[SequenceView, Record]] = field(default_factory=list)
+    expired: list[tuple[SequenceView, Record]] = field(default_factory=list)
+    outputs: list[int] | None = None
+
+
+@dataclass(slots=True)
+class _Open:
+    """A plan in the making, with the pages and rows that are left."""
+
+    view: ReplicaView
+    pages: int
+    rows: int
+    work: list[Work] = field(default_factory=list)
+    admit: list[int] = field(default_factory=list)
+    preempt: list[int] = field(default_factory=list)
+    served: set[int] = field(default_factory=set)
+
+    def needs(self, sequence: SequenceView, num_tokens: int) -> int:
+        """Count the pages that a sequence must get for so many more tokens."""
+        size = self.view.page_size
+        if not sequence.is_running:
+            return -(-sequence.num_tokens // size)
+        return max(0, -(-(sequence.num_computed + num_tokens) // size) - sequence.num_pages)
+
+    def give(self, sequence: SequenceView, num_tokens: int) -> bool:
+        """Add work if pages and a row are there; tell whether they were."""
+        pages = self.needs(sequence, num_tokens)
+        if pages > self.pages or (not sequence.is_running and self.rows < 1):
+            return False
+        self.pages -= pages
+        if not sequence.is_running:
+            self.rows -= 1
+            self.admit.append(sequence.seq_id)
+        self.served.add(sequence.seq_id)
+        plain = num_tokens == 1
+        self.work.append(
+            _decode(sequence.seq_id)
+            if plain
+            else Work(seq_id=sequence.seq_id, num_tokens=num_tokens)
+        )
+        return True
+
+
+class SlosServeScheduler:
+    """Promises what can be kept, keeps it, and serves everybody else with what is left over.
+
+    New requests are decided about when they arrive: the programme (or fast admission) proposes whom
+    to promise, and a simulation of the batches to come certifies it. Others are served as best
+    effort, refused if they asked for that, and considered anew while their deadlines are in reach.
+
+    Args:
+        cost: Times of steps, without a margin.
+        config: The settings.
+
+    Attributes:
+        num_fallbacks: Steps in which promises could not all be kept, because steps took longer than
+            predicted or outputs were longer than reckoned with.
+        declined: Why each unfinished request has no promise.
+
+    Source: SLOs-Serve (arXiv 2504.08784).
+    """
+
+    def __init__(self, cost: CostModel, config: SlosServeConfig | None = None) -> None:
+        """Start without promises."""
+        self.config = config or SlosServeConfig()
+        self.num_fallbacks = 0
+        self.declined: dict[int, DeclineReason] = {}
+        config = self.config
+        self._cost = safe_cost(cost, margin=config.margin, overhead=config.overhead_s)
+        self._records: dict[int, Record] = {}
+        self._lengths = OutputLengths(self.config.output_quantile, self.config.initial_output)
+        self._shares: deque[tuple[float, int, int]] = deque()
+        self._given = [0, 0]
+        self._targets: deque[float] = deque(maxlen=_TARGETS)
+        self._longest_step_s = self.config.max_step_s or _DEFAULT_STEP_S
+        self._dearest = math.inf
+        self._mean_work = 0.0
+
+    def plan(self, view: ReplicaView) -> StepPlan:
+        """Answer one snapshot with one plan."""
+        found = self._sort(view)
+        if found.new:
+            self._follow_targets(found)
+        rejections = self._decide(view, found) if found.new or found.expired else []
+        return self._compose(view, found, rejections)
+
+    def adopt(self, view: ReplicaView) -> None:
+        """Promise everybody who is running their objectives, as when a planner is exchanged."""
+        found = self._sort(view)
+        for sequence, record in (*found.new, *found.others):
+            if sequence.is_running and record.deadline < math.inf:
+                record.standing, record.has_missed = Standing.PROMISED, False
+
+    def would_admit(self, view: ReplicaView, sequence: SequenceView) -> DeclineReason | None:
+        """Tell why a request that is not here could not be promised anything; None if it could.
+
+        Args:
+            view: This engine.
+            sequence: The request.
+        """
+        found = self._sort(view, is_real=False)
+        record = record_of(sequence, self.config, self._idle(sequence))
+        if record.standing is Standing.BEST_EFFORT:
+            return None
+        undecided = [one for one in found.new if one[1].standing is Standing.NEW]
+        return self._objection(view, found, [*undecided, (sequence, record)])
+
+    # Who is there ------------------------------------------------------------------------------
+
+    def _sort(self, view: ReplicaView, *, is_real: bool = True) -> _Sorted:
+        """Bring the records up to date and sort sequences by standing."""
+        now, pace, records = view.now, self.config.pace, self._records
+        found = _Sorted()
+        seen = len(view.running) + len(view.waiting)
+        for sequence in (*view.running, *view.waiting):
+            record = records.get(sequence.seq_id) or self._meet(sequence, is_real=is_real)
+            generated = sequence.num_tokens - sequence.prompt_len
+            if generated != record.generated:
+                record.generated = generated
+                record.last_token = now
+            first = sequence.first_token_time
+            standing = record.standing
+            if standing is Standing.PROMISED:
+                if sequence.is_decoding:
+                    due = record.due(pace, first)
+                    if due < now - 1e-6:
+                        record.has_missed = True
+                    else:
+                        found.decodes.append((sequence, record))
+                        found.dues.append(due)
+                        continue
+                elif generated == 0 and now <= record.deadline:
+                    found.prefills.append((sequence, record))
+                    continue
+                record.has_missed = True
+                record.standing = Standing.BEST_EFFORT
+                self.num_fallbacks += 1
+            elif standing is Standing.NEW or (
+                generated == 0 and not record.has_missed and record.deadline < math.inf
+            ):
+                if now < record.deadline:
+                    found.new.append((sequence, record))
+                    continue
+                record.has_missed = True
+                if standing is Standing.NEW:
+                    found.expired.append((sequence, record))
+                    continue
+            found.others.append((sequence, record))
+        if is_real and len(records) > seen:
+            self._forget(view)
+        found.prefills.sort(key=lambda one: (one[1].deadline, one[0].seq_id))
+        found.new.sort(key=lambda one: (one[1].deadline, one[0].seq_id))
+        return found
+
+    def _meet(self, sequence: SequenceView, *, is_real: bool) -> Record:
+        """Read the objectives of a request, and remember it if it is here to stay."""
+        record = record_of(sequence, self.config, self._idle(sequence))
+        if is_real:
+            self._records[sequence.seq_id] = record
+            if record.deadline < math.inf:
+                self._targets.append(record.deadline - sequence.arrival)
+        return record
+
+    def _forget(self, view: ReplicaView) -> None:
+        """Drop the records of those that are gone, and learn from their lengths."""
+        here = {sequence.seq_id for sequence in view.running}
+        here.update(sequence.seq_id for sequence in view.waiting)
+        for seq_id in [seq_id for seq_id in self._records if seq_id not in here]:
+            record = self._records.pop(seq_id)
+            self.declined.pop(seq_id, None)
+            if record.generated and record.tier:
+                self._lengths.observe(record.tier, record.generated + 1)
+
+    # Whom to promise ---------------------------------------------------------------------------
+
+    def _decide(self, view: ReplicaView, found: _Sorted) -> list[Rejection]:
+        """Promise what can be kept to new requests; the others go on without, or are refused."""
+        fresh = [one for one in found.new if one[1].standing is Standing.NEW]
+        retried = [one for one in found.new if one[1].standing is not Standing.NEW]
+        limit = max(self.config.max_candidates, 4 * _RETRIED)
+        candidates = [*fresh[:limit], *retried[:_RETRIED]]
+        rejections: list[Rejection] = []
+        promised = self._propose(view, found, candidates)
+        for sequence, _ in found.expired:
+            self.declined[sequence.seq_id] = "expired"
+        for sequence, record in (*found.new, *found.expired):
+            if sequence.seq_id in promised:
+                record.standing = Standing.PROMISED
+                self.declined.pop(sequence.seq_id, None)
+                continue
+            is_new = record.standing is Standing.NEW
+            record.standing = Standing.BEST_EFFORT
+            slo = sequence.slo
+            if is_new and slo is not None and slo.on_decline == "reject":
+                rejections.append(self._rejection(sequence, record))
+            else:
+                found.others.append((sequence, record))
+        found.others.sort(key=lambda one: (not one[1].as_soon_as_possible, one[0].arrival))
+        found.prefills.sort(key=lambda one: (one[1].deadline, one[0].seq_id))
+        refused = {one.seq_id for one in rejections}
+        found.new = []
+        for seq_id in refused:
+            del self._records[seq_id]
+            self.declined.pop(seq_id, None)
+        return rejections
+
+    def _propose(
+        self,
+        view: ReplicaView,
+        found: _Sorted,
+        candidates: list[tuple[SequenceView, Record]],
+    ) -> set[int]:
+        """Choose whom to promise; everybody chosen joins `found.prefills`."""
+        if self.config.price_gain:
+            for one in candidates:
+                if one[1].standing is Standing.NEW:
+                    change = self._work(one[0]) - self._mean_work
+                    self._mean_work += change * (0.01 if self._mean_work else 1.0)
+            candidates = [one for one in candidates if self._is_worth(one)]
+        fresh = [one for one in candidates if one[1].standing is Standing.NEW]
+        chosen = self._chosen(view, found, candidates) if len(candidates) > 1 else set()
+        # Whom the programme wants comes first, then the others, those with little work before.
+        ordered = sorted(
+            candidates, key=lambda one: (one[0].seq_id not in chosen, self._work(one[0]))
+        )
+        wanted = ordered[: len(chosen)]
+        low, high = 0, len(wanted) + 1 if len(wanted) > 1 else 1
+        trial = len(wanted)
+        while high - low > 1:  # mostly all of them at once
+            is_kept = self._objection(view, found, wanted[:trial]) is None
+            low, high = (trial, high) if is_kept else (low, trial)
+            trial = (low + high) // 2
+        found.prefills += wanted[:low]
+        promised = {one[0].seq_id for one in wanted[:low]}
+        for one in ordered[low + _TRIALS :]:
+            self.declined.setdefault(one[0].seq_id, "compute")
+        for one in ordered[low : low + _TRIALS]:
+            reason = self._objection(view, found, [one])
+            if reason is None:
+                found.prefills.append(one)
+                promised.add(one[0].seq_id)
+            else:
+                self.declined[one[0].seq_id] = reason
+        self._price(len(fresh), sum(one[0].seq_id not in promised for one in fresh))
+        return promised
+
+    def _objection(
+        self, view: ReplicaView, found: _Sorted, new: list[tuple[SequenceView, Record]]
+    ) -> DeclineReason | None:
+        """Tell what stands against promising something to `new` as well; None if nothing does."""
+        if self._pages_promised(view, found, new) > self._pages_for_promises(view):
+            return "memory"
+        if len(found.decodes) + len(found.prefills) + len(new) > view.max_num_seqs:
+            return "memory"
+        prefills = [self._prefill(one) for one in (*found.prefills, *new)]
+        return certify(
+            view.now,
+            self._decodes(found),
+            prefills,
+            self._cost,
+            pace=self.config.pace,
+            max_step_s=self._longest_step_s,
+            max_tokens=view.max_num_batched_tokens,
+        )
+
+    def _follow_targets(self, found: _Sorted) -> None:
+        """Fit the longest step to the targets of the first token of the latest requests.
+
+        Whoever comes during a step must still be served in time. Promises have been certified with
+        the steps of their time, so that nothing changes while prompts are promised.
+        """
+        targets = self._targets
+        if self.config.max_step_s is not None or not targets or found.prefills:
+            return
+        short = sorted(targets)[len(targets) // 5]
+        # Where every gap counts, decodes end steps early enough, and short ones waste time.
+        share = self.config.step_share * (2 if self.config.pace == "tpot_gap" else 1)
+        # A step that is mostly the cost of any step, however little it holds, serves nobody.
+        worthwhile = 2 * self._cost.step_time(StepLoad(decodes=1, context=1))
+        longest = max(worthwhile, share * short)
+        # The first few targets say little about those to come.
+        is_known = len(targets) >= _TARGETS // 4
+        self._longest_step_s = longest if is_known else min(longest, _DEFAULT_STEP_S)
+
+    def _chosen(
+        self,
+        view: ReplicaView,
+        found: _Sorted,
+        candidates: list[tuple[SequenceView, Record]],
+    ) -> set[int]:
+        """Ask the programme, or fast admission where there are too many for it."""
+        everybody = [*found.decodes, *found.prefills, *candidates]
+        tiers = tuple(sorted({record.tau for _, record in everybody}))
+        context = sum(s.num_tokens for s, _ in everybody) / len(everybody)
+        planner = SegmentPlanner(
+            self._cost,
+            tiers,
+            mean_context=context,
+            max_step_s=self._longest_step_s,
+            max_tokens=view.max_num_batched_tokens,
+        )
+        size = view.page_size
+        items = [
+            Item(
+                key=sequence.seq_id,
+                deadline=0.0 if sequence.is_decoding else max(0.0, record.deadline - view.now),
+                prefill=0 if sequence.is_decoding else _left(sequence),
+                pages=-(-(sequence.prompt_len + self._output(sequence, record)) // size),
+                tier=tiers.index(record.tau),
+                is_forced=place < len(everybody) - len(candidates),
+            )
+            for place, (sequence, record) in enumerate(everybody)
+        ]
+        free = self._pages_for_promises(view) - self._pages_promised(view, found, [])
+        horizon = self.config.horizon_s
+        if len(candidates) > self.config.max_candidates or len(tiers) > self.config.max_tiers:
+            fast = admit_greedily(items, planner, free_pages=free, horizon_s=horizon)
+            return set(fast.accepted)
+        choice = choose(items, planner, free_pages=free, horizon_s=horizon)
+        return set(choice.accepted) if choice is not None else set()
+
+    def _idle(self, sequence: SequenceView) -> float:
+        """Return the seconds to the first token on an idle server."""
+        cached = sequence.num_cached if not sequence.is_running else 0
+        return zero_load_time(self._cost, sequence.prompt_len, min(cached, sequence.prompt_len - 1))
+
+    def _work(self, sequence: SequenceView) -> float:
+        """Return the seconds of server time that a request asks for, roughly."""
+        load = StepLoad(decodes=1, context=sequence.num_tokens)
+        idle = self._cost.step_time(StepLoad())
+        prefill = zero_load_time(self._cost, max(1, _left(sequence))) - idle
+        record = self._records.get(sequence.seq_id)
+        output = self._output(sequence, record) if record is not None else 1
+        return prefill + output * (self._cost.step_time(load) - idle)
+
+    def _is_worth(self, one: tuple[SequenceView, Record]) -> bool:
+        """Tell whether a request asks for little enough to be promised anything.
+
+        Where demand exceeds the server, one that asks for much costs several others their promise.
+        """
+        return self._work(one[0]) <= self._dearest
+
+    def _price(self, fresh: int, refused: int) -> None:
+        """Let the most that a request may ask for follow demand.
+
+        It falls with every new request that is worth its work and finds no room, and rises with
+        every new request, so that in the long run few of them find none.
+        """
+        gain = self.config.price_gain
+        if not gain:
+            return
+        if refused:
+            self._dearest = min(self._dearest, _DEAREST * self._mean_work)
+        self._dearest *= math.exp(gain * (_SPARED * fresh - refused))
+        self._dearest = max(self._dearest, self._mean_work)
+
+    def _output(self, sequence: SequenceView, record: Record) -> int:
+        limit = sequence.max_total_len - sequence.prompt_len
+        return self._lengths.guess(record.tier, record.generated, limit)
+
+    def _pages_for_promises(self, view: ReplicaView) -> int:
+        return math.floor(view.num_pages * (1 - self.config.watermark))
+
+    def _pages_promised(
+        self, view: ReplicaView, found: _Sorted, new: list[tuple[SequenceView, Record]]
+    ) -> int:
+        """Count the pages that promised requests will hold at their ends."""
+        size = view.page_size
+        outputs = self._outputs(found)
+        pages = sum(
+            -(-(one[0].prompt_len + output) // size)
+            for one, output in zip(found.decodes, outputs, strict=True)
+        )
+        return pages + sum(
+            -(-(sequence.prompt_len + self._output(sequence, record)) // size)
+            for sequence, record in (*found.prefills, *new)
+        )
+
+    def _outputs(self, found: _Sorted) -> list[int]:
+        if found.outputs is None:
+            found.outputs = [self._output(sequence, record) for sequence, record in found.decodes]
+        return found.outputs
+
+    def _prefill(self, one: tuple[SequenceView, Record]) -> Prefill:
+        sequence, record = one
+        left = _left(sequence)
+        return Prefill(
+            record.deadline,
+            left,
+            sequence.num_tokens - left,
+            record.tau,
+            self._output(sequence, record),
+        )
+
+    def _decodes(self, found: _Sorted, *, with_left: bool = True) -> Decodes:
+        if not found.decodes:
+            return NO_DECODES
+        left = [0.0] * len(found.decodes)
+        if with_left:
+            outputs = self._outputs(found)
+            left = [
+                float(output - one[1].generated)
+                for one, output in zip(found.decodes, outputs, strict=True)
+            ]
+        return Decodes(
+            np.array(found.dues),
+            np.array([record.tau for _, record in found.decodes]),
+            np.array([float(sequence.num_computed) for sequence, _ in found.decodes]),
+            np.array(left),
+        )
+
+    def _rejection(self, sequence: SequenceView, record: Record) -> Rejection:
+        reason = self.declined.get(sequence.seq_id, "compute")
+        idle = self._idle(sequence)
+        if idle > record.deadline - sequence.arrival:
+            reason = "idle_server"
+        target = (record.deadline - sequence.arrival) * 1000
+        return Rejection(
+            seq_id=sequence.seq_id,
+            reason=reason,
+            objective="ttft_ms",
+            detail=f"{target:.0f} ms to the first token were asked for; an idle server needs "
+            f"{idle * 1000:.0f} ms, and what has been promised to others leaves no room.",
+        )
+
+    # Which tokens ------------------------------------------------------------------------------
+
+    def _compose(self, view: ReplicaView, found: _Sorted, rejections: list[Rejection]) -> StepPlan:
+        """Form the next batch, fill it up with those without a promise, and find pages for it."""
+        prefills = [self._prefill(one) for one in found.prefills]
+        decodes = self._decodes(found, with_left=False)
+        pace_s = pace_of(decodes.tau, prefills)
+        batch = form(
+            view.now,
+            decodes,
+            prefills,
+            self._cost,
+            pace_s=pace_s,
+            max_step_s=self._longest_step_s,
+            max_tokens=view.max_num_batched_tokens,
+        )
+        self.num_fallbacks += batch.is_late
+        opened = _Open(view, view.num_free_pages, view.max_num_seqs - len(view.running))
+        wanted = [
+            (sequence, 1) for (sequence, _), is_in in zip(found.decodes, batch.is_in, strict=True)
+            if is_in
+        ]  # fmt: skip
+        wanted += [
+            (sequence, tokens)
+            for (sequence, _), tokens in zip(found.prefills, batch.chunks, strict=False)
+        ]
+        for sequence, tokens in wanted:
+            while not opened.give(sequence, tokens):
+                if not self._make_room(opened, found, sequence):
+                    break
+        self._fill(view, found, batch, opened)
+        if not opened.work and not opened.preempt and (found.others or found.prefills):
+            self._force(found, opened)
+        work = self._speculate(view, batch, opened)
+        return StepPlan(
+            work=tuple(work),
+            admit=tuple(opened.admit),
+            preempt=tuple(opened.preempt),
+            reject=tuple(rejections),
+            holds_until=-math.inf
+            if any(item.num_draft for item in work)
+            else self._holds_until(view, found, batch, opened, pace_s),
+        )
+
+    def _holds_until(
+        self, view: ReplicaView, found: _Sorted, batch: Batch, opened: _Open, pace_s: float
+    ) -> float:
+        """Return until when the plan stays: for a while, if everybody there decodes at ease."""
+        if view.waiting or opened.admit or opened.preempt:
+            return -math.inf
+        if len(opened.work) != len(view.running) or len(found.decodes) != len(view.running):
+            return -math.inf
+        if batch.load.prefill:
+            return -math.inf
+        grown = batch.load._replace(context=2 * batch.load.context + 4096)
+        at_ease = self._cost.step_time(grown) < min(pace_s, batch.horizon)
+        return view.now + _HOLDS_S if at_ease else -math.inf
+
+    def _make_room(self, opened: _Open, found: _Sorted, for_whom: SequenceView) -> bool:
+        """Take the place of somebody without a promise, or else of the latest promised one."""
+        gone = {*opened.preempt, *opened.served, for_whom.seq_id}
+        for sequence, _ in (*reversed(found.others), *reversed(found.prefills)):
+            if sequence.is_running and sequence.seq_id not in gone:
+                break
+        else:
+            return False
+        opened.preempt.append(sequence.seq_id)
+        opened.pages += sequence.num_pages
+        # The row is free only in the next step: an engine counts those who are preempted first.
+        opened.rows += 1
+        return True
+
+    def _fill(self, view: ReplicaView, found: _Sorted, batch: Batch, opened: _Open) -> None:
+        """Give what is left of the batch to those without a promise, oldest first."""
+        if batch.is_late and not self._is_owed(view.now):
+            self._share(view.now, opened, 0)
+            return
+        load, horizon = batch.load, batch.horizon
+        room = view.max_num_batched_tokens - load.tokens
+        before = load.tokens
+        for sequence, _ in found.others:
+            if room <= 0:
+                break
+            if sequence.seq_id in opened.preempt:
+                continue
+            if sequence.is_decoding:
+                new = load._replace(
+                    decodes=load.decodes + 1, context=load.context + sequence.num_tokens
+                )
+                if self._cost.step_time(new) > horizon:
+                    break
+                if opened.give(sequence, 1):
+                    load, room = new, room - 1
+                continue
+            if opened.preempt:
+                continue  # memory is short
+            if not sequence.is_running and not self._may_admit(view, sequence, opened):
+                continue
+            left = _left(sequence)
+            past = sequence.num_tokens - left
+            tokens = min(left, room, self._cost.prefill_within(horizon, load, past))
+            if tokens <= 0:
+                break
+            if opened.give(sequence, tokens):
+                load, room = load.with_chunk(tokens, past), room - tokens
+        self._share(view.now, opened, load.tokens - before)
+
+    def _may_admit(self, view: ReplicaView, sequence: SequenceView, opened: _Open) -> bool:
+        """Keep some rows and pages for those who may be promised something soon."""
+        del view
+        reserve = len(opened.view.running) + len(opened.admit)
+        return opened.rows > 1 and opened.needs(sequence, 0) + reserve <= opened.pages
+
+    def _force(self, found: _Sorted, opened: _Open) -> None:
+        """Let at least one go on where no batch would be short enough for anybody."""
+        most = opened.view.max_num_batched_tokens
+        for sequence, _ in (*found.decodes, *found.prefills, *found.others):
+            if opened.give(sequence, min(_left(sequence), most)):
+                return
+        running = [s for s, _ in (*found.prefills, *found.others) if s.is_running]
+        if len(running) > 1 or (running and not found.decodes):
+            victim = running[-1]
+            opened.preempt.append(victim.seq_id)
+
+    def _share(self, now: float, opened: _Open, best_effort: int) -> None:
+        """Keep account of how many tokens went to those without a promise."""
+        total = sum(item.num_tokens for item in opened.work)
+        self._shares.append((now, best_effort, total))
+        self._given[0] += best_effort
+        self._given[1] += total
+        while self._shares and self._shares[0][0] < now - _WINDOW_S:
+            _, some, all_of_it = self._shares.popleft()
+            self._given[0] -= some
+            self._given[1] -= all_of_it
+
+    def _is_owed(self, now: float) -> bool:
+        del now
+        return self._given[0] < self.config.best_effort_share * self._given[1]
+
+    def _speculate(self, view: ReplicaView, batch: Batch, opened: _Open) -> list[Work]:
+        """Add draft tokens to a batch of decodes, as many as make tokens per second the most."""
+        offered = {s.seq_id: s for s in view.running if s.num_draft and s.is_decoding}
+        if not offered or any(item.seq_id not in offered for item in opened.work):
+            return opened.work
+        decodes = len(opened.work)
+        alpha = clamp(sum(s.draft_acceptance for s in offered.values()) / len(offered))
+        best, length = decodes / self._cost.step_time(batch.load), 1
+        for tokens in range(2, self.config.max_draft + 2):
+            load = batch.load._replace(drafts=decodes * (tokens - 1), draft_steps=tokens - 1)
+            time = self._cost.step_time(load)
+            if load.tokens > view.max_num_batched_tokens or time > batch.horizon:
+                break
+            speed = decodes * expected_tokens(alpha, tokens) / time
+            if speed > best:
+                best, length = speed, tokens
+        if length == 1:
+            return opened.work
+        work: list[Work] = []
+        for item in opened.work:
+            drafts = min(length - 1, offered[item.seq_id].num_draft)
+            pages = opened.needs(offered[item.seq_id], 1 + drafts) - opened.needs(
+                offered[item.seq_id], 1
+            )
+            if pages > opened.pages:
+                work.append(item)
+                continue
+            opened.pages -= pages
+            work.append(Work(seq_id=item.seq_id, num_tokens=1, num_draft=drafts))
+        return work
