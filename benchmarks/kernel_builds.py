@@ -63,7 +63,13 @@ def tuned() -> Iterator[Build]:
             variant=variants.rope() if key.changes_keys else PLAIN,
             limit=key.shared_memory(config),
         )
+    seen: set[object] = set()
     for key, config in mosaic_prefill.tuning_table().items():
+        # Wide tiles of a plan may be cut into the same narrow ones: that is one kernel.
+        program = dataclasses.replace(key, tile_kv=0), config
+        if program in seen:
+            continue
+        seen.add(program)
         yield prefill(
             dim=key.dim,
             heads=4,
@@ -80,11 +86,12 @@ def varied() -> Iterator[Build]:
     sinks_and_cap = variants.compose(variants.soft_cap(30.0), variants.sinks())
     far = variants.compose(variants.alibi(), variants.window(512, first=4))
     for make in (decode, prefill):
+        one_warpgroup = {"warpgroups": 1} if make is prefill else {}
         yield make(heads=5)
         yield make(heads=7)
         yield make(heads=1)
         yield make(heads=16, page_size=128)
-        yield make(page_size=8)
+        yield make(page_size=8, **one_warpgroup)
         yield make(kv_dtype="float16")
         yield make(window=1024)
         yield make(split="none")
@@ -93,7 +100,7 @@ def varied() -> Iterator[Build]:
         yield make(variant=variants.sigmoid())
         yield make(variant=variants.packed_mask())
         yield make(variant=variants.packed_mask(per_head=True))
-        yield make(kv_dtype="float8_e4m3fn", scales="page")
+        yield make(kv_dtype="float8_e4m3fn", scales="page", **one_warpgroup)
     yield prefill(cascade_levels=1, window=1024)
     yield prefill(heads=5, warpgroups=1)
     yield prefill(portable=True, tile_kv=64)

@@ -11,7 +11,7 @@ from hypothesis import given
 from jaxserve.core.errors import UnsupportedError
 from jaxserve.pallas_kernels import variant as variants
 from jaxserve.pallas_kernels.attention import mosaic, mosaic_decode, mosaic_prefill
-from jaxserve.pallas_kernels.attention.backends import Case
+from jaxserve.pallas_kernels.attention.backends import Case, refusal
 from jaxserve.pallas_kernels.attention.mosaic_math import tanh, with_fast_math, within_turn
 from jaxserve.pallas_kernels.attention.mosaic_tile import SHARED_MEMORY_LIMIT
 from jaxserve.pallas_kernels.plan import PlanSpec
@@ -90,16 +90,25 @@ def test_what_one_kernel_cannot_do_is_named(module, changes, words):
 
 def test_keys_that_registers_cannot_change_are_refused():
     wide = spec(head_dim=128, v_head_dim=128, tile_q=128)
-    words = "two warpgroups that change keys of head_dim 128 exceed registers; set tile_q to "
-    assert mosaic_prefill.why_not(wide, variants.rope()) == words + "64 or less"
+    words = "two warpgroups that change keys exceed registers; set tile_q to 64 or less"
+    assert mosaic_prefill.why_not(wide, variants.rope()) == words
     one = dataclasses.replace(wide, tile_q=64)
     assert mosaic_prefill.why_not(one, variants.rope()) is None
     narrow = dataclasses.replace(one, kv_dtype="float8_e4m3fn")
-    words = (
-        "changing 8-bit keys of head_dim 128 exceeds registers; keep keys and values as bfloat16"
-    )
+    words = "changing 8-bit keys of head_dim 128 exceeds registers; keep them as bfloat16"
     assert mosaic_prefill.why_not(narrow, variants.rope()) == words
     assert mosaic_prefill.why_not(narrow, PLAIN) is None
+    small = dataclasses.replace(wide, page_size=8)
+    words = "two warpgroups with pages of 8 and head_dim 128 exceed registers; set tile_q to 64"
+    assert mosaic_prefill.why_not(small, PLAIN) == words + " or less"
+    assert mosaic_prefill.why_not(dataclasses.replace(small, tile_q=64), PLAIN) is None
+    words = "two warpgroups with scales per page and head_dim 128 exceed registers; set tile_q to"
+    scaled = dataclasses.replace(wide, kv_dtype="float8_e4m3fn")
+    case = Case(
+        spec=scaled, variant=PLAIN, platform="gpu", capability="9.0", k_scale="page", v_scale="page"
+    )
+    assert refusal("mosaic", case) == words + " 64 or less"
+    assert refusal("mosaic", dataclasses.replace(case, k_scale="head", v_scale="head")) is None
 
 
 def test_variants_that_look_things_up_are_refused():

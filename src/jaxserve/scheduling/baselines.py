@@ -23,6 +23,8 @@ class _Plan:
     work: list[Work] = field(default_factory=list)
     admit: list[int] = field(default_factory=list)
     preempt: list[int] = field(default_factory=list)
+    is_closed: bool = False
+    """Whether somebody who waits could not come in, so that nobody behind may."""
 
     @classmethod
     def of(cls, view: ReplicaView) -> "_Plan":
@@ -57,7 +59,9 @@ class _Plan:
         if not one.is_running:
             reserve = len(self.view.running) + len(self.admit)
             pages = -(-one.num_tokens // self.view.page_size)
-            if self.preempt or self.rows < 1 or pages + reserve > self.pages:
+            no_room = bool(self.preempt) or self.rows < 1 or pages + reserve > self.pages
+            if self.is_closed or no_room:
+                self.is_closed = True
                 return False
             self.rows -= 1
             self.admit.append(one.seq_id)
@@ -70,12 +74,17 @@ class _Plan:
         self.work.append(Work(seq_id=one.seq_id, num_tokens=tokens))
         return True
 
-    def finish(self, decodes: list[SequenceView]) -> StepPlan:
-        """Return the plan; it stays as long as everybody decodes and nobody can come in."""
+    def finish(self, decodes: list[SequenceView], *, changes: bool = False) -> StepPlan:
+        """Return the plan; it stays as long as everybody decodes and nobody can come in.
+
+        Args:
+            decodes: Those that decode.
+            changes: Whether the policy's choice changes with time all the same.
+        """
         view = self.view
         is_closed = not view.waiting or len(view.running) >= view.max_num_seqs
         everybody = 0 < len(self.work) == len(decodes) == len(view.running)
-        stays = is_closed and everybody and not self.admit and not self.preempt
+        stays = is_closed and everybody and not (changes or self.admit or self.preempt)
         return StepPlan(
             work=tuple(self.work),
             admit=tuple(self.admit),
@@ -121,6 +130,8 @@ class PrefillFirstScheduler:
             # A prompt longer than a step can be is the only one that is cut.
             tokens = min(_left(one), view.max_num_batched_tokens)
             if not plan.prefill(one, tokens):
+                if plan.is_closed and not one.is_running:
+                    continue  # who has a row goes on
                 break
         if not plan.work:
             plan.decode(decodes)
@@ -148,6 +159,8 @@ class DeadlineScheduler:
         plan.decode(decodes)
         for one in sorted(prefills, key=lambda s: (_deadline(s), s.seq_id)):
             if not plan.prefill(one, min(_left(one), plan.tokens)):
+                if plan.is_closed and not one.is_running:
+                    continue  # who has a row goes on
                 break
         return plan.finish(decodes)
 
@@ -194,6 +207,8 @@ class DeadlineHybridScheduler:
             if tokens == 0 and not plan.work:
                 tokens = min(_left(one), plan.tokens, 1)
             if not plan.prefill(one, tokens):
+                if plan.is_closed and not one.is_running:
+                    continue  # who has a row goes on
                 break
             load = load.with_chunk(tokens, past)
             chunk -= tokens
@@ -260,11 +275,13 @@ class SlackGreedyScheduler:
             if tokens == 0 and not plan.work:
                 tokens = min(_left(one), plan.tokens, 1)
             if not plan.prefill(one, tokens):
+                if plan.is_closed and not one.is_running:
+                    continue  # who has a row goes on
                 break
             load = load.with_chunk(tokens, past)
         if not plan.work:
             plan.decode(decodes)
-        return plan.finish(decodes)
+        return plan.finish(decodes, changes=bool(prefills))
 
     def _due(self, view: ReplicaView, one: SequenceView) -> float:
         tau = _tau(one.slo)

@@ -137,6 +137,7 @@ class _LiveView:
     max_num_batched_tokens: int
     adapters: frozenset[str]
     max_loras: int
+    draft_sizes: tuple[int, ...]
 
 
 class Observer(Protocol):
@@ -248,6 +249,7 @@ class Replica:
         live.max_num_batched_tokens = spec.max_num_batched_tokens
         live.adapters = frozenset()
         live.max_loras = 0
+        live.draft_sizes = ()
         if self._frozen_views:
             running = tuple(sequence.freeze() for sequence in self.running.values())
             waiting = tuple(sequence.freeze() for sequence in self.waiting)

@@ -38,7 +38,7 @@ def test_outputs_are_attention_to_what_is_read(backend, seed, lengths, p):
     context = random_context(seed, lengths)
     settings_ = config(tail="drop")
     out, stats = attend(context, p, settings_, backend=backend)
-    _, read, _ = choose(context, p, settings_)
+    _, read, _ = choose(context, p, settings_, backend=backend)
     np.testing.assert_allclose(out, context.attend(read), atol=3e-5)
     assert (np.asarray(stats.tokens) == read.sum(-1)).all()
 

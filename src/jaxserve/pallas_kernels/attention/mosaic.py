@@ -28,7 +28,10 @@ def supports(case: Case) -> str | None:
         return f"it needs a GPU of compute capability {' or '.join(CAPABILITIES)}, found {found}"
     if uses_decode(case.spec, case.variant):
         return None
-    return mosaic_prefill.why_not(case.spec, case.variant)
+    reason = mosaic_prefill.why_not(case.spec, case.variant)
+    if reason is None and "page" in (case.k_scale, case.v_scale):
+        reason = mosaic_prefill.why_no_page_scales(case.spec)
+    return reason
 
 
 def uses_decode(spec: PlanSpec, variant: AttentionVariant) -> bool:

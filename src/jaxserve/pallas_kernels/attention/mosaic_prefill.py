@@ -142,7 +142,7 @@ def tuning_table() -> dict[TuningKey, TuningConfig]:
         HEAD_DIMS, (1, 2), (1, 2), (64, 128), (False, True)
     ):
         key = TuningKey(dim, itemsize, warpgroups, most, changes)
-        if dim == 128 and changes and (warpgroups == 2 or itemsize == 1):
+        if changes and (warpgroups == 2 or (dim == 128 and itemsize == 1)):
             continue  # spills with the smallest tiles, too
         wide = most == 128 and warpgroups == 1 and itemsize == 2 and not changes
         tries = [(128, 3), (128, 2)] if wide else [(64, 4), (64, 3), (64, 2)]
@@ -230,17 +230,25 @@ def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
             f"{spec.heads_per_tile} heads, got {spec.tile_q}"
         )
     key = TuningKey.of(spec, variant)
+    if key.changes_keys and key.dim == 128 and key.itemsize == 1:
+        return "changing 8-bit keys of head_dim 128 exceeds registers; keep them as bfloat16"
     if key not in tuning_table():
-        if key.itemsize == 1:
-            return (
-                f"changing 8-bit keys of head_dim {key.dim} exceeds registers; keep keys and "
-                "values as bfloat16"
-            )
-        return (
-            f"two warpgroups that change keys of head_dim {key.dim} exceed registers; set "
-            f"tile_q to {tile_q(spec.heads_per_tile, warpgroups=1)} or less"
-        )
+        return _too_many(spec, "that change keys")
+    if spec.page_size < 16 and key.dim == 128 and key.warpgroups == 2:
+        return _too_many(spec, f"with pages of {spec.page_size} and head_dim 128")
     return mosaic_tile.why_not(variant)
+
+
+def why_no_page_scales(spec: PlanSpec) -> str | None:
+    """Return why the kernel cannot serve a plan if each page has scales of its own; or None."""
+    if Sizes(spec).warpgroups == 2 and max(spec.head_dim, spec.v_dim) == 128:
+        return _too_many(spec, "with scales per page and head_dim 128")
+    return None
+
+
+def _too_many(spec: PlanSpec, what: str) -> str:
+    most = tile_q(spec.heads_per_tile, warpgroups=1)
+    return f"two warpgroups {what} exceed registers; set tile_q to {most} or less"
 
 
 # ---------------------------------------------------------------------------------------- body
