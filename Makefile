@@ -108,11 +108,11 @@ SETUP := $(MAKE) --no-print-directory --silent
 HAS_JAX := from importlib.metadata import version as v; v('flax'); \
   assert tuple(map(int, v('jax').split('.')[:3])) >= (0, 11, 2)
 
-gpu: ## all GPU tests and benchmarks, ten minutes at most, results in OUT; without a GPU, says what it would do
+gpu: ## all GPU tests and benchmarks, ten minutes at most, results in OUT; without a GPU, says what it would do (ARGS=--dry: compiles it)
 	@python=$$(scripts/find-python "$(HAS_JAX)" 2>/dev/null) \
 	  || { [ -z "$(PYTHON)" ] && $(SETUP) $(VENV)/.stamp-dev && python=$(BIN)/python; } \
 	  || { echo "make gpu needs a Python (3.12 or newer) with JAX 0.11.2 or newer and Flax" >&2; exit 1; }; \
-	OUT="$(OUT)" PYTHONPATH=src "$$python" -m benchmarks.gpu
+	OUT="$(OUT)" PYTHONPATH=src "$$python" -m benchmarks.gpu $(ARGS)
 
 oracles: $(ORACLES)/.stamp ## write the golden tensors again with torch: make oracles [ORACLE_PYTHON=python3.11]
 	@set -e; for script in tests/oracles/make_*.py; do \
