@@ -169,7 +169,10 @@ def test_prefill_equals_the_oracle_without_races(step):
     proves(step, "prefill")
 
 
-@pytest.mark.parametrize("step", quick_or_slow(PREFILL, ("split",)))
+# Two warpgroups have too few registers to change keys.
+@pytest.mark.parametrize(
+    "step", quick_or_slow({n: s for n, s in PREFILL.items() if n != "rope"}, ("split",))
+)
 def test_prefill_by_two_warpgroups_equals_the_oracle_without_races(step):
     proves(step, "prefill2")
 
@@ -227,8 +230,9 @@ def test_a_wait_left_out_is_reported_as_a_race(monkeypatch, words, step):
     assert races_without(monkeypatch, mosaic_decode, "barrier_wait", words, step, "decode") is True
 
 
+# `cleaned` is not among them: warpgroups that take turns are in order without it.
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["refs.keys.full", "refs.values.full", "refs.cleaned"])
+@pytest.mark.parametrize("words", ["refs.keys.full", "refs.values.full"])
 def test_a_wait_left_out_of_prefill_is_reported_as_a_race(monkeypatch, words):
     step = Step(q_len=[17], kv_len=[20])
     found = races_without(monkeypatch, mosaic_prefill, "barrier_wait", words, step, "prefill2")
