@@ -74,6 +74,39 @@ class _Plan:
         self.work.append(Work(seq_id=one.seq_id, num_tokens=tokens))
         return True
 
+    def fill(
+        self,
+        prompts: list[SequenceView],
+        cost: CostModel,
+        load: StepLoad,
+        slack: float,
+        *,
+        chunk: int | None = None,
+    ) -> None:
+        """Give prompts chunks in their order, as long as decodes have slack.
+
+        Args:
+            prompts: The most urgent one first.
+            cost: Times of steps.
+            load: What the step holds.
+            slack: Seconds that the step may take.
+            chunk: Most prompt tokens of the step; None is whatever fits.
+        """
+        left = self.tokens if chunk is None else chunk
+        for one in prompts:
+            past = one.num_tokens - _left(one)
+            tokens = min(_left(one), self.tokens, left)
+            if slack < math.inf:
+                tokens = min(tokens, cost.prefill_within(slack, load, past))
+            if tokens == 0 and not self.work:
+                tokens = min(_left(one), self.tokens, 1)
+            if not self.prefill(one, tokens):
+                if self.is_closed and not one.is_running:
+                    continue  # who has a row goes on
+                break
+            load = load.with_chunk(tokens, past)
+            left -= tokens
+
     def finish(self, decodes: list[SequenceView], *, changes: bool = False) -> StepPlan:
         """Return the plan; it stays as long as everybody decodes and nobody can come in.
 
@@ -114,6 +147,22 @@ def _deadline(sequence: SequenceView) -> float:
 
 def _tau(slo: Slo | None) -> float:
     return math.inf if slo is None or slo.tpot_ms is None else slo.tpot_ms / _PER_SECOND
+
+
+def _due(view: ReplicaView, one: SequenceView, *, every_gap: bool) -> float:
+    """Return the seconds until a decode's next token is due.
+
+    Args:
+        view: The replica.
+        one: The decode.
+        every_gap: Whether each gap between tokens is bounded; otherwise early tokens bank slack.
+    """
+    tau = _tau(one.slo)
+    if every_gap or tau == math.inf:
+        return tau
+    due = _deadline(one) + (one.num_tokens - one.prompt_len) * tau - view.now
+    # Who is late already is served at its pace, so that it does not stop everybody else.
+    return due if due > 0 else tau
 
 
 class PrefillFirstScheduler:
@@ -197,21 +246,9 @@ class DeadlineHybridScheduler:
         decodes, prefills = _split(view)
         plan = _Plan.of(view)
         load = plan.decode(decodes)
-        slack = min((self._slack(view, s) for s in decodes), default=math.inf)
-        chunk = self._max_chunk
-        for one in sorted(prefills, key=lambda s: self._rank(view, s)):
-            past = one.num_tokens - _left(one)
-            tokens = min(_left(one), plan.tokens, chunk)
-            if slack < math.inf:
-                tokens = min(tokens, self._cost.prefill_within(slack, load, past))
-            if tokens == 0 and not plan.work:
-                tokens = min(_left(one), plan.tokens, 1)
-            if not plan.prefill(one, tokens):
-                if plan.is_closed and not one.is_running:
-                    continue  # who has a row goes on
-                break
-            load = load.with_chunk(tokens, past)
-            chunk -= tokens
+        slack = min((_due(view, s, every_gap=self._every_gap) for s in decodes), default=math.inf)
+        ranked = sorted(prefills, key=lambda s: self._rank(view, s))
+        plan.fill(ranked, self._cost, load, slack, chunk=self._max_chunk)
         return plan.finish(decodes)
 
     def _rank(self, view: ReplicaView, one: SequenceView) -> tuple[bool, float, int]:
@@ -219,16 +256,6 @@ class DeadlineHybridScheduler:
         deadline, left = _deadline(one), _left(one)
         will_miss = view.now + zero_load_time(self._cost, max(1, left)) > deadline
         return (will_miss, deadline + self._alpha * left, one.seq_id)
-
-    def _slack(self, view: ReplicaView, one: SequenceView) -> float:
-        """Return the seconds that a decode can wait for its next token."""
-        tau = _tau(one.slo)
-        if self._every_gap or tau == math.inf:
-            return tau
-        generated = one.num_tokens - one.prompt_len
-        due = _deadline(one) + generated * tau - view.now
-        # Who is late already is served at its pace, so that it does not stop everybody else.
-        return due if due > 0 else tau
 
 
 class SlackGreedyScheduler:
@@ -260,35 +287,17 @@ class SlackGreedyScheduler:
         decodes, prefills = _split(view)
         plan = _Plan.of(view)
         pace = min((_tau(s.slo) for s in decodes), default=math.inf)
-        due = {s.seq_id: self._due(view, s) for s in decodes}
+        due = {s.seq_id: _due(view, s, every_gap=self._every_gap) for s in decodes}
         urgent = decodes
         if prefills and pace < math.inf and not self._every_gap:
             urgent = [s for s in decodes if due[s.seq_id] < 2 * pace]
         load = plan.decode(urgent)
         slack = min((due[s.seq_id] for s in urgent), default=pace)
         ranked = sorted(prefills, key=lambda s: self._rank(view, s))
-        for one in ranked:
-            past = one.num_tokens - _left(one)
-            tokens = min(_left(one), plan.tokens)
-            if slack < math.inf:
-                tokens = min(tokens, self._cost.prefill_within(slack, load, past))
-            if tokens == 0 and not plan.work:
-                tokens = min(_left(one), plan.tokens, 1)
-            if not plan.prefill(one, tokens):
-                if plan.is_closed and not one.is_running:
-                    continue  # who has a row goes on
-                break
-            load = load.with_chunk(tokens, past)
+        plan.fill(ranked, self._cost, load, slack)
         if not plan.work:
             plan.decode(decodes)
         return plan.finish(decodes, changes=bool(prefills))
-
-    def _due(self, view: ReplicaView, one: SequenceView) -> float:
-        tau = _tau(one.slo)
-        if self._every_gap or tau == math.inf:
-            return tau
-        due = _deadline(one) + (one.num_tokens - one.prompt_len) * tau - view.now
-        return due if due > 0 else tau
 
     def _rank(self, view: ReplicaView, one: SequenceView) -> tuple[bool, float, int]:
         left = max(1, _left(one))
