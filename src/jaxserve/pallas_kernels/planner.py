@@ -86,7 +86,6 @@ def _numbers(spec: PlanSpec) -> tuple[np.ndarray, np.ndarray]:
     loops, (items, units) = _loops(), spec.bounds
     sizes = {"balanced": -1, "none": 0, "fixed": spec.fixed_split_size or 0}
     values = {
-        loops.Number.PAGE_SIZE: spec.page_size,
         loops.Number.TILE_KV: spec.tile_kv,
         loops.Number.TILE_TOKENS: spec.tile_tokens,
         loops.Number.MAX_TOKENS: spec.max_tokens,

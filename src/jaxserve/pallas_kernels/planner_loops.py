@@ -54,28 +54,27 @@ class Tile(enum.IntEnum):
 class Number(enum.IntEnum):
     """Numbers of a spec that the loops need."""
 
-    PAGE_SIZE = 0
-    TILE_KV = 1
-    TILE_TOKENS = 2
-    MAX_TOKENS = 3
-    BLOCKS = 4
-    HEADS_PER_TILE = 5
-    GROUP = 6
-    CTAS = 7
-    ITEM_COST = 8
-    TOKEN_COST = 9
+    TILE_KV = 0
+    TILE_TOKENS = 1
+    MAX_TOKENS = 2
+    BLOCKS = 3
+    HEADS_PER_TILE = 4
+    GROUP = 5
+    CTAS = 6
+    ITEM_COST = 7
+    TOKEN_COST = 8
     """Of one token's rows."""
-    DECODE_TOKENS = 10
-    WINDOW = 11
+    DECODE_TOKENS = 9
+    WINDOW = 10
     """0 without one."""
-    IS_CAUSAL = 12
-    HAS_MASK = 13
-    SPLIT_SIZE = 14
+    IS_CAUSAL = 11
+    HAS_MASK = 12
+    SPLIT_SIZE = 13
     """Keys per item if that is fixed, 0 if no keys are cut, and -1 if work is balanced."""
-    MAX_REQUESTS = 15
-    MAX_ITEMS = 16
-    MAX_UNITS = 17
-    MAX_MERGES = 18
+    MAX_REQUESTS = 14
+    MAX_ITEMS = 15
+    MAX_UNITS = 16
+    MAX_MERGES = 17
 
 
 PARTS = (
@@ -126,7 +125,6 @@ PARTS = (
     _IS_PARTIAL,
 ) = range(len(Tile))
 (
-    _PAGE_SIZE,
     _TILE_KV,
     _TILE_TOKENS,
     _MAX_TOKENS,
@@ -616,11 +614,10 @@ def merge_neighbours(
         How many merges there are; nothing is written if that is too many.
     """
     num, count = item.size, tiles.shape[0]
-    merges, piece = 0, 0
-    while piece < num:
+    merges = 0
+    for piece in range(num):
         if slot[piece] >= 0 and (piece == 0 or item[piece - 1] != item[piece]):
             merges += tiles[item[piece] % count, _Q_LEN]
-        piece += 1
     if merges > numbers[_MAX_MERGES]:
         return merges
     merge, unit, piece, splits = 0, 0, 0, 0
