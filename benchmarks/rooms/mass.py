@@ -7,6 +7,7 @@ is the true mass there, computed from all keys.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import Array
 from jaxserve.attention.tactic import baselines
 from jaxserve.attention.tactic.attention import tail_state
 from jaxserve.attention.tactic.clustering import ClusterIndex, build_index
-from jaxserve.attention.tactic.config import EstimatorConfig, TacticConfig
+from jaxserve.attention.tactic.config import TacticConfig
 from jaxserve.attention.tactic.ranking import HeadClusters, predict
 from jaxserve.attention.tactic.select import read_mask, select
 from jaxserve.attention.xla import State
@@ -275,7 +276,6 @@ def measure(
     return jax.lax.map(lambda knob: _measure(method, layer, knob, config), knobs)
 
 
-def with_estimator(config: TacticConfig, **changes: object) -> TacticConfig:
+def with_estimator(config: TacticConfig, **changes: Any) -> TacticConfig:  # noqa: ANN401
     """Return settings with other ones of the estimator."""
-    estimator: EstimatorConfig = dataclasses.replace(config.estimator, **changes)  # type: ignore[arg-type]
-    return dataclasses.replace(config, estimator=estimator)
+    return dataclasses.replace(config, estimator=dataclasses.replace(config.estimator, **changes))

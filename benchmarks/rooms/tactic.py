@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Contestant:
     is_budget: bool = False
 
 
-def _estimator(**changes: object) -> TacticConfig:
+def _estimator(**changes: Any) -> TacticConfig:  # noqa: ANN401
     return mass.with_estimator(BASE, **changes)
 
 
