@@ -3,18 +3,20 @@
     python -m benchmarks.gpu [--rehearse] [--dry]
 
 1. What the device can do at most: memory bandwidth (reading and copying), bfloat16 matrix products.
-2. The kernels: steps of attention on every backend, beside cuDNN through JAX's dense attention, and
+2. The configurations of the attention kernels (`benchmarks.tuning`): the fastest ones become the
+   table that everything below reads.
+3. The kernels: steps of attention on every backend, beside cuDNN through JAX's dense attention, and
    FlashInfer and torch's SDPA where they can be imported, as shares of what was measured in 1; then
    every other operation.
-3. The tests marked `gpu`: among others, every kernel against float64.
-4. The shape of Llama-3.1-8B with random bfloat16 weights: decode at batch 1, 8 and 64 as a share of
+4. The tests marked `gpu`: among others, every kernel against float64.
+5. The shape of Llama-3.1-8B with random bfloat16 weights: decode at batch 1, 8 and 64 as a share of
    the measured bandwidth, prefill as a share of the measured matrix rate, with transformers (static
    cache, compiled step) in a process of its own on the same GPU, interleaved.
 
 Each part is guarded: one that fails is reported, and the others still write their results. Without
 a GPU it says what it would do and ends with 0. `--rehearse` runs everything with tiny sizes on
-whatever device is there, to test this program; `--dry` compiles the kernels of 2 for Hopper, in
-the environments of `make test-aot` and `make test-triton`, and then rehearses 1 and 2.
+whatever device is there, to test this program; `--dry` compiles the kernels of 3 for Hopper, in
+the environments of `make test-aot` and `make test-triton`, and then rehearses 1 to 3.
 """
 
 import argparse
@@ -48,8 +50,10 @@ from jaxserve.pallas_kernels.cards import PLACES
 
 BUDGET_S = 570.0
 TESTS_S = 170.0
-KERNELS_S = 150.0
+KERNELS_S = 130.0
 """Most seconds for measuring kernels; steps that come too late are left out, and named."""
+TUNING_S = 70.0
+"""Most seconds for measuring configurations; keys that come too late keep their guess."""
 OURS, PEER = "jaxserve", "transformers"
 
 LLAMA_8B: dict[str, Any] = {
@@ -376,6 +380,20 @@ def report(run: Run) -> None:
         print("share: of the measured bandwidth (decode), of the measured matrix rate (prefill)")
 
 
+def measure_configurations(run: Run) -> None:
+    """Let a process of its own measure configurations and write the table."""
+    command = [sys.executable, "-m", "benchmarks.tuning", "--budget", str(TUNING_S)]
+    done = subprocess.run(
+        [*command, *(["--rehearse"] if run.rehearsal else [])],
+        env={**quiet_environment(), "OUT": str(run.recorder.path.parent)},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=max(1.0, min(3 * TUNING_S, run.left_s)),
+    )  # fmt: skip
+    print(done.stdout, end="")
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+
+
 def measure_kernels(run: Run, folder: Path) -> None:
     """Measure kernels beside their peers, until their time is over."""
     deadline = time.monotonic() + min(KERNELS_S, run.left_s)
@@ -556,6 +574,7 @@ def run_all(run: Run) -> None:
             run.guard("ceilings", lambda: measure_ceilings(run, probe))
         finally:
             probe.close()
+        run.guard("tuning", lambda: measure_configurations(run))
         run.guard("kernels", lambda: measure_kernels(run, config_dir))
         if run.is_dry:
             return

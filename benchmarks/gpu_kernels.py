@@ -56,11 +56,11 @@ def why_not(step: Step, backend: str, platform: str, capability: str) -> str | N
     return refusal(backend, case)
 
 
-def chained(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def chained(call: Callable[..., jax.Array], calls: int = CHAIN) -> Callable[..., jax.Array]:
     """Return a program that calls again and again; outputs have the shape of queries."""
 
     def many(q: jax.Array, *rest: Any) -> jax.Array:  # noqa: ANN401
-        return jax.lax.fori_loop(0, CHAIN, lambda _, x: call(x, *rest).astype(x.dtype), q)
+        return jax.lax.fori_loop(0, calls, lambda _, x: call(x, *rest).astype(x.dtype), q)
 
     return many
 

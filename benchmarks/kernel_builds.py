@@ -53,18 +53,23 @@ def builds() -> list[Build]:
 
 def tuned() -> Iterator[Build]:
     """Yield a build for every entry of the tuning tables."""
-    for key, config in mosaic_decode.tuning_table().items():
-        heads = 4 if key.rows == 8 else 8
+    seen: set[object] = set()
+    for key, config in entries(mosaic_decode):
+        # How many CTAs share a multiprocessor is the plan's business.
+        program = key, dataclasses.replace(config, ctas=1)
+        if program in seen:
+            continue
+        seen.add(program)
         yield decode(
             dim=key.dim,
-            heads=heads,
+            heads=4 if key.rows == 8 else 8,
             tokens=max(1, key.rows // 8),
             kv_dtype="float8_e4m3fn" if key.itemsize == 1 else "bfloat16",
             variant=variants.rope() if key.changes_keys else PLAIN,
             limit=key.shared_memory(config),
+            config=config,
         )
-    seen: set[object] = set()
-    for key, config in mosaic_prefill.tuning_table().items():
+    for key, config in entries(mosaic_prefill):
         # Wide tiles of a plan may be cut into the same narrow ones: that is one kernel.
         program = dataclasses.replace(key, tile_kv=0), config
         if program in seen:
@@ -78,7 +83,15 @@ def tuned() -> Iterator[Build]:
             kv_dtype="float8_e4m3fn" if key.itemsize == 1 else "bfloat16",
             variant=variants.rope() if key.changes_keys else PLAIN,
             limit=key.shared_memory(config),
+            config=config,
         )
+
+
+def entries(kernel: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401  a module
+    """Yield every key of a kernel's tuning table with every configuration that may be chosen."""
+    for key, candidates in kernel.tuning_table().items():
+        for config in candidates:
+            yield key, config
 
 
 def varied() -> Iterator[Build]:
@@ -169,6 +182,7 @@ def prefill(
     warpgroups: int = 2,
     tile_kv: int = 128,
     portable: bool = False,
+    config: Any = None,  # noqa: ANN401
     **settings: Any,  # noqa: ANN401
 ) -> Build:
     """Return a build of the prefill kernel.
@@ -178,9 +192,9 @@ def prefill(
         warpgroups: Computing warpgroups.
         tile_kv: Keys per tile of the plan.
         portable: Whether to build what the interpreter runs.
+        config: Configuration; None takes the chosen one.
         **settings: See `_build`.
     """
-    config = None
     if portable:
         config = mosaic_prefill.TuningConfig(tile_kv=64, portable=True)
     return _build(
@@ -269,6 +283,7 @@ def _build(
         "cascade" if cascade_levels else "",
         _words_of(variant),
         f"-> {chosen.stages} stages of {chosen.tile_kv}",
+        "" if getattr(chosen, "schedule_barrier", True) else "no turns",
     ]
     return Build(
         kernel=kernel,

@@ -162,7 +162,8 @@ def test_long_work_is_spread_evenly():
 
 
 @given(
-    cost=st.lists(st.integers(1, 5000), min_size=1, max_size=100),
+    cost=st.lists(st.integers(1, 5000), min_size=1, max_size=100)
+    | st.lists(st.sampled_from([192, 256, 640]), min_size=1, max_size=100),
     blocks=st.integers(1, 4),
     num_ctas=st.integers(1, 40),
 )

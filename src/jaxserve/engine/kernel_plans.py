@@ -113,10 +113,10 @@ def _specs(
         tile_kv=64 if 64 % page == 0 else page,
         cascade_levels=int(shares),
     )
-    base = tuned(plans.backend, base)
     if plans.batch_invariant:
         size = -(-_FIXED_SPLIT // base.tile_kv) * base.tile_kv
         base = replace(base, fixed_split_size=size)
+    base = tuned(plans.backend, base)
     return tuple(replace(base, window=window) for window in plans.windows)
 
 

@@ -447,7 +447,9 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
     longest = np.argsort(-cost, kind="mergesort")
     cta, order = np.empty(num, np.int64), np.empty(num, np.int64)
     heap = np.arange(ctas)  # loads, and in the low bits whose they are: no two are equal
+    raised = np.empty(num, np.int64)
     mask = (1 << _CTA_BITS) - 1
+    begins = np.zeros(ctas + 1, np.int64)
     done, run = 0, 0
     while run < of_block:
         stop, price = run + 1, cost[longest[run]]
@@ -455,12 +457,16 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
             stop += 1
         for block in range(blocks):
             for i in range(run, stop):
-                order[done] = block * of_block + longest[i]
-                cta[done] = heap[0] & mask
-                done += 1
-                _replace_least(heap, heap[0] + (price << _CTA_BITS))
+                order[done + block * (stop - run) + i - run] = block * of_block + longest[i]
+        price, count = price << _CTA_BITS, blocks * (stop - run)
+        if count < ctas:
+            for i in range(done, done + count):
+                cta[i] = heap[0] & mask
+                _replace_least(heap, heap[0] + price)
+        else:
+            _share_out(heap, price, cta[done : done + count], raised)
+        done += count
         run = stop
-    begins = np.zeros(ctas + 1, np.int64)
     for i in range(num):
         begins[cta[i] + 1] += 1
     for i in range(ctas):
@@ -470,6 +476,42 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
         place[order[i]] = until[cta[i]]
         until[cta[i]] += 1
     return place, begins[1:ctas]
+
+
+@compiled
+def _share_out(heap: np.ndarray, price: int, cta: np.ndarray, raised: np.ndarray) -> None:
+    """Give pieces of one cost away, each to the CTA that has least to do.
+
+    Loads are raised by one number in ascending order, so those that were raised are in order, too,
+    and the least one is the first of either row: no heap is needed.
+
+    Args:
+        heap: Loads; afterwards they are sorted, and so a heap again.
+        price: What a piece adds.
+        cta: Is filled with whose each piece is.
+        raised: Room for as many numbers as there are pieces.
+    """
+    heap.sort()
+    ctas, mask = heap.size, (1 << _CTA_BITS) - 1
+    old, new = 0, 0
+    for i in range(cta.size):
+        if old < ctas and (new == i or heap[old] < raised[new]):
+            least = heap[old]
+            old += 1
+        else:
+            least = raised[new]
+            new += 1
+        cta[i] = least & mask
+        raised[i] = least + price
+    kept = heap[old:].copy()
+    left = 0
+    for i in range(ctas):
+        if left < kept.size and (new == cta.size or kept[left] < raised[new]):
+            heap[i] = kept[left]
+            left += 1
+        else:
+            heap[i] = raised[new]
+            new += 1
 
 
 @compiled

@@ -4,10 +4,13 @@ Plans whose tiles hold few rows go to the decode kernel, which has keys on the l
 products; all others, those of mixed steps and shared prefixes included, to the prefill kernel.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxserve.pallas_kernels.attention import mosaic_decode, mosaic_prefill
+from jaxserve.pallas_kernels.attention import mosaic_decode, mosaic_prefill, tuning
 from jaxserve.pallas_kernels.attention.backends import Case
 from jaxserve.pallas_kernels.attention.context import context, modified
 from jaxserve.pallas_kernels.paged import PagedKV
@@ -38,6 +41,43 @@ def uses_decode(spec: PlanSpec, variant: AttentionVariant) -> bool:
     """Tell whether the decode kernel serves a plan, rather than the prefill kernel."""
     few = mosaic_decode.Sizes(spec).rows <= DECODE_ROWS
     return few and mosaic_decode.why_not(spec, variant) is None
+
+
+def tune(spec: PlanSpec) -> PlanSpec:
+    """Return a spec with the tiles and the CTAs that suit the kernels best.
+
+    A step of single tokens goes to the decode kernel, one token per item. Others go to the prefill
+    kernel, with both warpgroups where requests have more tokens than one of them takes. Where a
+    result must not depend on other requests, all steps have tiles of one size: one warpgroup's.
+
+    Args:
+        spec: What is to be computed; its tiles and CTAs change only if kernels can then do it.
+    """
+    variant = spec.variant
+    if spec.max_tokens <= spec.max_requests and spec.split_mode == "balanced":
+        for tile_kv in _widths(spec, 64):
+            for rows in mosaic_decode.ROWS[::-1]:
+                tuned = replace(spec, tile_q=min(spec.group, rows), tile_kv=tile_kv)
+                if mosaic_decode.why_not(tuned, variant) is None:
+                    ctas = mosaic_decode.choose(tuned, variant).ctas
+                    return replace(tuned, num_ctas=ctas * tuning.multiprocessors())
+    heads = replace(spec, tile_q=mosaic_prefill.WARPGROUP_ROWS).heads_per_tile
+    one = mosaic_prefill.WARPGROUP_ROWS // heads
+    is_long = spec.max_tokens > one * spec.max_requests and spec.split_mode == "balanced"
+    for warpgroups in (2, 1) if is_long else (1,):
+        for tile_kv in _widths(spec, 128, 64):
+            tile_q = mosaic_prefill.tile_q(heads, warpgroups=warpgroups)
+            tuned = replace(spec, tile_q=tile_q, tile_kv=tile_kv)
+            if mosaic_prefill.why_not(tuned, variant) is None:
+                return replace(tuned, num_ctas=tuning.multiprocessors())
+    return spec
+
+
+def _widths(spec: PlanSpec, *wanted: int) -> Iterator[int]:
+    """Yield keys per tile that go with the pages, and with the size of splits."""
+    for width in dict.fromkeys(max(width, spec.page_size) for width in wanted):
+        if width % spec.page_size == 0 and (spec.fixed_split_size or width) % width == 0:
+            yield width
 
 
 def run(

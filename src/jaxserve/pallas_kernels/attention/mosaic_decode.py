@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxserve.core.errors import UnsupportedError
-from jaxserve.pallas_kernels.attention import mosaic_tile
+from jaxserve.pallas_kernels.attention import mosaic_tile, tuning
 from jaxserve.pallas_kernels.attention.mosaic_pages import Pages, Ring, drain
 from jaxserve.pallas_kernels.attention.mosaic_tile import (
     Orientation,
@@ -51,10 +51,12 @@ class TuningConfig:
     Attributes:
         tile_kv: Keys per tile.
         stages: Tiles of keys, and as many of values, in flight.
+        ctas: CTAs that a multiprocessor holds at once; `mosaic.tune` plans for so many.
     """
 
     tile_kv: int = 64
     stages: int = 3
+    ctas: int = 1
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes."""
@@ -64,6 +66,8 @@ class TuningConfig:
             )
         if self.stages < 2:
             raise ValueError(f"stages must be 2 or more to overlap copies, got {self.stages}.")
+        if self.ctas not in (1, 2):
+            raise ValueError(f"ctas must be 1 or 2, got {self.ctas}.")
 
 
 HEAD_DIMS = (64, 128, 256)
@@ -126,34 +130,43 @@ def most_rows(dim: int, itemsize: int, *, changes_keys: bool) -> int:
     return 32 if dim == 128 and changes_keys else ROWS[-1]
 
 
-@functools.cache
-def tuning_table() -> dict[TuningKey, TuningConfig]:
-    """Return every configuration that is ever chosen.
+def fits_twice(key: TuningKey) -> bool:
+    """Tell whether registers let two CTAs share a multiprocessor, as compiling for Hopper shows."""
+    if key.dim == 64:
+        return key.rows <= (16 if key.changes_keys else 32)
+    return key.dim == 128 and key.rows == 8 and not key.changes_keys
 
-    Not measured yet: two CTAs per multiprocessor where three stages then fit, so that one computes
-    while the other one waits; else one with as many stages as fit, four at most.
+
+@functools.cache
+def tuning_table() -> dict[TuningKey, tuple[TuningConfig, ...]]:
+    """Return every configuration that may be chosen, what is taken without a measurement first.
+
+    That is two CTAs per multiprocessor where three stages then fit, so that one computes while the
+    other one waits; else one with as many stages as fit, four at most. The last one has as many as
+    fit, eight at most.
     """
-    table: dict[TuningKey, TuningConfig] = {}
+    table: dict[TuningKey, tuple[TuningConfig, ...]] = {}
     for dim, itemsize, rows, changes in itertools.product(HEAD_DIMS, (1, 2), ROWS, (False, True)):
         if rows > most_rows(dim, itemsize, changes_keys=changes):
             continue
         key = TuningKey(dim, itemsize, rows, changes)
         half = mosaic_tile.MULTIPROCESSOR_SHARED_MEMORY // 2 - 1024
-        for limit, least, most in ((half, 3, 6), (mosaic_tile.SHARED_MEMORY_LIMIT, 2, 4)):
-            fitting = [
-                config
-                for config in (TuningConfig(stages=n) for n in range(least, most + 1))
-                if key.shared_memory(config) <= limit
-            ]
-            if fitting:
-                table[key] = fitting[-1]
-                break
+        whole = mosaic_tile.SHARED_MEMORY_LIMIT
+        found: list[TuningConfig] = []
+        for ctas, limit, least, most in ((2, half, 3, 6), (1, whole, 2, 4), (1, whole, 2, 8)):
+            if ctas == 2 and not fits_twice(key):
+                continue
+            configs = (TuningConfig(stages=n, ctas=ctas) for n in range(most, least - 1, -1))
+            found += [config for config in configs if key.shared_memory(config) <= limit][:1]
+        if found:
+            table[key] = tuple(dict.fromkeys(found))
     return table
 
 
 def choose(spec: PlanSpec, variant: AttentionVariant) -> TuningConfig:
     """Choose the configuration for a spec that `why_not` lets pass."""
-    return tuning_table()[TuningKey.of(spec, variant)]
+    key = TuningKey.of(spec, variant)
+    return tuning.choose("decode", key, tuning_table()[key], tuning.device_name())
 
 
 # ----------------------------------------------------------------------------------- arguments

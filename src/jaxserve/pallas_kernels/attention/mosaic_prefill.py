@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxserve.core.errors import UnsupportedError
-from jaxserve.pallas_kernels.attention import mosaic_tile
+from jaxserve.pallas_kernels.attention import mosaic_tile, tuning
 from jaxserve.pallas_kernels.attention.mosaic_pages import Pages, Ring
 from jaxserve.pallas_kernels.attention.mosaic_tile import (
     Orientation,
@@ -130,14 +130,15 @@ class TuningKey:
 
 
 @functools.cache
-def tuning_table() -> dict[TuningKey, TuningConfig]:
-    """Return every configuration that is ever chosen; not measured yet.
+def tuning_table() -> dict[TuningKey, tuple[TuningConfig, ...]]:
+    """Return every configuration that may be chosen, what is taken without a measurement first.
 
-    Tiles are as wide, and rows written at once as many, as registers hold without spills, which
-    compiling for Hopper shows; then as many stages as fit. Two warpgroups have 240 registers per
-    thread, one has 255.
+    That has tiles as wide, and rows written at once as many, as registers hold without spills,
+    which compiling for Hopper shows; then as many stages as fit. Two warpgroups have 240 registers
+    per thread, one has 255. The others have narrower tiles, fewer stages, or warpgroups that take
+    no turns.
     """
-    table: dict[TuningKey, TuningConfig] = {}
+    table: dict[TuningKey, tuple[TuningConfig, ...]] = {}
     for dim, itemsize, warpgroups, most, changes in itertools.product(
         HEAD_DIMS, (1, 2), (1, 2), (64, 128), (False, True)
     ):
@@ -145,25 +146,40 @@ def tuning_table() -> dict[TuningKey, TuningConfig]:
         if changes and (warpgroups == 2 or (dim == 128 and itemsize == 1)):
             continue  # spills with the smallest tiles, too
         wide = most == 128 and warpgroups == 1 and itemsize == 2 and not changes
-        tries = [(128, 3), (128, 2)] if wide else [(64, 4), (64, 3), (64, 2)]
-        widths = (32, 16) if warpgroups == 1 else (16,)
-        for (keys, stages), columns in itertools.product(tries, widths):
+        tries = [(128, 3), (128, 2)] if wide else []
+        tries += [(64, 4), (64, 3), (64, 2)]
+        width = 32 if warpgroups == 1 else 16
+        found: list[TuningConfig] = []
+        for (keys, stages), columns, turns in itertools.product(
+            tries, (width, 16), (True, False) if warpgroups == 2 else (False,)
+        ):
             config = TuningConfig(
                 tile_kv=keys,
                 stages=stages,
                 o_columns=2 * columns,
                 part_columns=columns,
-                schedule_barrier=warpgroups == 2,
+                schedule_barrier=turns,
             )
             if key.shared_memory(config) <= mosaic_tile.SHARED_MEMORY_LIMIT:
-                table[key] = config
-                break
+                found.append(config)
+        if found:
+            table[key] = _different(found)
     return table
+
+
+def _different(configs: list[TuningConfig]) -> tuple[TuningConfig, ...]:
+    """Keep the first of each width of tiles and kind of turns, and the one with fewest stages."""
+    kept: dict[tuple[int, bool], list[TuningConfig]] = {}
+    for config in configs:
+        kept.setdefault((config.tile_kv, config.schedule_barrier), []).append(config)
+    fewest = [min(alike, key=lambda config: config.stages) for alike in kept.values()]
+    return tuple(dict.fromkeys([alike[0] for alike in kept.values()] + fewest))
 
 
 def choose(spec: PlanSpec, variant: AttentionVariant) -> TuningConfig:
     """Choose the configuration for a spec that `why_not` lets pass."""
-    return tuning_table()[TuningKey.of(spec, variant)]
+    key = TuningKey.of(spec, variant)
+    return tuning.choose("prefill", key, tuning_table()[key], tuning.device_name())
 
 
 # ----------------------------------------------------------------------------------- arguments
