@@ -13,6 +13,7 @@ from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.request import SamplingParams
 from jaxserve.engine import kernel_choice
+from jaxserve.engine.compiling import forget_programs
 from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.attention import api, backends
 from jaxserve.pallas_kernels.plan import Plan
@@ -202,7 +203,9 @@ def stranger(monkeypatch):
     for place in (api, backends):
         monkeypatch.setattr(place, "load", lambda n: other if n == "mosaic" else load(n))
     monkeypatch.setattr(kernel_choice, "present_device", lambda: ("gpu", "9.0"))
-    return other
+    forget_programs()
+    yield other
+    forget_programs()  # those of the stranger are none of the kernel whose name it has
 
 
 def test_a_kernel_that_computes_what_it_should_is_the_choice_of_auto(module, stranger):

@@ -73,5 +73,5 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     >>> did_you_mean("tempurature", ["temperature", "top_p"])
     " Did you mean 'temperature'?"
     """
-    near = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(found, list(known), n=1, cutoff=0.7)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,9 +1,17 @@
-"""Compiled programs: one store per runner, filled at warm-up, and a cache between processes."""
+"""Compiled programs: one store per runner, filled at warm-up, and caches beyond.
+
+What one runner compiled, the next one of this process finds ready if nothing about it differs; what
+another process compiled is read from disk. The first saves tracing as well, which takes longer than
+compiling where a model is small.
+"""
 
 import contextlib
+import functools
+import inspect
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any
 
@@ -13,6 +21,47 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxserve.core.errors import JaxserveError
 
 logger = logging.getLogger(__name__)
+
+
+MOST_SHARED = 256
+"""Programs that are kept for runners to come; a model has about as many as step shapes."""
+
+
+class _SharedPrograms:
+    """The programs of this process that any runner may take, those taken last at the end."""
+
+    def __init__(self) -> None:
+        self._programs: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, identity: Hashable | None) -> Callable[..., Any] | None:
+        if identity is None:
+            return None
+        with self._lock:
+            program = self._programs.get(identity)
+            if program is not None:
+                self._programs.move_to_end(identity)
+            return program
+
+    def keep(self, identity: Hashable | None, program: Callable[..., Any]) -> None:
+        if identity is None:
+            return
+        with self._lock:
+            self._programs[identity] = program
+            while len(self._programs) > MOST_SHARED:
+                self._programs.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._programs.clear()
+
+
+_shared = _SharedPrograms()
+
+
+def forget_programs() -> None:
+    """Drop the programs that are kept for runners to come, and with them their memory."""
+    _shared.clear()
 
 
 class LateCompileError(JaxserveError, RuntimeError):
@@ -27,6 +76,8 @@ class Programs:
         on_compile: Called with the seconds of every compilation.
         cache_dir: Where compiled programs are kept between processes; None keeps none.
         forbid_late: Whether a compilation after warm-up is an error.
+        shares: Whether function and arguments say everything about a program, so that runners of
+            this process can share it.
 
     Attributes:
         is_sealed: Whether warm-up has ended: every program that can be needed is compiled.
@@ -40,6 +91,7 @@ class Programs:
         on_compile: Callable[[float], None],
         cache_dir: str | None,
         forbid_late: bool,
+        shares: bool = True,
     ) -> None:
         """Compile nothing yet."""
         self.is_sealed = False
@@ -48,6 +100,7 @@ class Programs:
         self._on_compile = on_compile
         self._cache_dir = cache_dir
         self._forbid_late = forbid_late
+        self._shares = shares
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._lock = threading.Lock()
         self._is_stopped = False
@@ -63,7 +116,7 @@ class Programs:
     def get(
         self, key: Hashable, fn: Callable[..., Any], donate: Sequence[int], *args: object
     ) -> Callable[..., Any]:
-        """Return a program, compiling it if it is new.
+        """Return a program; one that is new is compiled, or taken from another runner.
 
         Args:
             key: Its name.
@@ -83,10 +136,17 @@ class Programs:
             program = self._compiled.get(key)
             if program is None:
                 start = time.perf_counter()
-                with jax.default_matmul_precision(self._matmul_precision):
-                    lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
-                with persistent_cache(self._cache_dir):
-                    program = lowered.compile()
+                donated = tuple(donate)
+                identity = None
+                if self._shares:
+                    identity = _identity(fn, args, (donated, self._matmul_precision))
+                program = _shared.find(identity)
+                if program is None:
+                    with jax.default_matmul_precision(self._matmul_precision):
+                        lowered = jax.jit(fn, donate_argnums=donated).lower(*args)
+                    with persistent_cache(self._cache_dir):
+                        program = lowered.compile()
+                    _shared.keep(identity, program)
                 self._compiled[key] = program
                 took = time.perf_counter() - start
                 self._on_compile(took)
@@ -119,6 +179,32 @@ class Programs:
     def clear(self) -> None:
         """Free the programs."""
         self._compiled.clear()
+
+
+def _identity(fn: Callable[..., Any], args: tuple[object, ...], how: Hashable) -> Hashable | None:
+    """Return what two programs are equal by; None if that cannot be told.
+
+    Args:
+        fn: A function of a module, or one with some arguments bound to hashable values.
+        args: Its arguments, or descriptions of them.
+        how: What else a program depends on.
+    """
+    bound: Hashable = ()
+    if isinstance(fn, functools.partial):
+        fn, bound = fn.func, (fn.args, tuple(sorted(fn.keywords.items())))
+    # What a decorator wraps is as fixed as what it was made of.
+    if not inspect.isfunction(fn) or inspect.unwrap(fn).__closure__:
+        return None
+    leaves, tree = jax.tree.flatten(args)
+    if not all(hasattr(leaf, "sharding") for leaf in leaves):
+        return None
+    shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+    identity = (fn, bound, tree, shapes, how, bool(jax.config.jax_enable_x64))
+    try:
+        hash(identity)
+    except TypeError:
+        return None
+    return identity
 
 
 @contextlib.contextmanager

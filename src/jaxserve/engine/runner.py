@@ -151,6 +151,8 @@ class Runner:
             on_compile=on_compile,
             cache_dir=cache_dir,
             forbid_late=forbid_late,
+            # Arrays of the caller's own attention are constants of the programs.
+            shares=spec.shapes.kernels is None or not spec.shapes.kernels.extra,
         )
         self._found: dict[StepShape, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._no_masks: dict[int, jax.Array] = {}
@@ -285,7 +287,7 @@ class Runner:
         vocab = self.spec.config.vocab_size
         return self.programs.get(
             ("draw", draw),
-            functools.partial(_draw, self.spec, draw),
+            functools.partial(_draw, self.spec.num_candidates, self.spec.logprobs_mode, draw),
             (1,),
             self._spec((draw.num_drawn, vocab), jnp.float32),
             self._row_specs,
@@ -666,7 +668,8 @@ def _step(
 
 
 def _draw(
-    spec: RunnerSpec,
+    num_candidates: int,
+    mode: LogprobsMode,
     draw: DrawShape,
     logits: jax.Array,
     rows: RowState,
@@ -695,8 +698,8 @@ def _draw(
             logits,
             inputs,
             rows,
-            num_candidates=spec.num_candidates,
-            mode=spec.logprobs_mode,
+            num_candidates=num_candidates,
+            mode=mode,
             drafts=drafts,
         )
         return sampled, _take_tokens(rows, sampled.token, part["sample_index"] >= 0, drafts)
