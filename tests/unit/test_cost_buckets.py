@@ -1,4 +1,4 @@
-"""Times of padded steps: inverses, envelopes, fits, files, and the commands that make and use them."""
+"""Times of padded steps, their fits and files, and the commands that make and use them."""
 
 import itertools
 import json

@@ -171,7 +171,7 @@ class SlosServeScheduler:
     def adopt(self, view: ReplicaView) -> None:
         """Promise everybody who is running their objectives, as when a planner is exchanged."""
         found = self._sort(view)
-        for sequence, record in (*found.new, *found.others):
+        for sequence, record in (*found.new, *found.others, *found.expired):
             if sequence.is_running and record.deadline < math.inf:
                 record.standing, record.has_missed = Standing.PROMISED, False
 
@@ -540,7 +540,7 @@ class SlosServeScheduler:
 
     def _note(self, sequence: SequenceView, record: Record, objective: str) -> Rejection:
         reason = self.declined.get(sequence.seq_id, "compute")
-        idle = self._idle(sequence) * 1000
+        idle = record.idle_s * 1000
         target = (record.deadline - sequence.arrival) * 1000
         if idle > target:
             reason = "idle_server"
