@@ -179,7 +179,7 @@ def a_view(now, count=64, new=8):
     def one(i, running):
         made = 1 + i if running else 0
         return SequenceView(
-            seq_id=i, arrival=now - 0.1, priority=0, prompt_len=100 + i, num_tokens=100 + i + made,
+            seq_id=i, arrival=0.5, priority=0, prompt_len=100 + i, num_tokens=100 + i + made,
             num_computed=99 + i + made if running else 0, max_total_len=1000, num_pages=8 * running,
             is_running=running, is_decoding=running,
             slo=Slo(ttft_ms=4000, tpot_ms=100 + 50 * (i % 2), tier="t"),

@@ -34,7 +34,7 @@ class _Grid:
             scale = rows / self.rows[at]
         if column == len(self.tokens):
             column -= 1
-            scale = max(scale, tokens / self.tokens[column])
+            scale *= tokens / self.tokens[column]
         seconds = self.seconds[at][column]
         return seconds if scale == 1.0 else seconds * scale
 

@@ -10,6 +10,7 @@ from jaxserve.core.config import SchedulerOptions
 from jaxserve.core.cost_drift import LearnedCost
 from jaxserve.core.cost_file import CostFile, read_cost
 from jaxserve.core.protocols import Clock, Scheduler
+from jaxserve.engine.measure import describe
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.scheduling.decision_log import LoggedScheduler, LogHead, LogWriter
@@ -77,6 +78,8 @@ class EnginePolicy:
         name = self._options.scheduling_policy
         settings = self._settings if made is None else replace(self._settings, margin=made.margin)
         learned = None if made is None else LearnedCost(made.cost)
+        if made is not None:
+            _check_measured_here(made, engine)
         policy = make_policy(name, learned, settings)
         if self._options.decision_log is not None:
             head = LogHead(
@@ -116,23 +119,16 @@ class EnginePolicy:
             self._log = None
 
 
-def check_trained_here(made: CostFile, shapes: dict[str, object], name: str) -> None:
-    """Warn if a cost model was measured on an engine of other shapes.
-
-    Args:
-        made: The cost model.
-        shapes: Sizes of this engine, as `jaxserve profile` notes them.
-        name: Its file.
-    """
+def _check_measured_here(made: CostFile, engine: "Engine") -> None:
+    """Warn if a cost model was measured on an engine of other sizes."""
     known = made.facts.get("engine")
     if not isinstance(known, dict):
         return
-    other = {
-        key: (known.get(key), value) for key, value in shapes.items() if known.get(key) != value
-    }
+    sizes = describe(engine)
+    other = {key: (known.get(key), now) for key, now in sizes.items() if known.get(key) != now}
     if other:
         told = ", ".join(f"{key} {was!r} instead of {now!r}" for key, (was, now) in other.items())
         logger.warning(
-            "%s was measured on another engine (%s); promises may be broken until the times have "
-            "been learned. Measure again with `jaxserve profile`.", name, told,
+            "the cost model was measured on another engine (%s); promises may be broken until the "
+            "times have been learned. Measure again with `jaxserve profile`.", told,
         )  # fmt: skip

@@ -226,6 +226,8 @@ class SlosServeScheduler:
         seen = len(view.running) + len(view.waiting)
         for sequence in (*view.running, *view.waiting):
             record = records.get(sequence.seq_id) or self._meet(sequence, is_real=is_real)
+            if sequence.num_tokens == sequence.num_computed:
+                continue  # its last token is on its way
             generated = sequence.num_tokens - sequence.prompt_len
             if generated != record.generated:
                 record.generated = generated
