@@ -155,12 +155,16 @@ class SlosServeScheduler:
         self._shares: deque[tuple[float, int, int]] = deque()
         self._given = [0, 0]
         self._targets: deque[float] = deque(maxlen=_TARGETS)
+        self._default_step_s = _DEFAULT_STEP_S
         self._longest_step_s = self.config.max_step_s or _DEFAULT_STEP_S
+        self._rows = 0
         self._dearest = math.inf
         self._mean_work = 0.0
 
     def plan(self, view: ReplicaView) -> StepPlan:
         """Answer one snapshot with one plan."""
+        if view.max_num_seqs != self._rows:
+            self._fit_rows(view.max_num_seqs)
         found = self._sort(view)
         self._unpromised = []
         if found.new:
@@ -397,7 +401,15 @@ class SlosServeScheduler:
         longest = max(worthwhile, share * short)
         # The first few targets say little about those to come.
         is_known = len(targets) >= _TARGETS // 4
-        self._longest_step_s = longest if is_known else min(longest, _DEFAULT_STEP_S)
+        self._longest_step_s = longest if is_known else min(longest, self._default_step_s)
+
+    def _fit_rows(self, rows: int) -> None:
+        """Let a step be long enough for all rows to decode, where that takes a server long."""
+        self._rows = rows
+        whole = self._cost.step_time(StepLoad(decodes=rows, context=rows))
+        self._default_step_s = max(_DEFAULT_STEP_S, 1.25 * whole)
+        if self.config.max_step_s is None and not self._targets:
+            self._longest_step_s = self._default_step_s
 
     def _chosen(
         self,
