@@ -24,14 +24,15 @@ import numpy as np
 
 from benchmarks.record import Recorder, table
 from benchmarks.rooms.scenarios import TRACES, azure
+from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.cost import CostModel, StepLoad, zero_load_time
 from jaxserve.core.cost_file import write_cost
 from jaxserve.core.event import TokenEvent
 from jaxserve.core.request import Request, RequestId, SamplingParams
-from jaxserve.engine.host import EngineHost
 from jaxserve.engine.measure import Effort, measure_engine
 from jaxserve.engine.policy import EnginePolicy
+from jaxserve.engine.setup import assemble
 from jaxserve.scheduling.policies import PolicySettings, make_policy
 from jaxserve.sim.loop import simulate
 from jaxserve.sim.replica import Replica, ReplicaSpec
@@ -118,25 +119,26 @@ class Machine:
                 "enable_prefix_caching": False,
             }
         )
-        self.host = EngineHost(model, config=config)
+        self.clock = WallClock()
+        made = assemble(model, config, clock=self.clock)
+        self.engine = made.engine
         self._dir = tempfile.TemporaryDirectory()
-        self.host.thread.close()  # turned by hand while it is measured
-        self.host.engine.dead = None
-        self.measured = measure_engine(self.host.engine, self.host.clock, effort)
+        self.measured = measure_engine(self.engine, self.clock, effort)
         self.cost = self.measured.file.cost
         self._path = Path(self._dir.name) / "cost.json"
         write_cost(self._path, self.measured.file)
-        self._stop = threading.Event()
-        options = self.host.config.scheduler
+        self._options = options = made.config.scheduler
+        self._vocab = made.model.config.vocab_size
+        self.drift = 1.0
         self._settings = PolicySettings(
             margin=self.measured.file.margin, max_mixed_prefill=options.max_mixed_prefill_tokens
         )
-        spec = self.host.engine.runner.spec
+        spec = self.engine.runner.spec
         self.spec = ReplicaSpec(
-            num_pages=self.host.engine.pool.num_pages,
+            num_pages=self.engine.pool.num_pages,
             page_size=spec.page_size,
             max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=self.host.engine.max_num_batched_tokens,
+            max_num_batched_tokens=self.engine.max_num_batched_tokens,
             overlap=options.async_scheduling,
         )
         self._rng = np.random.default_rng(0)
@@ -154,21 +156,17 @@ class Machine:
 
     def served(self, policy: str, requests: Sequence[SimRequest]) -> Outcome:
         """Serve requests in the engine, each at its time."""
-        engine = self.host.engine
-        options = replace(
-            self.host.config.scheduler, scheduling_policy=policy, cost_model=str(self._path)
-        )
-        installed = EnginePolicy(
-            options, self._settings, clock=self.host.clock, metrics=engine.metrics
-        )
-        installed.install(engine)
-        vocab = self.host.model_config.vocab_size
+        engine = self.engine
+        options = replace(self._options, scheduling_policy=policy, cost_model=str(self._path))
+        made = EnginePolicy(options, self._settings, clock=self.clock, metrics=engine.metrics)
+        made.install(engine)
         ends: dict[int, TokenEvent] = {}
         prompts = [
-            tuple(int(t) for t in self._rng.integers(0, vocab, one.prompt_len)) for one in requests
+            tuple(int(t) for t in self._rng.integers(0, self._vocab, one.prompt_len))
+            for one in requests
         ]
         gc.collect()
-        start = self.host.clock.now() + 0.1
+        start = self.clock.now() + 0.1
 
         def sink(event: TokenEvent) -> None:
             if event.finish_reason is not None:
@@ -177,7 +175,7 @@ class Machine:
         def feed() -> None:
             for one, prompt in zip(requests, prompts, strict=True):
                 due = start + one.arrival
-                wait = due - self.host.clock.now()
+                wait = due - self.clock.now()
                 if wait > 0:
                     time.sleep(wait)
                 engine.submit(
@@ -215,8 +213,9 @@ class Machine:
 
     def close(self) -> None:
         """Free the engine."""
-        self.host.engine.stop("the measurement is over")
-        self.host.close()
+        self.engine.stop("the measurement is over")
+        self.engine.constraints.close()
+        self.engine.runner.close()
         self._dir.cleanup()
 
 
