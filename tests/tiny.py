@@ -180,6 +180,7 @@ class Bench:
         self.outputs: dict[str, RequestOutput] = {}
         self.events: dict[str, list[TokenEvent]] = {}
         self.metrics = made.engine.metrics
+        self.policy = made.policy
         self._count = 0
 
     def submit(
@@ -192,12 +193,12 @@ class Bench:
     ) -> str:
         """Submit a prompt and return the id of its request."""
         self._count += 1
+        fields = {"arrival": float(self._count)} | fields
         name = request_id or f"r{self._count}"
         request = Request(
             request_id=RequestId(name),
             prompt_token_ids=tuple(prompt),
             sampling=sampling or SamplingParams(),
-            arrival=float(self._count),
             **fields,
         )
         output, events = empty_output(request), []

@@ -98,6 +98,31 @@ def test_jumps_and_live_views_change_nothing(requests, noise, frozen):
     assert a.num_steps == b.num_steps
 
 
+@given(streams(), st.booleans())
+@settings(max_examples=60)
+def test_jumps_change_nothing_where_steps_are_planned_ahead(requests, frozen):
+    spec = ReplicaSpec(
+        num_pages=60, page_size=4, max_num_seqs=5, max_num_batched_tokens=50, overlap=True
+    )
+    plain, a = serve(requests, spec, jump=False)
+    other, b = serve(requests, spec, jump=True, frozen_views=frozen)
+    assert plain == other
+    assert a.num_steps == b.num_steps
+
+
+@pytest.mark.parametrize("jump", [True, False])
+def test_who_arrives_during_a_step_waits_for_the_next_one_if_that_is_planned(jump):
+    cost = LinearCost(Plane(base=1.0))  # every step takes a second
+    first = SimRequest(request_id=0, arrival=0.0, prompt_len=4, output_len=8)
+    second = SimRequest(request_id=1, arrival=2.5, prompt_len=4, output_len=1)
+    for overlap, expected in ((False, 4.0), (True, 5.0)):
+        spec = ReplicaSpec(num_pages=60, page_size=4, overlap=overlap)
+        done, _ = serve([first, second], spec, cost=cost, jump=jump)
+        by_id = {one.request.request_id: one for one in done}
+        assert by_id[1].first_token == expected
+        assert by_id[0].token_times == tuple(float(i) for i in range(1, 9))
+
+
 @given(streams())
 @settings(max_examples=20)
 def test_the_same_run_gives_the_same_bytes(requests):

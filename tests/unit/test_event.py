@@ -74,4 +74,5 @@ def test_prompt_log_probabilities_and_cached_tokens_are_kept():
 
 
 def test_finish_reasons_are_the_strings_of_the_protocol():
-    assert [str(reason) for reason in FinishReason] == ["stop", "length", "abort", "error"]
+    known = ["stop", "length", "abort", "error", "declined"]
+    assert [str(reason) for reason in FinishReason] == known

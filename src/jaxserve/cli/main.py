@@ -1,10 +1,11 @@
-"""`jaxserve serve | pull | convert | models | doctor | version`."""
+"""`jaxserve serve | pull | convert | models | profile | sim | doctor | version`."""
 
 import argparse
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from jaxserve import __version__
@@ -22,6 +23,8 @@ commands:
   pull NAME               download a model
   convert SOURCE TARGET   write a model as safetensors or Orbax (convert --help lists the flags)
   models                  list the models on this machine
+  profile [MODEL]         measure how long steps take here, for --cost-model
+  sim replay LOG          run a policy again on what it saw (--decision-log), and compare
   doctor                  say which kernels this machine runs, and why
   version                 print versions
 """
@@ -154,6 +157,46 @@ def models(argv: Sequence[str]) -> int:
     return 0
 
 
+def profile(argv: Sequence[str]) -> int:
+    """Measure how long steps take on this machine, and write a cost model.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        JaxserveError: If the model cannot be had, or the file cannot be written.
+    """
+    from jaxserve.cli.profile import run  # noqa: PLC0415  loads JAX
+
+    return run(argv, _out)
+
+
+def sim(argv: Sequence[str]) -> int:
+    """Run a policy again on the views of a decision log.
+
+    Returns:
+        The exit code: 1 if it decides anything else than it did.
+
+    Raises:
+        JaxserveError: If the log cannot be read.
+    """
+    parser = _Parser(prog="jaxserve sim", description="Policies without an engine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    player = commands.add_parser("replay", help="run a policy again on a decision log")
+    player.add_argument("log", metavar="LOG", help="file that `serve --decision-log` has written")
+    given = parser.parse_args(list(argv))
+    from jaxserve.sim.replay import replay  # noqa: PLC0415  other commands do not need it
+
+    found = replay(Path(given.log))
+    for line in found.shown:
+        _out(line)
+    _out(
+        f"{found.policy}: {found.plans} plans and {found.observations} timed steps replayed, "
+        f"{found.differences} differences"
+    )
+    return EXIT_FAILED if found.differences else 0
+
+
 def doctor(argv: Sequence[str]) -> int:
     """Say which backend serves which operation on this machine, and why.
 
@@ -192,6 +235,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pull": pull,
     "convert": convert,
     "models": models,
+    "profile": profile,
+    "sim": sim,
     "doctor": doctor,
     "version": version,
 }

@@ -30,7 +30,10 @@ AttentionBackend = Literal[
     "pallas-reference",
 ]
 KvLayout = Literal["auto", "slots", "pages"]
-SchedulingPolicy = Literal["fcfs", "priority"]
+SchedulingPolicy = Literal[
+    "fcfs", "priority", "slo", "edf", "prefill_first", "deadline_hybrid", "slack_greedy"
+]
+SloPace = Literal["tpot", "tpot_gap", "tpot_mean"]
 ContentFormat = Literal["auto", "string", "openai"]
 GrammarBackend = Literal["auto", "llguidance", "guidance", "none"]
 RunnerType = Literal["auto", "generate", "pooling"]
@@ -205,8 +208,29 @@ class SchedulerOptions:
     )
     scheduling_policy: SchedulingPolicy = option(
         "fcfs",
-        "fcfs, or priority (lower value first, ties by arrival).",
+        "fcfs; priority (lower value first, ties by arrival); slo: a planner that promises "
+        "requests their objectives where it can; or, to compare with, edf (prompts by deadline), "
+        "prefill_first, deadline_hybrid, slack_greedy.",
         "schedule-policy",
+    )
+    slo_pace: SloPace = option(
+        "tpot",
+        "How the slo policy reads a target per token: tpot (as deadlines, for which early tokens "
+        "bank), tpot_gap (every gap), tpot_mean (the mean gap).",
+    )
+    cost_model: str | None = option(
+        None,
+        "File with the times of steps, as `jaxserve profile` writes it. Default: policies that "
+        "need times measure every step shape at start-up.",
+    )
+    policy_budget_ms: float = option(
+        50.0,
+        "Milliseconds of processor time that a policy may take for one step; beyond, that step is "
+        "planned by fcfs.",
+    )
+    decision_log: str | None = option(
+        None,
+        "File to which every view and plan is written, for `jaxserve sim replay`; it is replaced.",
     )
     max_num_queued_reqs: int | None = option(
         None,
@@ -228,9 +252,13 @@ class SchedulerOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _one_of(self, scheduling_policy=SchedulingPolicy)
+        _one_of(self, scheduling_policy=SchedulingPolicy, slo_pace=SloPace)
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs")
         _at_least(self, 1, "max_mixed_prefill_tokens")
+        if not self.policy_budget_ms > 0:
+            raise ConfigError(
+                f"policy_budget_ms must be greater than zero, got {self.policy_budget_ms}."
+            )
         if self.priority_ageing_s is not None and self.priority_ageing_s <= 0:
             raise ConfigError(
                 f"priority_ageing_s must be greater than zero, got {self.priority_ageing_s}."
@@ -471,6 +499,15 @@ class EngineConfig:
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
     speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+
+    def __post_init__(self) -> None:
+        """Check what concerns several parts."""
+        policy = self.scheduler.scheduling_policy
+        if self.runner.batch_invariant and policy not in ("fcfs", "priority"):
+            raise ConfigError(
+                f"batch_invariant needs scheduling_policy fcfs or priority, got {policy!r}, which "
+                "mixes prompts and decodes; use one of them, or leave batch_invariant out."
+            )
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "EngineConfig":

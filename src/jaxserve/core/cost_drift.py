@@ -82,14 +82,24 @@ class LearnedCost:
         elif self._outside_since is None:
             self._outside_since = now
 
+    @property
+    def ratio(self) -> float:
+        """Observed over predicted, as a mean over buckets weighted by what they have seen."""
+        return self._mean()
+
+    @property
+    def is_alarming(self) -> bool:
+        """Whether the ratio has been outside 0.8 to 1.25 for the last 30 seconds."""
+        since = self._outside_since
+        return since is not None and self._now - since >= ALARM_AFTER_S
+
     def drift(self) -> Drift:
         """Return how far observations and predictions are apart."""
-        since = self._outside_since
         return Drift(
             ratio=self._mean(),
             buckets={_name(bucket): ratio for bucket, ratio in sorted(self._ratios.items())},
             observations=self._seen,
-            is_alarming=since is not None and self._now - since >= ALARM_AFTER_S,
+            is_alarming=self.is_alarming,
         )
 
     def step_time(self, load: StepLoad) -> float:

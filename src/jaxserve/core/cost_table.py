@@ -78,7 +78,8 @@ class TableCost:
             raised = np.maximum.accumulate(raised, axis=axis)
         places = (tuple(axes[a][i] for a, i in enumerate(at)) for at in np.argwhere(raised > grid))
         self.enveloped = tuple(dict.fromkeys(_cell_name(_key(*place)) for place in places))
-        self._composition = composition
+        self._composition: Composition = composition
+        self._rows = tuple((*key, seconds) for key, seconds in cells.items())
         self._axes = [[float(value) for value in axis] for axis in axes]
         self._flat: list[float] = raised.ravel().tolist()
         shape = raised.shape
@@ -112,6 +113,10 @@ class TableCost:
                 ) from None
             rows.append((batch, length, chunk, past, ms / 1000))
         return cls(rows, composition=composition, name=path.name)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the arguments that make this model, for a file."""
+        return {"rows": [list(row) for row in self._rows], "composition": self._composition}
 
     def step_time(self, load: StepLoad) -> float:
         """Return the seconds that a step takes."""

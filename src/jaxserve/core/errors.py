@@ -40,6 +40,28 @@ class CapacityError(JaxserveError, RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class DeclinedError(CapacityError):
+    """A scheduler declined a request whose service-level objectives it cannot keep.
+
+    Attributes:
+        reason: What is short: `compute`, `memory`, or `expired` if a deadline has passed already.
+        objective: The objective that would be missed, such as `ttft_ms`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "compute",
+        objective: str = "ttft_ms",
+        retry_after_s: float | None = None,
+    ) -> None:
+        """Keep the message, what stands against the request, and when to try again."""
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.reason = reason
+        self.objective = objective
+
+
 class UnsupportedError(JaxserveError, NotImplementedError):
     """A right request, but not for this device, dtype, format or version."""
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from jaxserve.core.errors import EngineDeadError, RequestError
+from jaxserve.core.errors import DeclinedError, EngineDeadError, RequestError
 from jaxserve.core.lora import LoRARequest
+from jaxserve.core.plan import Rejection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    DECLINED = "declined"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +222,8 @@ class TokenEvent:
         error: What went wrong, when `finish_reason` is ERROR.
         error_param: The field of the request that is to blame for it; None if the engine is.
         pooled: The pooled state of the prompt, float32, on the last event, if asked for.
+        rejection: Why the scheduler declined the request, when `finish_reason` is DECLINED.
+        retry_after_s: Seconds after which trying again makes sense, when it was declined.
     """
 
     request_id: str
@@ -237,10 +241,20 @@ class TokenEvent:
     error: str | None = None
     error_param: str | None = None
     pooled: "np.ndarray | None" = None
+    rejection: Rejection | None = None
+    retry_after_s: float | None = None
 
 
-def failure_of(event: TokenEvent) -> RequestError | EngineDeadError | None:
+def failure_of(event: TokenEvent) -> RequestError | DeclinedError | EngineDeadError | None:
     """Return the exception for an event that reports a failure; None for any other."""
+    declined = event.rejection
+    if declined is not None:
+        return DeclinedError(
+            f"the request was declined ({declined.reason}): {declined.detail}",
+            reason=declined.reason,
+            objective=declined.objective,
+            retry_after_s=event.retry_after_s,
+        )
     if event.finish_reason is not FinishReason.ERROR:
         return None
     message = event.error or "the engine failed at this request"
@@ -259,7 +273,7 @@ class CompletionOutput:
         token_ids: Generated ids.
         cumulative_logprob: Sum of the tokens' log-probabilities, if asked for.
         logprobs: Per token, if asked for.
-        finish_reason: `stop`, `length` or `abort`; None while it runs.
+        finish_reason: `stop`, `length`, `abort` or `declined`; None while it runs.
         stop_reason: The stop string or id that ended it.
         weight_versions: Which version of the weights produced which tokens, in order.
         spec_decode_metrics: What speculative decoding did for it, once it has ended; None where
@@ -297,6 +311,7 @@ class RequestOutput:
         slo: Which objectives the completions that have ended kept, all of them alike; None if
             there were none.
         lora_request: The adapter that was added to the weights; None if there was none.
+        rejection: Why the scheduler declined it, if it did.
     """
 
     request_id: str
@@ -309,6 +324,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     slo: SloOutcome | None = None
     lora_request: LoRARequest | None = None
+    rejection: Rejection | None = None
 
     def apply(self, event: TokenEvent) -> None:
         """Add the news of one event to this record."""
@@ -323,6 +339,7 @@ class RequestOutput:
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = list(event.prompt_logprobs)
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        self.rejection = event.rejection or self.rejection
         if event.finish_reason is not None:
             out.finish_reason = event.finish_reason.value
             out.stop_reason = event.stop_reason

@@ -28,7 +28,7 @@ could keep them; or they have been missed already."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
-    """A waiting sequence that is refused, as it asked to be if its objectives cannot be kept.
+    """A waiting sequence whose objectives cannot be promised.
 
     Attributes:
         seq_id: The sequence.
@@ -51,7 +51,8 @@ class StepPlan:
         work: What runs, running sequences and newly admitted ones alike.
         admit: Waiting sequences that get a row, in this order; each also appears in `work`.
         preempt: Running sequences that lose row and pages and wait to be recomputed.
-        reject: Waiting sequences that are refused.
+        reject: Waiting sequences that are refused, as they asked to be.
+        unpromised: Waiting sequences that from now on are served without a promise; for the record.
         holds_until: Clock time in seconds up to which every step that begins would get the same
             plan, unless somebody arrives, leaves or ends, or pages run out. The default is never.
     """
@@ -61,6 +62,7 @@ class StepPlan:
     preempt: tuple[int, ...] = ()
     reject: tuple[Rejection, ...] = ()
     holds_until: float = -math.inf
+    unpromised: tuple[Rejection, ...] = ()
 
     @property
     def num_tokens(self) -> int:

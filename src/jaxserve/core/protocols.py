@@ -1,8 +1,8 @@
 """The sockets into which policies and mechanisms plug."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from jaxserve.core.plan import Route, StepPlan
+from jaxserve.core.plan import Rejection, Route, StepPlan
 from jaxserve.core.view import FleetView, ReplicaView, SequenceView
 
 
@@ -28,6 +28,19 @@ class Scheduler(Protocol):
         sequences, and pages for every token once the preempted sequences have given up theirs.
         Running sequences use at most `max_loras` different adapters; whoever is admitted beyond
         that goes on waiting.
+        """
+        ...
+
+
+@runtime_checkable
+class Doorkeeper(Protocol):
+    """A scheduler that knows what nobody could promise."""
+
+    def refusal(self, sequence: SequenceView) -> Rejection | None:
+        """Tell which objective of a new request not even an idle engine could keep; None if none.
+
+        Args:
+            sequence: The request, as it would wait.
         """
         ...
 

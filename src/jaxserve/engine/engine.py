@@ -10,6 +10,7 @@ sees a request. Nothing that a request can cause raises out of `step`.
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -28,8 +29,8 @@ from jaxserve.core.event import (
     TokenEvent,
     TokenLogprobs,
 )
-from jaxserve.core.plan import StepPlan
-from jaxserve.core.protocols import Clock, Scheduler
+from jaxserve.core.plan import Rejection, StepPlan
+from jaxserve.core.protocols import Clock, Doorkeeper, Scheduler
 from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView
 from jaxserve.engine.adapters import AdapterSlots
@@ -45,7 +46,9 @@ from jaxserve.engine.results import Pending, judge
 from jaxserve.engine.runner import Runner, StepResult
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.sequence import Phase, SequenceState
+from jaxserve.engine.slo import missed
 from jaxserve.engine.speculation import Speculator
+from jaxserve.engine.step_times import StepTimes
 from jaxserve.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -91,8 +94,12 @@ class Engine(Inbox):
         max_logprobs: Most candidates a request may ask for.
         constraints: Grammars of outputs; refuses them by default.
         speculator: Drafts what may come next; None drafts nothing.
+        times: Measures steps; by default without a cost model.
 
     Attributes:
+        scheduler: Decides steps; may be exchanged between steps.
+        max_num_batched_tokens: Most tokens per step.
+        times: Measures steps; may be exchanged between steps.
         constraints: Grammars of outputs.
         placement: Rows, pages, and slots for adapters.
         host_times: Seconds of host work in recent steps, waiting for the device not counted.
@@ -119,6 +126,7 @@ class Engine(Inbox):
         max_logprobs: int = 20,
         constraints: Constraints | None = None,
         speculator: Speculator | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         """Start idle."""
         spec = runner.spec
@@ -137,12 +145,13 @@ class Engine(Inbox):
         self.host_times: deque[float] = deque(maxlen=_HOST_TIME_WINDOW)
         self.is_frozen = False
         self.weight_version = FIRST_VERSION
-        self._scheduler = scheduler
+        self.scheduler = scheduler
+        self.times = times or StepTimes(clock, metrics)
         self._speculator = speculator
         self._tokenizer = tokenizer
         self._clock = clock
         self._eos = frozenset(eos_token_ids)
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         self._overlap = overlap
         self._requests: dict[RequestId, _RequestState] = {}
         self._sequences: dict[int, SequenceState] = {}
@@ -237,7 +246,13 @@ class Engine(Inbox):
         self._commit(pending)
 
     def _plan(self) -> StepPlan:
-        return StepPlan() if self.is_frozen else self._scheduler.plan(self._view())
+        if self.is_frozen:
+            return StepPlan()
+        view = self._view()
+        start = time.thread_time()
+        plan = self.scheduler.plan(view)
+        self.metrics.planned(time.thread_time() - start)
+        return plan
 
     def _take(self) -> None:
         while self._inbox:
@@ -266,6 +281,10 @@ class Engine(Inbox):
         except Exception as error:  # noqa: BLE001  one bad request must not end the others
             self._refuse(request, sink, error)
             return
+        impossible = self._objection(request, sequences[0])
+        if impossible is not None:
+            self._refuse(request, sink, impossible)
+            return
         self._requests[request.request_id] = _RequestState(
             request=request, sink=sink, sequences=sequences, num_unfinished=len(sequences)
         )
@@ -278,6 +297,20 @@ class Engine(Inbox):
                 self._speculator.add(sequence)
             if request.output_token_ids:
                 self._replay(sequence)
+
+    def _objection(self, request: Request, sequence: SequenceState) -> RequestError | None:
+        """Find the objective that not even an idle engine could keep, by what the policy knows."""
+        slo, policy = request.slo, self.scheduler
+        if slo is None or not isinstance(policy, Doorkeeper):
+            return None
+        self.placement.set_root(sequence)
+        num_cached = len(self.placement.match(sequence)) * self.runner.spec.page_size
+        refusal = policy.refusal(sequence.view(num_cached=num_cached))
+        if refusal is None:
+            return None
+        self.metrics.declined(slo.tier, refusal.reason, is_served=False)
+        self.metrics.judged(slo.tier, missed(slo))
+        return RequestError(refusal.detail, param=f"slo.{refusal.objective}")
 
     def _replay(self, sequence: SequenceState) -> None:
         """Take output of an interrupted run in; it may have been complete already."""
@@ -313,14 +346,14 @@ class Engine(Inbox):
             cached = self.placement.match(sequence) if len(waiting) < num_rows_free else []
             waiting.append(sequence.view(num_cached=len(cached) * spec.page_size))
         return ReplicaView(
-            now=self._clock.now(),
+            now=self.times.plan_time(),
             running=tuple(s.view(num_draft=self._num_draft(s)) for s in running),
             waiting=tuple(waiting),
             num_free_pages=self.pool.num_free,
             num_pages=self.pool.num_pages,
             page_size=spec.page_size,
             max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=self._max_num_batched_tokens,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             adapters=self.adapters.held,
             max_loras=self.adapters.max_loras,
             draft_sizes=spec.shapes.draft_sizes(len(running)),
@@ -340,14 +373,19 @@ class Engine(Inbox):
 
     # Carrying a plan out -----------------------------------------------------------------------
 
-    def _launch(self, plan: StepPlan, before: Pending | None = None) -> Pending | None:
+    def _take_up(self, plan: StepPlan) -> list[Item]:
+        """Decline, preempt and admit as planned, and take pages for the work of the step."""
+        declined = self._decline(plan)
         for seq_id in plan.preempt:
             self._preempt(self._sequences[seq_id])
         for seq_id in plan.admit:
-            with contextlib.suppress(CapacityError):
-                self._admit(self._sequences[seq_id])
+            if seq_id not in declined:
+                with contextlib.suppress(CapacityError):
+                    self._admit(self._sequences[seq_id])
         items: list[Item] = []
         for work in plan.work:
+            if work.seq_id in declined:
+                continue
             sequence = self._sequences[work.seq_id]
             num_tokens = min(work.num_tokens, sequence.num_tokens - sequence.num_computed)
             if num_tokens > 0 and sequence.phase is Phase.RUNNING:
@@ -355,6 +393,10 @@ class Engine(Inbox):
                 # plan thus found too few pages is left out; the next plan sees what is free.
                 with contextlib.suppress(CapacityError):
                     items.append(self._reserve(sequence, num_tokens, work.num_draft))
+        return items
+
+    def _launch(self, plan: StepPlan, before: Pending | None = None) -> Pending | None:
+        items = self._take_up(plan)
         if items:
             self.placement.compact(items)
             if self._speculator is not None:
@@ -369,12 +411,16 @@ class Engine(Inbox):
         # Only reading that token and writing masks happens while the device has nothing to do;
         # planning is done by now, and committing follows when this step runs.
         stuck = self.constraints.fill(packed, items, lambda: self._drawn(before))
+        planned, load = self.times.planned, self.times.launched(items)
         pending = Pending(
             items=items,
             result=self.runner.run(packed),
             wants_logprobs=bool(packed.fields["any_logprobs"]),
             wants_candidates=bool(packed.fields["any_top_logprobs"]),
             num_rows=packed.shape.rows,
+            load=load,
+            shape=packed.shape,
+            planned=planned,
         )
         bounds = chunk_bounds(items, self.runner.spec.max_num_seqs)
         if bounds is not None:
@@ -384,6 +430,32 @@ class Engine(Inbox):
         for sequence, problem in stuck:
             self._send_failure(sequence, problem)
         return pending
+
+    def _decline(self, plan: StepPlan) -> set[int]:
+        """End the requests that the policy refuses, and count those that it promises nothing.
+
+        A request is refused as a whole: none of its completions has begun.
+
+        Returns:
+            The sequences that have ended.
+        """
+        ended: set[int] = set()
+        for rejection in plan.reject:
+            if rejection.seq_id in ended:
+                continue
+            state = self._requests[self._sequences[rejection.seq_id].request.request_id]
+            if state.request.slo is not None:
+                tier = state.request.slo.tier
+                self.metrics.declined(tier, rejection.reason, is_served=False)
+            for sequence in state.sequences:
+                if sequence.phase is not Phase.FINISHED:
+                    ended.add(sequence.seq_id)
+                    self._send(sequence, reason=FinishReason.DECLINED, rejection=rejection)
+        for note in plan.unpromised:
+            sequence = self._sequences.get(note.seq_id)
+            if sequence is not None and sequence.index == 0 and sequence.request.slo is not None:
+                self.metrics.declined(sequence.request.slo.tier, note.reason, is_served=True)
+        return ended
 
     def _drawn(self, pending: Pending | None) -> dict[int, int]:
         """Wait for a step and tell the token of each sequence that drew one."""
@@ -462,6 +534,7 @@ class Engine(Inbox):
         self.placement.admit(sequence)
         del self._waiting[sequence.seq_id]
         if sequence.first_scheduled_time is None:
+            self._keep_whole(sequence)
             sequence.first_scheduled_time = self._clock.now()
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
             self.metrics.admitted(
@@ -469,6 +542,13 @@ class Engine(Inbox):
                 num_cached=sequence.num_cached,
                 queue_time=sequence.first_scheduled_time - sequence.request.arrival,
             )
+
+    def _keep_whole(self, sequence: SequenceState) -> None:
+        """Have no completion of a request refused any more once one of them has begun."""
+        slo = sequence.declared_slo
+        if slo is not None and slo.on_decline == "reject" and sequence.sampling.n > 1:
+            for sibling in self._requests[sequence.request.request_id].sequences:
+                sibling.declared_slo = dataclasses.replace(slo, on_decline="best_effort")
 
     def _reserve(self, sequence: SequenceState, num_tokens: int, num_draft: int) -> Item:
         if num_draft:
@@ -529,6 +609,7 @@ class Engine(Inbox):
             self._commit_prompt_scores(item, scores)
         if pending.pooled is not None:
             self._commit_pooled(pending.items, pending.pooled)
+        self.times.committed(pending.load, pending.shape, pending.planned)
         now = self._clock.now()
         for item in pending.items:
             sequence = item.sequence
@@ -633,6 +714,7 @@ class Engine(Inbox):
         error: str | None = None,
         error_param: str | None = None,
         pooled: np.ndarray | None = None,
+        rejection: Rejection | None = None,
     ) -> None:
         state = self._requests[sequence.request.request_id]
         prompt_logprobs = None
@@ -656,6 +738,8 @@ class Engine(Inbox):
             error=error,
             error_param=error_param,
             pooled=pooled,
+            rejection=rejection,
+            retry_after_s=None if rejection is None else self._retry_after(),
         )
         self._events.append((state.sink, event))
 
@@ -739,6 +823,7 @@ class Engine(Inbox):
         logger.error("a step failed; all requests under way end with an error", exc_info=error)
         self._num_failures += 1
         self._in_flight = None
+        self.times.forget()
         self._fail_all(f"{type(error).__name__}: {error}")
         self.placement.clear()
         if self._num_failures >= _MAX_FAILURES:

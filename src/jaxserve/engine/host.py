@@ -24,6 +24,7 @@ from jaxserve.engine.adapters import AdapterStore, make_reader
 from jaxserve.engine.decoder_pooling import DecoderPooler
 from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.loop import EngineThread
+from jaxserve.engine.measure import measure_engine
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import TextPooling
 from jaxserve.engine.profiling import Profiler
@@ -71,6 +72,7 @@ class EngineHost:
         config: Settings with every "auto" resolved.
         default_sampling: Sampling defaults of the model.
         adapters: Low-rank adapters that have been read.
+        policy: The configured policy; None if a scheduler was given.
         has_custom_attention: Whether attention is not the model's own.
     """
 
@@ -114,7 +116,12 @@ class EngineHost:
         self.config = made.config
         self.default_sampling = made.default_sampling
         self._compiler: threading.Thread | None = None
-        self._warm_up(on_warm_up or (_progress_bar() if progress else None))
+        self.policy = made.policy
+        on_progress = on_warm_up or (_progress_bar() if progress else None)
+        if self.policy is not None and self.policy.needs_times:
+            self._measure(on_progress)
+        else:
+            self._warm_up(on_progress)
         self.thread = EngineThread(self.engine)
         self.lifecycle = Lifecycle(self.engine, self.thread.call)
         options = self.config.lora
@@ -125,6 +132,18 @@ class EngineHost:
         self.profiler = Profiler()
         if self.config.pooling.pooler_config or self.config.pooling.runner == "pooling":
             _ = self.pooling  # so that a wrong setting is found now
+
+    def _measure(self, on_progress: Progress | None) -> None:
+        """Compile and measure every step shape, as the policy needs their times."""
+        engine = self.engine
+        engine.runner.warm_up(on_progress)
+        if self.policy is not None:
+            measured = measure_engine(engine, self.clock)
+            logger.info(
+                "measured %d steps; the cost model errs by %.1f %% in the mean",
+                len(measured.samples.seconds), 100 * measured.report.mean_error,
+            )  # fmt: skip
+            self.policy.install(engine, measured.file)
 
     def _warm_up(self, on_progress: Progress | None) -> None:
         runner, mode = self.engine.runner, self.config.runner.warmup
@@ -332,6 +351,8 @@ class EngineHost:
     def close(self) -> None:
         """Abort what is under way, stop the thread and free the cache; weights stay."""
         self.thread.close()
+        if self.policy is not None:
+            self.policy.close()
         self.engine.constraints.close()
         self.engine.runner.programs.stop()
         if self._compiler is not None:

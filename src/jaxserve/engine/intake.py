@@ -197,6 +197,7 @@ class Intake:
             grammar=grammar,
             token_ids=list(request.prompt_token_ids),
             slo=None if request.slo is None else SloTracker(request.slo, request.arrival),
+            declared_slo=request.slo,
         )
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:

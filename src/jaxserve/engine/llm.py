@@ -280,7 +280,8 @@ class LLM(Controls):
                 while num_open:
                     event = ends.get()
                     num_open -= 1
-                    _raise_on_error(event)
+                    if event.rejection is None:  # one that is declined leaves the others alone
+                        _raise_on_error(event)
                     bar.update()
                     _show_rate(bar, outputs)
         except BaseException:

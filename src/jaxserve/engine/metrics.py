@@ -36,6 +36,10 @@ ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 UPDATE_BUCKETS = (0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 N_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
+POLICY_BUCKETS = (
+    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1,
+    1.0,
+)  # fmt: skip
 MAX_TIERS = 64
 """Tiers counted by name; requests choose the names, and every name is kept for ever."""
 OTHER_TIERS = "other"
@@ -153,6 +157,12 @@ class EngineMetrics:
         slo_attained: Requests that kept an objective, per (tier, objective). The objective
             `request` stands for all of a request's together.
         slo_missed: Requests that did not keep it, refused and aborted ones included.
+        slo_declined: Requests that got no promise, per (tier, reason, outcome): `refused`, or
+            served as `best_effort`.
+        policy_time: Seconds of processor time per plan.
+        policy_fallbacks: Steps that another policy planned, per reason.
+        drift: Times of steps over those that the cost model predicts; 1 without a model.
+        is_drift_alarming: Whether that has been far from 1 for a while.
 
     Source: metric names, labels and buckets of vLLM, under our own prefix.
     """
@@ -196,12 +206,17 @@ class EngineMetrics:
         self.accepted_per_position: list[int] = [0] * num_speculative_tokens
         self.slo_attained: Counter[tuple[str, str]] = Counter()
         self.slo_missed: Counter[tuple[str, str]] = Counter()
+        self.slo_declined: Counter[tuple[str, str, str]] = Counter()
+        self.policy_fallbacks: Counter[str] = Counter({"error": 0, "late": 0, "invalid": 0})
+        self.drift = 1.0
+        self.is_drift_alarming = False
         self._tiers: set[str] = set()
         self._make_histograms(max_model_len)
 
     def _make_histograms(self, max_model_len: int) -> None:
         lengths = one_two_five_buckets(max(1, max_model_len))
         self.iteration_tokens = Histogram(ITERATION_BUCKETS)
+        self.policy_time = Histogram(POLICY_BUCKETS)
         self.grammar_time = Histogram(GRAMMAR_BUCKETS)
         self.ttft = Histogram(TTFT_BUCKETS)
         self.itl = Histogram(ITL_BUCKETS)
@@ -403,13 +418,45 @@ class EngineMetrics:
             outcome: What was kept.
         """
         with self._lock:
-            if tier not in self._tiers and len(self._tiers) >= MAX_TIERS:
-                tier = OTHER_TIERS
-            self._tiers.add(tier)
+            tier = self._counted_tier(tier)
             for objective, kept in {**outcome.readings(), "request": outcome.attained}.items():
                 # Both exist from the first request on, so that rates are never of nothing.
                 self.slo_attained[tier, objective] += kept
                 self.slo_missed[tier, objective] += not kept
+
+    def declined(self, tier: str, reason: str, *, is_served: bool) -> None:
+        """Record that a request got no promise of its objectives.
+
+        Args:
+            tier: Its class.
+            reason: What stands against it.
+            is_served: Whether it is served all the same, with what is left over.
+        """
+        with self._lock:
+            outcome = "best_effort" if is_served else "refused"
+            self.slo_declined[self._counted_tier(tier), reason, outcome] += 1
+
+    def _counted_tier(self, tier: str) -> str:
+        if tier not in self._tiers and len(self._tiers) >= MAX_TIERS:
+            tier = OTHER_TIERS
+        self._tiers.add(tier)
+        return tier
+
+    def planned(self, seconds: float) -> None:
+        """Record the processor time of one plan in seconds."""
+        with self._lock:
+            self.policy_time.observe(seconds)
+
+    def policy_failed(self, how: str) -> None:
+        """Record a step that another policy had to plan: `error`, `late` or `invalid`."""
+        with self._lock:
+            self.policy_fallbacks[how] += 1
+
+    def drifted(self, ratio: float, *, is_alarming: bool) -> None:
+        """Record how times of steps compare with those that are predicted."""
+        with self._lock:
+            self.drift = ratio
+            self.is_drift_alarming = is_alarming
 
     def render(self, model_name: str, *, aliases: Iterable[str] = ()) -> str:
         """Return the page that Prometheus scrapes.
@@ -517,6 +564,29 @@ class EngineMetrics:
                 name, "counter", text,
                 [({"tier": tier, "objective": kind}, n) for (tier, kind), n in counts.items()],
             )  # fmt: skip
+        yield _Family(
+            "slo_declined_total", "counter",
+            "Requests whose objectives were not promised, by reason, and what became of them.",
+            [
+                ({"tier": tier, "reason": reason, "outcome": outcome}, n)
+                for (tier, reason, outcome), n in self.slo_declined.items()
+            ],
+        )  # fmt: skip
+        yield many(
+            "policy_fallbacks_total", "counter",
+            "Steps that fcfs planned because the policy failed, by reason.", "reason",
+            dict(self.policy_fallbacks),
+        )  # fmt: skip
+        yield one(
+            "cost_model_drift_ratio", "gauge",
+            "Times of steps over those that the cost model predicts; 1 without a model.",
+            self.drift,
+        )  # fmt: skip
+        yield one(
+            "cost_model_drift_alarm", "gauge",
+            "1 if the drift has been outside 0.8 to 1.25 for 30 seconds.",
+            self.is_drift_alarming,
+        )  # fmt: skip
         yield one("compilations_total", "counter", "Step shapes compiled.", self.num_compilations)
         yield one(
             "compile_seconds_total", "counter", "Seconds spent compiling.", self.compile_seconds
@@ -546,6 +616,11 @@ class EngineMetrics:
     def _histograms(self) -> Iterator[_Family]:
         table = (
             ("iteration_tokens_total", "Tokens per step.", self.iteration_tokens),
+            (
+                "policy_time_seconds",
+                "Processor time of the policy per step.",
+                self.policy_time,
+            ),
             (
                 "grammar_compilation_time_seconds",
                 "Time to compile a grammar.",

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxserve.core.cost import StepLoad
 from jaxserve.core.event import FinishReason
 from jaxserve.engine.batcher import Item
 from jaxserve.engine.pooled import Pooled
 from jaxserve.engine.runner import StepResult
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.sequence import SequenceState
+from jaxserve.engine.shapes import StepShape
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -24,6 +26,9 @@ class Pending:
         wants_candidates: Whether some row reports those of other candidates.
         num_rows: Its decode rows.
         prompt_scores: Log-probabilities of prompt tokens.
+        load: Its counts.
+        shape: What it was padded to.
+        planned: Clock time at which it was planned, in seconds.
         pooled: Pooled states, if some prompt is pooled.
     """
 
@@ -32,6 +37,9 @@ class Pending:
     wants_logprobs: bool
     wants_candidates: bool
     num_rows: int
+    load: StepLoad
+    shape: StepShape
+    planned: float
     prompt_scores: list[tuple[Item, Sampled]] = field(default_factory=list)
     pooled: Pooled | None = None
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxserve.cache.pages import PageHash
 from jaxserve.core.event import FinishReason, TokenLogprobs
-from jaxserve.core.request import Request, SamplingParams
+from jaxserve.core.request import Request, SamplingParams, Slo
 from jaxserve.core.view import SequenceView
 from jaxserve.engine.drafts import DraftState
 from jaxserve.engine.slo import SloTracker
@@ -59,6 +59,7 @@ class SequenceState:
         pooled: What has been gathered for a prompt that is pooled.
         slo: Judges its service-level objectives; None if it has none.
         drafting: What is remembered for drafting; None if nothing is ever drafted for it.
+        declared_slo: Its objectives as policies see them; None if it has none.
         lora_slot: Where its adapter lies on the device while it runs; 0 is none.
     """
 
@@ -95,6 +96,7 @@ class SequenceState:
     finish_reason: FinishReason | None = None
     slo: SloTracker | None = None
     drafting: DraftState | None = None
+    declared_slo: Slo | None = None
     lora_slot: int = 0
 
     @property
@@ -143,7 +145,7 @@ class SequenceState:
             num_draft=num_draft,
             draft_acceptance=1.0 if self.drafting is None else self.drafting.acceptance,
             is_decoding=self.has_device_token,
-            slo=self.request.slo,
+            slo=self.declared_slo,
             first_token_time=self.first_token_time,
             adapter=self.adapter_key,
         )

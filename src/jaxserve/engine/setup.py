@@ -30,6 +30,7 @@ from jaxserve.engine.kernel_choice import (
 )
 from jaxserve.engine.kernel_plans import KernelPlans
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.policy import EnginePolicy
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
 from jaxserve.engine.speculation import (
@@ -63,7 +64,7 @@ from jaxserve.models.registry import (
     flatten_params,
 )
 from jaxserve.pallas_kernels.variant import compose, soft_cap
-from jaxserve.scheduling.fcfs import FcfsScheduler
+from jaxserve.scheduling.policies import PolicySettings
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import LogicalAxisRules
 
@@ -421,6 +422,8 @@ class Assembled:
         config: Settings with every "auto" resolved.
         model: The loaded model.
         default_sampling: Sampling defaults of the model.
+        policy: The configured policy; not yet installed if it needs times of steps that have to be
+            measured. None if a scheduler was given.
     """
 
     engine: Engine
@@ -428,6 +431,7 @@ class Assembled:
     config: EngineConfig
     model: LoadedModel
     default_sampling: dict[str, Any]
+    policy: EnginePolicy | None = None
 
 
 def _kernel_plans(
@@ -604,15 +608,19 @@ def assemble(
             "cache_bytes": runner.cache_bytes(),
         }
     )
+    policy: EnginePolicy | None = None
     if scheduler is None:
-        scheduler = FcfsScheduler(
-            by_priority=options.scheduling_policy == "priority",
+        settings = PolicySettings(
+            pace=options.slo_pace,
+            max_draft=num_draft,
             mix=not runner_options.batch_invariant,
             max_mixed_prefill=mixed,
             ageing_s=options.priority_ageing_s,
             draft_cost=_draft_cost(model, draft, on_cpu=on_cpu),
             lora_drain_wait_s=config.lora.lora_drain_wait_threshold,
         )
+        policy = EnginePolicy(options, settings, clock=clock, metrics=metrics)
+        scheduler = policy.stand_in()
     eos_ids = _eos_ids(model, tokenizer)
     engine = Engine(
         runner,
@@ -632,12 +640,15 @@ def assemble(
         ),
         speculator=None if speculation is None else make_speculator(speculation, runner, metrics),
     )
+    if policy is not None and not policy.needs_times:
+        policy.install(engine)
     return Assembled(
         engine=engine,
         tokenizer=tokenizer,
         config=resolved,
         model=model,
         default_sampling=_default_sampling(config.model, model.generation_config),
+        policy=policy,
     )
 
 

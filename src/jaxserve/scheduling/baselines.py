@@ -128,7 +128,8 @@ class _Plan:
 
 def _split(view: ReplicaView) -> tuple[list[SequenceView], list[SequenceView]]:
     """Return those that decode, and those that have a prompt to compute, running ones first."""
-    decodes = [s for s in view.running if s.is_decoding]
+    # Who has nothing to compute has its last token on its way.
+    decodes = [s for s in view.running if s.is_decoding and s.num_uncomputed > 0]
     prefills = [s for s in view.running if not s.is_decoding and s.num_uncomputed > 0]
     return sorted(decodes, key=lambda s: (s.arrival, s.seq_id)), [*prefills, *view.waiting]
 

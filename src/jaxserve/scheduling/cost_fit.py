@@ -1,12 +1,15 @@
 """Fits the planes of a cost model to measured steps, and says how good the fit is."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
 
 from jaxserve.core.cost import CostModel, LinearCost, Plane, StepLoad
+from jaxserve.core.cost_buckets import BucketCost
 from jaxserve.core.errors import ConfigError
 
 MOST_UNDER_PREDICTED = 0.05
@@ -82,6 +85,66 @@ def fit_linear(
             break
         owner = owned
     return best
+
+
+class Bucket(NamedTuple):
+    """The step shape that a measured step was padded to.
+
+    Attributes:
+        rows: Its rows.
+        prefill: Prompt tokens; 0 without prompts.
+        drafts: Draft tokens; 0 without drafts.
+    """
+
+    rows: int
+    prefill: int = 0
+    drafts: int = 0
+
+
+def fit_buckets(
+    buckets: Sequence[Bucket], loads: Sequence[StepLoad], seconds: Sequence[float]
+) -> BucketCost:
+    """Fit a time for each step shape, and straight lines for what attention reads.
+
+    Steps of equal load are repeats, of which the median counts. Errors count relative to the time
+    of the step, and no coefficient is below zero.
+
+    Args:
+        buckets: What each step was padded to.
+        loads: What it held.
+        seconds: Its time, above zero.
+
+    Raises:
+        ConfigError: Without steps, for times that are none, or for a grid with holes.
+    """
+    times = np.asarray(seconds, float)
+    if not len(times) or not (np.isfinite(times) & (times > 0)).all():
+        raise ConfigError("times of steps must be finite and above zero; measure again.")
+    repeats: dict[tuple[Bucket, StepLoad], list[float]] = defaultdict(list)
+    for bucket, load, time in zip(buckets, loads, times, strict=True):
+        repeats[bucket, load].append(float(time))
+    known = sorted({bucket for bucket, _ in repeats})
+    place = {bucket: index for index, bucket in enumerate(known)}
+    medians = np.array([np.median(several) for several in repeats.values()])
+    columns = np.zeros((len(repeats), len(known) + 3))
+    for row, (bucket, load) in enumerate(repeats):
+        columns[row, place[bucket]] = 1
+        columns[row, -3:] = load.context, load.pairs, load.draft_steps
+    rows = columns / medians[:, None]
+    scale = np.maximum(rows.max(axis=0), 1e-12)
+    found, _ = nnls(rows / scale, np.ones(len(medians)))
+    values = [float(value) for value in found / scale]
+    least = float(medians.min()) * 1e-3
+    cells = [(bucket, max(values[place[bucket]], least)) for bucket in known]
+    return BucketCost(
+        decode=[(b.rows, 0, time) for b, time in cells if not b.prefill and not b.drafts],
+        mixed=[(b.rows, b.prefill, time) for b, time in cells if b.prefill],
+        drafted=[(b.rows, b.drafts, time) for b, time in cells if b.drafts],
+        context=values[-3],
+        pair=values[-2],
+        draft_step=values[-1],
+        name="the measured table",
+    )
 
 
 def judge_fit(cost: CostModel, loads: Sequence[StepLoad], seconds: Sequence[float]) -> FitReport:

@@ -41,7 +41,7 @@ from jaxserve.serve.sse import (
     until_disconnect,
 )
 from jaxserve.serve.state import ServerState
-from jaxserve.serve.streams import gather, stream
+from jaxserve.serve.streams import begun, gather, stream
 from jaxserve.serve.translate import (
     Job,
     answer_id,
@@ -83,6 +83,11 @@ async def _generate(request: Request, job: Job) -> Response:
     writer = TokenWriter(engine.tokenizer, as_ids=job.tokens_as_ids)
     sources = await state.open(engine, job)
     if job.is_stream:
+        if any(one.slo is not None for one in job.requests):
+            try:
+                await until_disconnect(request.receive, begun(sources))
+            except ClientGoneError:
+                return Response(status_code=STATUS_CLIENT_GONE)
         return EventStream(_counted(state, stream(answer, sources, writer)))
     with state.working():
         try:

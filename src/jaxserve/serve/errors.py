@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from jaxserve.core.errors import (
     CapacityError,
+    DeclinedError,
     EngineDeadError,
     JaxserveError,
     RequestError,
@@ -59,12 +60,14 @@ class Problem:
         message: What was found, what was expected, what to do.
         param: The request field to blame.
         headers: Further headers of the answer.
+        reason: Why a scheduler declined the request, if it did.
     """
 
     status: int
     message: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    reason: str | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object that is sent."""
@@ -72,14 +75,15 @@ class Problem:
         if kind is None:
             phrase = http.HTTPStatus(self.status).phrase if 100 <= self.status < 600 else "Error"
             kind = phrase.title().replace(" ", "") + "Error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.status,
-            }
+        details: dict[str, Any] = {
+            "message": self.message,
+            "type": kind,
+            "param": self.param,
+            "code": self.status,
         }
+        if self.reason is not None:
+            details["reason"] = self.reason
+        return {"error": details}
 
     def response(self) -> Response:
         """Return the answer."""
@@ -98,8 +102,15 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(status=error.status, message=str(error), param=error.param)
         case CapacityError():
             seconds = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
-            after = str(max(1, math.ceil(seconds)))
-            return Problem(status=503, message=str(error), headers={"Retry-After": after})
+            headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
+            declined = error if isinstance(error, DeclinedError) else None
+            return Problem(
+                status=503,
+                message=str(error),
+                headers=headers,
+                param=declined and f"slo.{declined.objective}",
+                reason=declined and declined.reason,
+            )
         case UnsupportedError():
             return Problem(status=501, message=str(error))
         case EngineDeadError():

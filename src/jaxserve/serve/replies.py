@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import __version__
-from jaxserve.core.errors import RequestError
+from jaxserve.core.errors import DeclinedError, RequestError
 from jaxserve.core.event import (
     FinishReason,
     Logprob,
@@ -130,12 +130,13 @@ def check_event(event: TokenEvent) -> None:
 
     Raises:
         RequestError: If the event reports one for which the request is to blame.
+        DeclinedError: If the scheduler could not promise the request its objectives.
         GenerationFailedError: If it reports one of the engine's own.
     """
     match failure_of(event):
         case None:
             return
-        case RequestError() as error:
+        case RequestError() | DeclinedError() as error:
             raise error
         case error:
             raise GenerationFailedError(str(error))

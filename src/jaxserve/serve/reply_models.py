@@ -23,6 +23,11 @@ class ErrorDetails(_Reply):
     type: str
     param: str | None = Field(description="The request field to blame.")
     code: int = Field(description="The HTTP status.")
+    reason: str | None = Field(
+        default=None,
+        description="What stood against objectives that could not be promised: `compute`, "
+        "`memory` or `expired`; only there if the request was declined.",
+    )
 
 
 class ErrorReply(_Reply):

@@ -35,6 +35,7 @@ class EventSource(AsyncIterator[TokenEvent]):
         self._on_end = on_end
         self._queue = engine.submit(request)
         self._num_open = request.sampling.n
+        self._first: TokenEvent | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -52,12 +53,18 @@ class EventSource(AsyncIterator[TokenEvent]):
         """Wait for the next event; the last one of every completion has a finish reason."""
         if not self._num_open:
             raise StopAsyncIteration
-        event = await self._queue.get()
+        event, self._first = self._first or await self._queue.get(), None
         if event.finish_reason is not None:
             self._num_open -= 1
             if not self._num_open:
                 self._on_end(self)
         return event
+
+    async def peek(self) -> TokenEvent:
+        """Wait for the first event, which is then still to be read."""
+        if self._first is None:
+            self._first = await self._queue.get()
+        return self._first
 
     async def abort(self) -> None:
         """End the request early; its events then end with the finish reason `abort`."""

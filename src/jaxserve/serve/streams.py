@@ -1,11 +1,12 @@
 """Answers as streams of events, and the same events gathered into one answer."""
 
 import abc
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from jaxserve.core.errors import RequestError
+from jaxserve.core.errors import DeclinedError, RequestError
 from jaxserve.core.event import TokenEvent, TokenLogprobs
 from jaxserve.parsers.base import Delta
 from jaxserve.parsers.reader import ReaderPlan
@@ -33,6 +34,7 @@ async def gather(answer: Answer, sources: Sequence[EventSource]) -> None:
 
     Raises:
         RequestError: If a completion cannot go on because of what was asked for.
+        DeclinedError: If the scheduler could not promise a request its objectives.
         GenerationFailedError: If the engine gave up on a completion.
     """
     try:
@@ -42,6 +44,29 @@ async def gather(answer: Answer, sources: Sequence[EventSource]) -> None:
                 answer.add(position, event)
     finally:
         await close_all(sources)
+
+
+async def begun(sources: Sequence[EventSource]) -> None:
+    """Wait until every request has begun, so that a refusal can still be the answer's status.
+
+    Args:
+        sources: Events of each of the job's requests; closed if one of them is refused.
+
+    Raises:
+        RequestError: If a completion cannot begin because of what was asked for.
+        DeclinedError: If the scheduler could not promise a request its objectives.
+        GenerationFailedError: If the engine gave up on a completion.
+    """
+    tasks = [asyncio.ensure_future(source.peek()) for source in sources]
+    try:
+        for first in asyncio.as_completed(tasks):
+            check_event(await first)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await close_all(sources)
+        raise
 
 
 async def stream(
@@ -70,7 +95,7 @@ async def stream(
         if answer.job.include_usage:
             yield chunks.usage()
     except Exception as error:  # noqa: BLE001  told to the client, whatever it is
-        if not isinstance(error, RequestError):
+        if not isinstance(error, RequestError | DeclinedError):
             log_failure(f"stream {answer.job.response_id}", error)
         yield frame(problem_of(error).body())
     finally:

@@ -43,6 +43,9 @@ class ReplicaSpec:
         overhead: Seconds of the host per step.
         noise: Standard deviation of the logarithm of a step's time over its prediction.
         max_draft: Draft tokens offered per sequence and step.
+        overlap: Whether a step is planned when the one before begins, as engines do that prepare
+            steps while the device computes. Whoever arrives during a step then waits for the next
+            one as well.
 
     Raises:
         ConfigError: If a size is not above zero, or a time is negative.
@@ -55,6 +58,7 @@ class ReplicaSpec:
     overhead: float = 0.0
     noise: float = 0.0
     max_draft: int = 0
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -210,6 +214,8 @@ class Replica:
         self._ahead: list[float] = []
         """Ends of the steps that repeat the last one and are not settled yet."""
         self._repeated: list[LiveSequence] = []
+        self._begun, self._ended = -math.inf, -math.inf
+        """When the latest step began and ended."""
 
     @property
     def is_busy(self) -> bool:
@@ -252,15 +258,21 @@ class Replica:
         live.draft_sizes = ()
         if self._frozen_views:
             running = tuple(sequence.freeze() for sequence in self.running.values())
-            waiting = tuple(sequence.freeze() for sequence in self.waiting)
+            waiting = tuple(sequence.freeze() for sequence in self._visible())
             return ReplicaView(
                 now=live.now, running=running, waiting=waiting, num_free_pages=self.free_pages,
                 num_pages=spec.num_pages, page_size=spec.page_size, max_num_seqs=spec.max_num_seqs,
                 max_num_batched_tokens=spec.max_num_batched_tokens,
             )  # fmt: skip
         live.running = tuple(self.running.values())
-        live.waiting = tuple(self.waiting)
+        live.waiting = tuple(self._visible())
         return cast("ReplicaView", live)
+
+    def _visible(self) -> list[LiveSequence]:
+        """Return those who waited when the step was planned that is about to begin."""
+        if not self.spec.overlap or self._ended < self.now:
+            return self.waiting
+        return [one for one in self.waiting if one.arrival <= self._begun]
 
     def begin(self, now: float, horizon: float = math.inf) -> float | None:
         """Plan the next step and begin it.
@@ -280,6 +292,10 @@ class Replica:
         for rejection in plan.reject:
             self._reject(rejection)
         if not plan.work and not plan.preempt:
+            if self.spec.overlap and self._ended >= self.now:
+                # Nothing is on the device any more, so that everybody is seen.
+                self._ended = -math.inf
+                return self.begin(self.now, horizon)
             return None
         for seq_id in plan.preempt:
             self._preempt(seq_id)
@@ -290,7 +306,8 @@ class Replica:
             return self.begin(self.now, horizon) if self.is_busy else None
         begin = self.now
         is_plain = load.decodes == len(plan.work) and not load.drafts
-        if self._jump and plan.holds_until > begin and is_plain:
+        is_seen = not self.spec.overlap or len(self._visible()) == len(self.waiting)
+        if self._jump and plan.holds_until > begin and is_plain and is_seen:
             self._look_ahead(load, sequences, min(horizon, plan.holds_until))
             if self._observer is not None:
                 self._observer.step(self.index, begin, self._ahead, plan, load)
@@ -298,6 +315,7 @@ class Replica:
             self._settle(1)
             return last
         self.now = begin + self._time(load)
+        self._begun, self._ended = begin, self.now
         self.num_steps += 1
         if self._observer is not None:
             self._observer.step(self.index, begin, (self.now,), plan, load)
@@ -318,7 +336,8 @@ class Replica:
         ends = ahead[:count]
         del ahead[:count]
         page_size, last = self.spec.page_size, ends[-1]
-        self.now = last
+        self._begun = ends[-2] if count > 1 else self.now
+        self._ended = self.now = last
         self.num_steps += count
         for sequence in self._repeated:
             computed = sequence.num_computed + count

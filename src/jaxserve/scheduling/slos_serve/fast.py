@@ -57,6 +57,9 @@ def admit_greedily(
             declined[item.key] = "memory"
             continue
         place = bisect(chain, order(item), key=order)
+        if any(link.spare < item.prefill for link in links[place:]):
+            declined[item.key] = "compute"  # who joins only takes room from those behind
+            continue
         before = links[place - 1] if place else start
         # What comes before in the chain is not changed by what comes after.
         after = _follow(before, [item, *chain[place:]], planner, horizon_s)

@@ -36,6 +36,7 @@ class Record:
         last_token: Clock time at which the latest of them was first seen.
         has_missed: Whether a deadline has passed, so that nothing is left to keep.
         as_soon_as_possible: Whether it goes before others without a promise.
+        idle_s: Seconds to its first token on an idle server.
     """
 
     standing: Standing
@@ -46,6 +47,7 @@ class Record:
     last_token: float = -math.inf
     has_missed: bool = False
     as_soon_as_possible: bool = False
+    idle_s: float = 0.0
 
     def due(self, pace: Pace, first_token: float | None) -> float:
         """Return when the next token of a decoding request is due."""
@@ -121,6 +123,7 @@ def record_of(sequence: SequenceView, config: SlosServeConfig, idle_s: float) ->
         tau,
         slo.tier,
         as_soon_as_possible=slo.on_decline == "asap",
+        idle_s=idle_s,
     )
 
 

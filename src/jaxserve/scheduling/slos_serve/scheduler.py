@@ -2,13 +2,14 @@
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 
 from jaxserve.core.cost import CostModel, StepLoad, safe_cost, zero_load_time
 from jaxserve.core.plan import DeclineReason, Rejection, StepPlan, Work
+from jaxserve.core.request import Slo
 from jaxserve.core.view import ReplicaView, SequenceView
 from jaxserve.scheduling.slos_serve.config import SlosServeConfig
 from jaxserve.scheduling.slos_serve.fast import admit_greedily
@@ -39,6 +40,8 @@ _DEFAULT_STEP_S = 0.1
 _TARGETS = 64
 """Latest targets of the first token that are remembered."""
 _HOLDS_S = 1.0
+_SLOW_S = 1e9
+"""Seconds per token that are no objective."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -50,6 +53,13 @@ def _left(sequence: SequenceView) -> int:
     """Count the tokens to compute before the next one can be drawn."""
     cached = 0 if sequence.is_running else sequence.num_cached
     return sequence.num_tokens - sequence.num_computed - cached
+
+
+def _first_of(slo: Slo | None) -> str:
+    """Name the objective that sets the deadline of the first token."""
+    if slo is None or slo.ttft_ms is not None:
+        return "ttft_ms"
+    return "e2e_ms" if slo.e2e_ms is not None else "tpot_ms"
 
 
 @dataclass(slots=True)
@@ -137,19 +147,26 @@ class SlosServeScheduler:
         self.num_fallbacks = 0
         self.declined: dict[int, DeclineReason] = {}
         config = self.config
+        self._plain_cost = cost
+        self._unpromised: list[Rejection] = []
         self._cost = safe_cost(cost, margin=config.margin, overhead=config.overhead_s)
         self._records: dict[int, Record] = {}
         self._lengths = OutputLengths(self.config.output_quantile, self.config.initial_output)
         self._shares: deque[tuple[float, int, int]] = deque()
         self._given = [0, 0]
         self._targets: deque[float] = deque(maxlen=_TARGETS)
+        self._default_step_s = _DEFAULT_STEP_S
         self._longest_step_s = self.config.max_step_s or _DEFAULT_STEP_S
+        self._rows = 0
         self._dearest = math.inf
         self._mean_work = 0.0
 
     def plan(self, view: ReplicaView) -> StepPlan:
         """Answer one snapshot with one plan."""
+        if view.max_num_seqs != self._rows:
+            self._fit_rows(view.max_num_seqs)
         found = self._sort(view)
+        self._unpromised = []
         if found.new:
             self._follow_targets(found)
         rejections = self._decide(view, found) if found.new or found.expired else []
@@ -158,7 +175,7 @@ class SlosServeScheduler:
     def adopt(self, view: ReplicaView) -> None:
         """Promise everybody who is running their objectives, as when a planner is exchanged."""
         found = self._sort(view)
-        for sequence, record in (*found.new, *found.others):
+        for sequence, record in (*found.new, *found.others, *found.expired):
             if sequence.is_running and record.deadline < math.inf:
                 record.standing, record.has_missed = Standing.PROMISED, False
 
@@ -176,6 +193,34 @@ class SlosServeScheduler:
         undecided = [one for one in found.new if one[1].standing is Standing.NEW]
         return self._objection(view, found, [*undecided, (sequence, record)])
 
+    def refusal(self, sequence: SequenceView) -> Rejection | None:
+        """Tell which objective of a new request not even an idle engine could keep; None if none.
+
+        Args:
+            sequence: The request, as it would wait.
+        """
+        slo = sequence.slo
+        if slo is None:
+            return None
+        cost, per_round = self._plain_cost, self.config.max_draft + 1
+        cached = min(sequence.num_cached, sequence.prompt_len - 1)
+        first = 1000 * zero_load_time(cost, sequence.prompt_len, cached)
+        step = cost.step_time(StepLoad(decodes=1, context=sequence.prompt_len + 1))
+        for objective, target, idle, what in (
+            ("ttft_ms", slo.ttft_ms, first, f"to the first token of {sequence.prompt_len}"),
+            ("tpot_ms", slo.tpot_ms, 1000 * step / per_round, "per token"),
+            ("e2e_ms", slo.e2e_ms, first, f"to the first token of {sequence.prompt_len}"),
+        ):
+            if target is not None and idle > target:
+                return Rejection(
+                    seq_id=sequence.seq_id,
+                    reason="idle_server",
+                    objective=objective,
+                    detail=f"slo.{objective} asks for {target:g} ms, but an idle server needs "
+                    f"{idle:.1f} ms {what}; ask for more time.",
+                )
+        return None
+
     # Who is there ------------------------------------------------------------------------------
 
     def _sort(self, view: ReplicaView, *, is_real: bool = True) -> _Sorted:
@@ -185,6 +230,8 @@ class SlosServeScheduler:
         seen = len(view.running) + len(view.waiting)
         for sequence in (*view.running, *view.waiting):
             record = records.get(sequence.seq_id) or self._meet(sequence, is_real=is_real)
+            if sequence.num_tokens == sequence.num_computed:
+                continue  # its last token is on its way
             generated = sequence.num_tokens - sequence.prompt_len
             if generated != record.generated:
                 record.generated = generated
@@ -262,9 +309,12 @@ class SlosServeScheduler:
             is_new = record.standing is Standing.NEW
             record.standing = Standing.BEST_EFFORT
             slo = sequence.slo
-            if is_new and slo is not None and slo.on_decline == "reject":
-                rejections.append(self._rejection(sequence, record))
+            may_refuse = is_new and not sequence.is_running  # another policy may have begun it
+            if may_refuse and slo is not None and slo.on_decline == "reject":
+                rejections.append(self._rejection(view, found, sequence, record))
             else:
+                if is_new:
+                    self._unpromised.append(self._note(sequence, record, _first_of(slo)))
                 found.others.append((sequence, record))
         found.others.sort(key=lambda one: (not one[1].as_soon_as_possible, one[0].arrival))
         found.prefills.sort(key=lambda one: (one[1].deadline, one[0].seq_id))
@@ -351,7 +401,15 @@ class SlosServeScheduler:
         longest = max(worthwhile, share * short)
         # The first few targets say little about those to come.
         is_known = len(targets) >= _TARGETS // 4
-        self._longest_step_s = longest if is_known else min(longest, _DEFAULT_STEP_S)
+        self._longest_step_s = longest if is_known else min(longest, self._default_step_s)
+
+    def _fit_rows(self, rows: int) -> None:
+        """Let a step be long enough for all rows to decode, where that takes a server long."""
+        self._rows = rows
+        whole = self._cost.step_time(StepLoad(decodes=rows, context=rows))
+        self._default_step_s = max(_DEFAULT_STEP_S, 1.25 * whole)
+        if self.config.max_step_s is None and not self._targets:
+            self._longest_step_s = self._default_step_s
 
     def _chosen(
         self,
@@ -480,18 +538,42 @@ class SlosServeScheduler:
             np.array(left),
         )
 
-    def _rejection(self, sequence: SequenceView, record: Record) -> Rejection:
+    def _rejection(
+        self, view: ReplicaView, found: _Sorted, sequence: SequenceView, record: Record
+    ) -> Rejection:
+        """Say why a request is refused, and which of its objectives asks for too much."""
+        slo = sequence.slo
+        objective = _first_of(slo)
+        is_slow = self.declined.get(sequence.seq_id, "compute") == "compute"
+        if is_slow and slo is not None and slo.tpot_ms is not None and objective != "tpot_ms":
+            # Would it be served in time if it could be read out slowly?
+            easy = replace(record, tau=_SLOW_S)
+            if self._objection(view, found, [(sequence, easy)]) is None:
+                objective = "tpot_ms"
+        return self._note(sequence, record, objective)
+
+    def _note(self, sequence: SequenceView, record: Record, objective: str) -> Rejection:
         reason = self.declined.get(sequence.seq_id, "compute")
-        idle = self._idle(sequence)
-        if idle > record.deadline - sequence.arrival:
-            reason = "idle_server"
+        idle = record.idle_s * 1000
         target = (record.deadline - sequence.arrival) * 1000
+        if idle > target:
+            reason = "idle_server"
+        if objective == "tpot_ms":
+            asked = f"{record.tau * 1000:.0f} ms per token were asked for"
+        else:
+            asked = f"{target:.0f} ms to the first token were asked for"
+            asked += "" if objective == "ttft_ms" else f" by {objective}"
+        others = {
+            "compute": "what has been promised to others leaves no time",
+            "memory": "what has been promised to others leaves no room in the cache",
+            "idle_server": "no load makes up for that",
+            "expired": "that time has passed",
+        }[reason]
         return Rejection(
             seq_id=sequence.seq_id,
             reason=reason,
-            objective="ttft_ms",
-            detail=f"{target:.0f} ms to the first token were asked for; an idle server needs "
-            f"{idle * 1000:.0f} ms, and what has been promised to others leaves no room.",
+            objective=objective,
+            detail=f"{asked}; an idle server needs {idle:.0f} ms to the first token, and {others}.",
         )
 
     # Which tokens ------------------------------------------------------------------------------
@@ -533,6 +615,7 @@ class SlosServeScheduler:
             admit=tuple(opened.admit),
             preempt=tuple(opened.preempt),
             reject=tuple(rejections),
+            unpromised=tuple(self._unpromised),
             holds_until=-math.inf
             if any(item.num_draft for item in work)
             else self._holds_until(view, found, batch, opened, pace_s),

@@ -12,7 +12,6 @@ Differs: the requests of a tier share one phase, and each attends to the mean co
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxserve.core.cost import CostModel, StepLoad
@@ -34,9 +33,8 @@ class Segment(NamedTuple):
     used: float
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One batch, from one deadline to the next.
+class Slot(NamedTuple):
+    """One batch, from one deadline to the next. A tuple, because many are made.
 
     Attributes:
         seconds: Its time.
@@ -76,6 +74,7 @@ class SegmentPlanner:
         self._max_step_s = max_step_s
         self._max_tokens = max_tokens
         self._patterns: dict[tuple[int, ...], _Pattern] = {}
+        self._slots: dict[tuple[float, int], Slot | None] = {}
 
     def plan(self, seconds: float, counts: tuple[int, ...]) -> Segment | None:
         """Plan one segment.
@@ -101,13 +100,17 @@ class SegmentPlanner:
 
     def slot(self, horizon: float, decodes: int) -> Slot | None:
         """Fill a batch of at most `horizon` seconds; None if its decodes do not fit in."""
-        load = StepLoad(decodes=decodes, context=round(decodes * self._mean_context))
         if decodes > self._max_tokens:
             return None
-        if decodes and self._cost.step_time(load) > horizon:
-            return None
+        key = (horizon, decodes)
+        if key in self._slots:
+            return self._slots[key]
+        load = StepLoad(0, 0.0, 0, 0, decodes, round(decodes * self._mean_context))
         room = min(self._cost.prefill_within(horizon, load), self._max_tokens - decodes)
-        return Slot(horizon, decodes, room)
+        # Where there is room for a prompt there is for the decodes.
+        is_late = not room and decodes and self._cost.step_time(load) > horizon
+        slot = self._slots[key] = None if is_late else Slot(horizon, decodes, room)
+        return slot
 
     @property
     def max_step_s(self) -> float:
@@ -175,32 +178,41 @@ class _Pattern:
     def _cut(self, place: int, left: float) -> Slot | None:
         """Fill the last slot, which is shorter; None if it has to stay empty."""
         due = self._before[place] if place < len(self._before) else tuple(self._due)
-        end = self._ends[place] + left
-        decodes = sum(
-            self._counts[tier]
-            for tier in self._occupied
-            if due[tier] - self._planner.tiers[tier] < end - _SAME
-        )
+        limit, decodes = self._ends[place] + left - _SAME, 0
+        for tier in self._occupied:
+            if due[tier] - self._planner.tiers[tier] < limit:
+                decodes += self._counts[tier]
         return self._planner.slot(left, decodes)
 
     def _extend(self) -> bool:
         """Add the next slot; tell whether there is one."""
-        now, tiers = self._ends[-1], self._planner.tiers
-        nearest = min((self._due[tier] for tier in self._occupied), default=math.inf)
-        end = min(nearest, now + self._planner.max_step_s)
+        # Loops instead of expressions: this is where planning takes its time.
+        now, tiers, due = self._ends[-1], self._planner.tiers, self._due
+        end = now + self._planner.max_step_s
+        for tier in self._occupied:
+            if due[tier] < end:
+                end = due[tier]
         if end == math.inf:
             return False
-        begun = [tier for tier in self._occupied if self._due[tier] - tiers[tier] < end - _SAME]
-        slot = self._planner.slot(end - now, sum(self._counts[tier] for tier in begun))
+        begun: list[int] = []
+        decodes, limit = 0, end - _SAME
+        for tier in self._occupied:
+            if due[tier] - tiers[tier] < limit:
+                begun.append(tier)
+                decodes += self._counts[tier]
+        slot = self._planner.slot(end - now, decodes)
         if slot is None:
             self._is_infeasible = True
             return False
         for tier in begun:
-            self._due[tier] += tiers[tier]
+            due[tier] += tiers[tier]
         self._slots.append(slot)
         self._ends.append(end)
         self._budgets.append(self._budgets[-1] + slot.room)
-        self._before.append(tuple(self._due))
-        if all(abs(self._due[tier] - tiers[tier] - end) < _SAME for tier in self._occupied):
+        self._before.append(tuple(due))
+        for tier in self._occupied:
+            if not -_SAME < due[tier] - tiers[tier] - end < _SAME:
+                break
+        else:
             self._period = end
         return True

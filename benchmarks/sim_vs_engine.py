@@ -1,0 +1,374 @@
+"""The simulator beside the real engine: the same requests, the same policies, the same objectives.
+
+The engine is measured first, and the simulator takes the times of its steps from that. Then a trace
+of requests goes through both, at rates below and above what the planner can keep its promises at,
+under several policies. Medians of TTFT and TPOT must agree within 15 %, capacities (the rate at
+which 90 % keep their objectives) within 10 %, and policies must rank alike.
+
+    python -m benchmarks.sim_vs_engine                  # SmolLM2-135M, three scenarios; an hour
+    python -m benchmarks.sim_vs_engine --scenarios mixed --requests 100 --policies fcfs slo
+"""
+
+import argparse
+import gc
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.record import Recorder, table
+from benchmarks.rooms.scenarios import TRACES, azure
+from jaxserve.core.clock import WallClock
+from jaxserve.core.config import EngineConfig
+from jaxserve.core.cost import CostModel, StepLoad, zero_load_time
+from jaxserve.core.cost_file import write_cost
+from jaxserve.core.event import TokenEvent
+from jaxserve.core.request import Request, RequestId, SamplingParams
+from jaxserve.engine.measure import Effort, measure_engine
+from jaxserve.engine.policy import EnginePolicy
+from jaxserve.engine.setup import assemble
+from jaxserve.scheduling.policies import PolicySettings, make_policy
+from jaxserve.sim.loop import simulate
+from jaxserve.sim.replica import Replica, ReplicaSpec
+from jaxserve.sim.request import SimRequest
+from jaxserve.sim.workload import Shape, Workload, gamma_arrivals
+
+LEVEL = 0.9
+RATES = (0.5, 0.8, 1.0, 1.2)
+"""Shares of the planner's simulated capacity at which requests are offered."""
+MEDIAN_LIMIT, P90_LIMIT, ATTAINMENT_LIMIT, CAPACITY_LIMIT = 0.15, 0.25, 0.05, 0.10
+NAMES = ("tight", "loose", "mixed")
+POLICIES = ("fcfs", "edf", "slo")
+MAX_MODEL_LEN = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one run, request by request; NaN where there is no figure.
+
+    Attributes:
+        ttft: Seconds to the first token.
+        tpot: Mean seconds per further token.
+        kept: Whether all objectives were kept.
+    """
+
+    ttft: np.ndarray
+    tpot: np.ndarray
+    kept: np.ndarray
+
+    def figures(self) -> dict[str, float]:
+        """Return medians, 90th percentiles and the attainment."""
+        found = {"attainment": float(self.kept.mean())}
+        for name, values in (("ttft", self.ttft), ("tpot", self.tpot)):
+            known = values[np.isfinite(values)]
+            for what, q in (("median", 0.5), ("p90", 0.9)):
+                found[f"{name}_{what}_ms"] = 1000 * float(np.quantile(known, q))
+        return found
+
+
+def scenario(name: str, cost: CostModel, arrivals: tuple[float, ...], count: int) -> Workload:
+    """Return a scenario scaled to the machine.
+
+    Time to the first token is 5 or 3 times that of an idle engine, time per token 3 or 6 times that
+    of a single decode; `mixed` holds both in equal parts.
+    """
+    rng = random.Random(name)
+    step = cost.step_time(StepLoad(decodes=1, context=256))
+    kinds = {"tight": [(3.0, 3.0)], "loose": [(5.0, 6.0)], "mixed": [(5.0, 3.0), (3.0, 6.0)]}
+    shapes = tuple(
+        Shape(
+            prompt_len=round(math_uniform(rng, 32, 512)),
+            output_len=round(math_uniform(rng, 16, 128)),
+            ttft_slowdown=slowdown,
+            tpot_s=pace * step,
+            name=name,
+        )
+        for number in range(max(64, count))
+        for slowdown, pace in [kinds[name][number % len(kinds[name])]]
+    )
+    return Workload(name=name, arrivals=arrivals, shapes=shapes)
+
+
+def math_uniform(rng: random.Random, low: float, high: float) -> float:
+    """Draw a number whose logarithm is uniform."""
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+class Machine:
+    """The real engine with its measured cost model, and its likeness in the simulator.
+
+    Args:
+        model: Name or path.
+        dtype: Precision.
+        effort: How thoroughly to measure.
+    """
+
+    def __init__(self, model: str, dtype: str, effort: Effort) -> None:
+        """Load, compile everything, measure."""
+        config = EngineConfig.from_settings(
+            {
+                "dtype": dtype,
+                "max_model_len": MAX_MODEL_LEN,
+                "warmup": "full",
+                "enable_prefix_caching": False,
+            }
+        )
+        self.clock = WallClock()
+        made = assemble(model, config, clock=self.clock)
+        self.engine = made.engine
+        self._dir = tempfile.TemporaryDirectory()
+        self.measured = measure_engine(self.engine, self.clock, effort)
+        self.cost = self.measured.file.cost
+        self._path = Path(self._dir.name) / "cost.json"
+        write_cost(self._path, self.measured.file)
+        self._options = options = made.config.scheduler
+        self._vocab = made.model.config.vocab_size
+        self.drift = 1.0
+        self._settings = PolicySettings(
+            margin=self.measured.file.margin, max_mixed_prefill=options.max_mixed_prefill_tokens
+        )
+        spec = self.engine.runner.spec
+        self.spec = ReplicaSpec(
+            num_pages=self.engine.pool.num_pages,
+            page_size=spec.page_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=self.engine.max_num_batched_tokens,
+            overlap=options.async_scheduling,
+        )
+        self._rng = np.random.default_rng(0)
+
+    def simulated(self, policy: str, requests: Sequence[SimRequest]) -> Outcome:
+        """Serve requests in the simulator."""
+        scheduler = make_policy(policy, self.cost, self._settings)
+        done = simulate(requests, [Replica(self.spec, scheduler, self.cost)])
+        done = sorted(done, key=lambda one: one.request.request_id)
+        return Outcome(
+            ttft=np.array([one.ttft for one in done]),
+            tpot=np.array([one.tpot if one.request.output_len > 1 else np.nan for one in done]),
+            kept=np.array([one.rejection is None and one.outcome.attained for one in done]),
+        )
+
+    def served(self, policy: str, requests: Sequence[SimRequest]) -> Outcome:
+        """Serve requests in the engine, each at its time."""
+        engine = self.engine
+        options = replace(self._options, scheduling_policy=policy, cost_model=str(self._path))
+        made = EnginePolicy(options, self._settings, clock=self.clock, metrics=engine.metrics)
+        made.install(engine)
+        ends: dict[int, TokenEvent] = {}
+        prompts = [
+            tuple(int(t) for t in self._rng.integers(0, self._vocab, one.prompt_len))
+            for one in requests
+        ]
+        gc.collect()
+        start = self.clock.now() + 0.1
+
+        def sink(event: TokenEvent) -> None:
+            if event.finish_reason is not None:
+                ends[int(event.request_id)] = event
+
+        def feed() -> None:
+            for one, prompt in zip(requests, prompts, strict=True):
+                due = start + one.arrival
+                wait = due - self.clock.now()
+                if wait > 0:
+                    time.sleep(wait)
+                engine.submit(
+                    Request(
+                        request_id=RequestId(str(one.request_id)),
+                        prompt_token_ids=prompt,
+                        sampling=SamplingParams(
+                            temperature=0.0, max_tokens=one.output_len, ignore_eos=True,
+                            detokenize=False,
+                        ),
+                        arrival=due,
+                        slo=one.slo,
+                    ),
+                    sink,
+                )  # fmt: skip
+
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        while feeder.is_alive() or engine.has_work:
+            if engine.has_work:
+                engine.step()
+            else:
+                time.sleep(0.0005)
+        feeder.join()
+        self.drift = engine.times.cost.ratio if engine.times.cost is not None else 1.0
+        ttft, tpot, kept = [], [], []
+        for one in requests:
+            times = ends[one.request_id].metrics
+            first, last = times.first_token_time, times.last_token_time
+            ttft.append(np.inf if first is None else first - start - one.arrival)
+            span = np.nan if first is None or last is None else last - first
+            tpot.append(span / (one.output_len - 1) if one.output_len > 1 else np.nan)
+            kept.append(times.slo is not None and times.slo.attained)
+        return Outcome(ttft=np.array(ttft), tpot=np.array(tpot), kept=np.array(kept))
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.stop("the measurement is over")
+        self.engine.constraints.close()
+        self.engine.runner.close()
+        self._dir.cleanup()
+
+
+def capacity(rates: Sequence[float], attainments: Sequence[float]) -> float | None:
+    """Return the rate at which attainment falls below the level, between the rates tried.
+
+    None if it never does; the lowest rate, scaled down, if it is below at once.
+    """
+    if attainments[0] < LEVEL:
+        return rates[0] * attainments[0] / LEVEL
+    for (a, x), (b, y) in zip(
+        zip(rates, attainments, strict=True),
+        list(zip(rates, attainments, strict=True))[1:],
+        strict=False,
+    ):
+        if y < LEVEL:
+            return a + (b - a) * (x - LEVEL) / (x - y)
+    return None
+
+
+def simulated_capacity(machine: Machine, workload: Workload, count: int) -> float:
+    """Return the rate at which 90 % keep their objectives under the planner, in the simulator."""
+    low, high = 0.01, 0.02
+
+    def attained(rate: float) -> float:
+        requests = workload.offer(rate, count, machine.cost)
+        return float(machine.simulated("slo", requests).kept.mean())
+
+    while attained(high) >= LEVEL and high < 1000:
+        low, high = high, 2 * high
+    while high / low > 1.03:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if attained(middle) >= LEVEL else (low, middle)
+    return low
+
+
+def compare(
+    machine: Machine, workload: Workload, args: argparse.Namespace, recorder: Recorder
+) -> bool:
+    """Run one scenario through both and judge; tell whether everything is within its limit."""
+    base = simulated_capacity(machine, workload, args.requests)
+    rates = [share * base for share in RATES]
+    lines: list[list[str]] = []
+    found: dict[tuple[str, str], list[float]] = {}
+    medians_ok: list[bool] = []
+    for policy in args.policies:
+        for share, rate in zip(RATES, rates, strict=True):
+            requests = workload.offer(rate, args.requests, machine.cost)
+            ours = machine.simulated(policy, requests).figures()
+            real = machine.served(policy, requests).figures()
+            off = {name: ours[name] / real[name] - 1 for name in ours if name != "attainment"} | {
+                "attainment": ours["attainment"] - real["attainment"]
+            }
+            for where, figures in (("simulator", ours), ("engine", real)):
+                found.setdefault((policy, where), []).append(figures["attainment"])
+            within = all(abs(off[f"{name}_median_ms"]) <= MEDIAN_LIMIT for name in ("ttft", "tpot"))
+            medians_ok.append(within)
+            lines.append(
+                [
+                    f"{policy} {share:.0%}",
+                    *(
+                        f"{ours[name]:.1f} / {real[name]:.1f} ({off[name]:+.0%})"
+                        for name in ("ttft_median_ms", "tpot_median_ms", "ttft_p90_ms")
+                    ),
+                    f"{ours['attainment']:.0%} / {real['attainment']:.0%}",
+                    f"{machine.drift:.2f}",
+                ]
+            )
+            print(" | ".join(lines[-1]), flush=True)
+            recorder.write(
+                "run", scenario=workload.name, policy=policy, rate=rate, share=share,
+                requests=args.requests, simulator=ours, engine=real, difference=off,
+                drift=machine.drift, is_median_within=within,
+            )  # fmt: skip
+    head = ["policy, rate", "TTFT median", "TPOT median", "TTFT p90", "attained", "drift"]
+    print(f"\n{workload.name}: simulator / engine, ms; the planner's capacity is {base:.2f}/s")
+    print(table(head, lines))
+    return _judge(workload.name, rates, found, medians_ok, args, recorder)
+
+
+def _judge(
+    name: str,
+    rates: Sequence[float],
+    found: dict[tuple[str, str], list[float]],
+    medians_ok: Sequence[bool],
+    args: argparse.Namespace,
+    recorder: Recorder,
+) -> bool:
+    capacities: dict[str, dict[str, float | None]] = {}
+    for where in ("simulator", "engine"):
+        capacities[where] = {p: capacity(rates, found[p, where]) for p in args.policies}
+    ranking = {
+        where: sorted(args.policies, key=lambda p: -float(np.mean(found[p, where])))
+        for where in capacities
+    }
+    off = {
+        policy: (mine / theirs - 1)
+        for policy in args.policies
+        if (mine := capacities["simulator"][policy]) and (theirs := capacities["engine"][policy])
+    }
+    close = all(abs(value) <= CAPACITY_LIMIT for value in off.values())
+    alike = ranking["simulator"] == ranking["engine"]
+    print(f"capacities, simulator over engine: { {p: f'{v:+.1%}' for p, v in off.items()} }")
+    print(f"ranking: {ranking['simulator']} and {ranking['engine']}")
+    recorder.write(
+        "scenario", scenario=name, capacities=capacities, capacity_difference=off,
+        ranking=ranking, medians_within=sum(medians_ok), runs=len(medians_ok),
+        is_capacity_within=close, is_ranking_same=alike,
+    )  # fmt: skip
+    return close and alike and all(medians_ok)
+
+
+def main() -> None:
+    """Measure, compare, record, and fail if anything is beyond its limit."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="name or path")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--scenarios", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=10, help="steps per shape when measuring")
+    parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the traces")
+    parser.add_argument("--out", type=Path, help="folder of the result lines")
+    args = parser.parse_args()
+    arrivals = gamma_arrivals(max(1000, args.requests))
+    if args.traces.is_dir():
+        arrivals = azure("conv", args.traces)[0]
+    else:
+        print("there is no folder of traces; arrivals are a Poisson process", file=sys.stderr)
+    recorder = Recorder("sim_vs_engine", out=args.out)
+    machine = Machine(args.model, args.dtype, Effort(repeats=args.repeats, contexts=(256, 448)))
+    report = machine.measured.report
+    print(
+        f"one decode {1000 * machine.cost.step_time(StepLoad(decodes=1, context=256)):.1f} ms, "
+        f"256 prompt tokens {1000 * zero_load_time(machine.cost, 256):.0f} ms; the cost model errs "
+        f"by {report.mean_error:.1%} in the mean, margin {machine.measured.file.margin:.1%}",
+        flush=True,
+    )
+    recorder.write(
+        "cost model", model=args.model, steps=len(machine.measured.samples.seconds),
+        mean_error=report.mean_error, p99_error_ms=1000 * report.p99_error, r2=report.r2,
+        margin=machine.measured.file.margin, engine=machine.measured.file.facts["engine"],
+    )  # fmt: skip
+    good = True
+    try:
+        for name in args.scenarios:
+            workload = scenario(name, machine.cost, arrivals, args.requests)
+            good &= compare(machine, workload, args, recorder)
+    finally:
+        machine.close()
+    if not good:
+        sys.exit("some figures are beyond their limits; see the tables")
+
+
+if __name__ == "__main__":
+    main()
