@@ -60,6 +60,8 @@ class SequenceState:
         slo: Judges its service-level objectives; None if it has none.
         drafting: What is remembered for drafting; None if nothing is ever drafted for it.
         lora_slot: Where its adapter lies on the device while it runs; 0 is none.
+        attention_mass: Share of the attention mass that its decodes read; 1 reads everything.
+        segments: Entries of its first segments in the index of sparse attention.
     """
 
     seq_id: int
@@ -96,6 +98,8 @@ class SequenceState:
     slo: SloTracker | None = None
     drafting: DraftState | None = None
     lora_slot: int = 0
+    attention_mass: float = 1.0
+    segments: list[int] = field(default_factory=list)
 
     @property
     def adapter_key(self) -> str:

@@ -32,6 +32,7 @@ from jaxserve.engine.kernel_plans import KernelPlans
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
+from jaxserve.engine.sparse import check_sparse, index_bytes, sparse_spec
 from jaxserve.engine.speculation import (
     check_draft_model,
     check_same_tokens,
@@ -334,6 +335,8 @@ def _plan_cache(
     slots_of_adapters = _lora_shape(config)
     if slots_of_adapters is not None and not cache.kv_cache_memory_bytes:
         budget -= slots_of_adapters.num_values(shape) * jnp.dtype(dtype).itemsize
+    # There is room for the index of what pages and slots hold.
+    budget = int(budget * per_token / (per_token + index_bytes(config, shape)))
     longest = config.model.max_model_len
     if longest is not None and longest > shape.max_position:
         raise ConfigError(
@@ -513,13 +516,19 @@ def assemble(
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
-    chosen = choose_kernels(
-        config,
-        model.mesh,
-        _kernel_plans(config, model, dtype, plan, attention),
-        has_draft=draft is not None,
-        use_pages=plan.use_pages,
+    check_sparse(config, model.mesh)
+    sparse = sparse_spec(
+        config, model.config, num_pages=plan.num_pages, max_model_len=plan.max_model_len
     )
+    chosen = None
+    if sparse is None:
+        chosen = choose_kernels(
+            config,
+            model.mesh,
+            _kernel_plans(config, model, dtype, plan, attention),
+            has_draft=draft is not None,
+            use_pages=plan.use_pages,
+        )
     if chosen is None:
         backend = choose_backend(runner_options.attention_backend, model.mesh)
     else:
@@ -555,6 +564,7 @@ def assemble(
         num_draft=num_draft,
         has_lora=config.lora.enable_lora,
         kernels=kernels,
+        num_segments=0 if sparse is None else sparse.num_segments,
     )
     max_logprobs = runner_options.max_logprobs
     vocab = model.config.vocab_size
@@ -575,8 +585,13 @@ def assemble(
         num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
         matmul_precision="highest" if dtype == "float32" else "default",
         lora=_lora_shape(config),
+        sparse=sparse,
     )
-    metrics = EngineMetrics(max_model_len=plan.max_model_len, num_speculative_tokens=num_draft)
+    metrics = EngineMetrics(
+        max_model_len=plan.max_model_len,
+        num_speculative_tokens=num_draft,
+        has_sparse=sparse is not None,
+    )
     places: dict[str, Any] = {
         "mesh": model.mesh,
         "on_compile": metrics.compiled,

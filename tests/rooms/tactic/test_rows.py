@@ -1,0 +1,175 @@
+"""Rows of an engine's step: entries of segments, in slots and in pages, against float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve import cpu_kernels
+from jaxserve.attention import xla
+from jaxserve.attention.metadata import ScoreRule
+from jaxserve.attention.tactic import reference
+from jaxserve.attention.tactic.config import ClusterConfig, EstimatorConfig, TacticConfig
+from jaxserve.attention.tactic.rows import attend_rows, no_clusters, plan_rows, set_entry
+
+ROWS, KV_HEADS, GROUP, DIM, PAGE, SEGMENT, CAPACITY = 3, 2, 2, 16, 8, 64, 256
+SCALE = DIM**-0.5
+CONFIG = TacticConfig(
+    min_context=0,
+    dense_layers=0,
+    window=16,
+    tail="drop",
+    max_share=1.0,
+    clusters=ClusterConfig(segment_len=SEGMENT, cluster_size=4),
+)
+needs_llvm = pytest.mark.skipif(not cpu_kernels.is_available(), reason="needs llvmlite")
+
+
+def draw(seed, *, sharpness=3.0):
+    """Keys in a few bundles, and queries that look at one."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((ROWS, KV_HEADS, 12, DIM)).astype(np.float32)
+    chosen = random.integers(0, 12, (ROWS, KV_HEADS, CAPACITY))
+    keys = np.take_along_axis(centres, chosen[..., None], axis=2)
+    keys = keys + 0.3 * random.standard_normal(keys.shape).astype(np.float32)
+    values = random.standard_normal(keys.shape).astype(np.float32)
+    q = centres[:, :, :1] + 0.3 * random.standard_normal((ROWS, KV_HEADS, GROUP, DIM))
+    return (sharpness * q).astype(np.float32), keys.astype(np.float32), values
+
+
+def paged(buffer, random):
+    """Scatter slots over pages in any order; page 0 holds nothing."""
+    pages = CAPACITY // PAGE
+    numbers = 1 + random.permutation(ROWS * pages).reshape(ROWS, pages)
+    out = np.zeros((1 + ROWS * pages, KV_HEADS, PAGE, DIM), np.float32)
+    cut = buffer.reshape(ROWS, KV_HEADS, pages, PAGE, DIM).transpose(0, 2, 1, 3, 4)
+    out[numbers] = cut
+    return out, numbers
+
+
+def dense_state(q, keys, values, length):
+    """The state over all keys, as a step measures it."""
+    position = jnp.broadcast_to(length[:, None] - 1, (ROWS, GROUP))
+    return xla.visit_tiles(
+        xla.begin(q.shape), q, lambda _: (keys, values), (0, 1), position + 1, tile_len=CAPACITY,
+        rule=ScoreRule(scale=SCALE), position=position,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("config", "layout", "backend"))
+def run(q, keys, values, length, segments, entries, p, table, *, config, layout, backend):
+    layer = no_clusters(ROWS * segments.shape[0] + 1, KV_HEADS, DIM, config=config)
+    for row in range(ROWS):
+        for number in range(segments.shape[0]):
+            part = slice(number * SEGMENT, (number + 1) * SEGMENT)
+            layer = set_entry(
+                layer, keys[row, :, part], values[row, :, part], jnp.int32(number),
+                entries[row, number], config=config,
+            )  # fmt: skip
+    sparse = plan_rows(
+        p, length, jnp.minimum(length // SEGMENT, segments.shape[0]), entries, (layer,),
+        config=config, is_measured=jnp.bool_(True),
+    )  # fmt: skip
+    grouped = q.reshape(ROWS, KV_HEADS, GROUP, DIM)
+    cache = (keys, values) if layout == "slots" else table[:2]
+    return attend_rows(
+        q, *cache, None if layout == "slots" else table[2], sparse,
+        lambda: dense_state(grouped, keys, values, length), scale=SCALE, backend=backend,
+    )  # fmt: skip
+
+
+WAYS = [
+    ("slots", "xla"),
+    ("pages", "xla"),
+    pytest.param("slots", "llvm", marks=needs_llvm),
+]
+
+
+def step(seed, length, p, *, layout, backend, config=CONFIG):
+    random = np.random.default_rng(seed)
+    q, keys, values = draw(seed)
+    (page_keys, numbers), random = paged(keys, random), np.random.default_rng(seed)
+    page_values, _ = paged(values, random)
+    most = CAPACITY // SEGMENT
+    entries = 1 + np.random.default_rng(seed).permutation(ROWS * most).reshape(ROWS, most)
+    out = run(
+        jnp.asarray(q.reshape(ROWS, -1, DIM)), jnp.asarray(keys), jnp.asarray(values),
+        jnp.asarray(length), jnp.zeros((most,)), jnp.asarray(entries), jnp.asarray(p, jnp.float32),
+        (jnp.asarray(page_keys), jnp.asarray(page_values), jnp.asarray(numbers)),
+        config=config, layout=layout, backend=backend,
+    )  # fmt: skip
+    return (q, keys, values), [np.asarray(x) for x in out]
+
+
+@pytest.mark.parametrize(("layout", "backend"), WAYS)
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10_000),
+    lengths=st.lists(st.integers(SEGMENT, CAPACITY), min_size=3, max_size=3),
+    p=st.sampled_from([0.6, 0.9, 0.97]),
+)
+def test_what_is_left_unread_bounds_the_error(layout, backend, seed, lengths, p):
+    length = np.asarray(lengths, np.int32)
+    (q, keys, values), (out, counts, sums) = step(
+        seed, length, [p] * ROWS, layout=layout, backend=backend
+    )
+    out = out.reshape(q.shape)
+    read, there, heads, measured, _ = counts
+    assert heads == ROWS * KV_HEADS
+    assert measured == ROWS * KV_HEADS * GROUP
+    assert there == KV_HEADS * length.sum()
+    assert 0 < read <= there
+    worst = 0.0
+    for row in range(ROWS):
+        everything = np.ones(length[row], bool)
+        for head in range(KV_HEADS):
+            k, v = keys[row, head, : length[row]], values[row, head, : length[row]]
+            for member in range(GROUP):
+                whole = reference.attend(q[row, head, member], k, v, everything, SCALE)
+                error = np.abs(out[row, head, member] - whole).max()
+                worst = max(worst, error / (2 * np.abs(v).max()))
+    # |out - whole| <= 2 (1 - mass) max |v|, for the head with the least mass too.
+    assert worst <= measured - sums[1] + 1e-4
+    assert sums[1] / measured >= p - 0.05
+
+
+@pytest.mark.parametrize(("layout", "backend"), WAYS)
+def test_all_ways_read_the_same(layout, backend):
+    length = np.asarray([256, 130, 200], np.int32)
+    _, first = step(3, length, [0.9, 0.8, 0.9], layout="slots", backend="xla")
+    _, other = step(3, length, [0.9, 0.8, 0.9], layout=layout, backend=backend)
+    np.testing.assert_allclose(other[0], first[0], atol=2e-4)
+    np.testing.assert_allclose(other[1], first[1], atol=64)  # a cluster more or less
+    np.testing.assert_allclose(other[2], first[2], rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["hyperbola", "centroid"])
+@pytest.mark.parametrize("backend", ["xla", pytest.param("llvm", marks=needs_llvm)])
+def test_every_estimator_finds_tokens_where_they_lie(name, backend):
+    config = TacticConfig(
+        min_context=0, window=16, max_share=1.0, clusters=CONFIG.clusters,
+        estimator=EstimatorConfig(name=name),
+    )  # fmt: skip
+    length = np.asarray([256, 256, 200], np.int32)
+    (q, keys, values), (out, counts, _) = step(
+        5, length, [0.9] * ROWS, layout="slots", backend=backend, config=config
+    )
+    assert counts[0] < 0.8 * counts[1]
+    everything = np.ones(256, bool)
+    whole = reference.attend(q[0, 1, 0], keys[0, 1], values[0, 1], everything, SCALE)
+    assert np.abs(out.reshape(q.shape)[0, 1, 0] - whole).max() < 0.5 * np.abs(values).max()
+
+
+def test_rows_that_read_everything_or_nothing_are_left_alone():
+    length = np.asarray([256, 256, 0], np.int32)
+    _, (_, counts, _) = step(1, length, [1.0, 0.9, 0.9], layout="slots", backend="xla")
+    assert counts[2] == KV_HEADS  # row 1 alone
+    assert counts[1] == KV_HEADS * 256
+    _, (out, counts, sums) = step(1, length, [1.0] * 3, layout="slots", backend="xla")
+    assert not counts.any()
+    assert not sums.any()
+    assert not out.any()
