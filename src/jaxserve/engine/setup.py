@@ -335,8 +335,9 @@ def _plan_cache(
     slots_of_adapters = _lora_shape(config)
     if slots_of_adapters is not None and not cache.kv_cache_memory_bytes:
         budget -= slots_of_adapters.num_values(shape) * jnp.dtype(dtype).itemsize
-    # There is room for the index of what pages and slots hold.
-    budget = int(budget * per_token / (per_token + index_bytes(config, shape)))
+    index = index_bytes(config, shape)
+    if index:  # there is room for the index of what pages and slots hold
+        budget = int(budget * per_token / (per_token + index))
     longest = config.model.max_model_len
     if longest is not None and longest > shape.max_position:
         raise ConfigError(
@@ -499,6 +500,7 @@ def assemble(
         config = dataclasses.replace(config, cache=cache)
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
+    check_sparse(config, model.mesh)
     dtype = str(jax.tree.leaves(cast(Any, model.state)["norm"])[0].dtype)
     arrays = flatten_params(model.state)
     scheme = scheme_of(arrays)
@@ -516,7 +518,6 @@ def assemble(
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
-    check_sparse(config, model.mesh)
     sparse = sparse_spec(
         config, model.config, num_pages=plan.num_pages, max_model_len=plan.max_model_len
     )

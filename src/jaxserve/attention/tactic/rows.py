@@ -9,6 +9,7 @@ and whoever reads everything finds the cache as it always was.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,7 @@ TOLERANCE = 0.02
 """By how much a measured mass may miss its target without being counted as a miss."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LayerClusters:
+class LayerClusters(NamedTuple):
     """Entries of one layer; entry 0 is that of no segment, and stays empty.
 
     Attributes:
