@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 from jaxserve import cpu_kernels
 from jaxserve.attention import xla
@@ -41,44 +42,47 @@ def draw(seed, *, sharpness=3.0):
     return (sharpness * q).astype(np.float32), keys.astype(np.float32), values
 
 
-def paged(buffer, random):
-    """Scatter slots over pages in any order; page 0 holds nothing."""
-    pages = CAPACITY // PAGE
-    numbers = 1 + random.permutation(ROWS * pages).reshape(ROWS, pages)
-    out = np.zeros((1 + ROWS * pages, KV_HEADS, PAGE, DIM), np.float32)
-    cut = buffer.reshape(ROWS, KV_HEADS, pages, PAGE, DIM).transpose(0, 2, 1, 3, 4)
-    out[numbers] = cut
-    return out, numbers
+def to_pages(slots, order):
+    """Scatter slots over pages in some order; page 0 holds nothing."""
+    out = np.zeros((1 + len(order), KV_HEADS, PAGE, DIM), np.float32)
+    parts = np.asarray(slots).reshape(ROWS, KV_HEADS, -1, PAGE, DIM).swapaxes(1, 2)
+    out[1 + order] = parts.reshape(-1, KV_HEADS, PAGE, DIM)
+    return jnp.asarray(out)
 
 
 def dense_state(q, keys, values, length):
     """The state over all keys, as a step measures it."""
-    position = jnp.broadcast_to(length[:, None] - 1, (ROWS, GROUP))
-    return xla.visit_tiles(
-        xla.begin(q.shape), q, lambda _: (keys, values), (0, 1), position + 1, tile_len=CAPACITY,
-        rule=ScoreRule(scale=SCALE), position=position,
-    )  # fmt: skip
+    seen = jnp.arange(CAPACITY) < length[:, None, None]
+    rule = ScoreRule(scale=SCALE)
+    return xla.visit(xla.begin(q.shape), q, keys, values, seen, rule=rule)
+
+
+@partial(jax.jit, static_argnames="config")
+def make_entries(keys, values, entries, *, config):
+    """Cluster all segments of all rows."""
+    layer = no_clusters(1 + entries.size, KV_HEADS, DIM, config=config)
+
+    def add(i, layer):
+        row, number = i // entries.shape[1], i % entries.shape[1]
+        at, size = (row, 0, number * SEGMENT, 0), (1, KV_HEADS, SEGMENT, DIM)
+        part = [lax.dynamic_slice(x, at, size)[0] for x in (keys, values)]
+        return set_entry(layer, *part, number, entries[row, number], config=config)
+
+    return lax.fori_loop(0, entries.size, add, layer)
 
 
 @partial(jax.jit, static_argnames=("config", "layout", "backend"))
-def run(q, keys, values, length, segments, entries, p, table, *, config, layout, backend):
-    layer = no_clusters(ROWS * segments.shape[0] + 1, KV_HEADS, DIM, config=config)
-    for row in range(ROWS):
-        for number in range(segments.shape[0]):
-            part = slice(number * SEGMENT, (number + 1) * SEGMENT)
-            layer = set_entry(
-                layer, keys[row, :, part], values[row, :, part], jnp.int32(number),
-                entries[row, number], config=config,
-            )  # fmt: skip
+def run(q, keys, values, length, entries, p, paged, layer, *, config, layout, backend):
+    most = entries.shape[1]
     sparse = plan_rows(
-        p, length, jnp.minimum(length // SEGMENT, segments.shape[0]), entries, (layer,),
+        p, length, jnp.minimum(length // SEGMENT, most), entries, (layer,),
         config=config, is_measured=jnp.bool_(True),
     )  # fmt: skip
     grouped = q.reshape(ROWS, KV_HEADS, GROUP, DIM)
-    cache = (keys, values) if layout == "slots" else table[:2]
+    cache = (keys, values, None) if layout == "slots" else paged
     return attend_rows(
-        q, *cache, None if layout == "slots" else table[2], sparse,
-        lambda: dense_state(grouped, keys, values, length), scale=SCALE, backend=backend,
+        q, *cache, sparse, lambda: dense_state(grouped, keys, values, length), scale=SCALE,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -90,19 +94,19 @@ WAYS = [
 
 
 def step(seed, length, p, *, layout, backend, config=CONFIG):
-    random = np.random.default_rng(seed)
-    q, keys, values = draw(seed)
-    (page_keys, numbers), random = paged(keys, random), np.random.default_rng(seed)
-    page_values, _ = paged(values, random)
+    q, keys, values = (jnp.asarray(x) for x in draw(seed))
+    order = np.random.default_rng(seed).permutation(ROWS * CAPACITY // PAGE)
     most = CAPACITY // SEGMENT
     entries = 1 + np.random.default_rng(seed).permutation(ROWS * most).reshape(ROWS, most)
+    entries = jnp.asarray(entries, jnp.int32)
     out = run(
-        jnp.asarray(q.reshape(ROWS, -1, DIM)), jnp.asarray(keys), jnp.asarray(values),
-        jnp.asarray(length), jnp.zeros((most,)), jnp.asarray(entries), jnp.asarray(p, jnp.float32),
-        (jnp.asarray(page_keys), jnp.asarray(page_values), jnp.asarray(numbers)),
-        config=config, layout=layout, backend=backend,
+        q.reshape(ROWS, -1, DIM), keys, values, jnp.asarray(length), entries,
+        jnp.asarray(p, jnp.float32), (*(to_pages(x, order) for x in (keys, values)),
+        jnp.asarray(1 + order.reshape(ROWS, -1), jnp.int32)),
+        make_entries(keys, values, entries, config=config), config=config, layout=layout,
+        backend=backend,
     )  # fmt: skip
-    return (q, keys, values), [np.asarray(x) for x in out]
+    return [np.asarray(x) for x in (q, keys, values)], [np.asarray(x) for x in out]
 
 
 @pytest.mark.parametrize(("layout", "backend"), WAYS)
