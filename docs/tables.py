@@ -116,7 +116,7 @@ _LABEL = re.compile(r'(\w+)="')
 
 def metrics() -> str:
     """List every metric of `/metrics` with its kind, its labels and its meaning."""
-    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1)
+    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
     made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
     page = made.render("model")
     rows: list[tuple[str, str, str, str]] = []

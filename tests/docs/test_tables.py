@@ -69,7 +69,7 @@ def test_defaults_of_flags_are_shown_as_they_are_written():
 
 
 def test_metrics_are_those_of_the_page():
-    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1)
+    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
     made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
     page = made.render("m")
     families = {

@@ -523,12 +523,24 @@ def test_template_arguments_of_server_and_request(ask):
             "response_format",
         ),
         ({"suffix": "end"}, "suffix"),
+        ({"attention_mass": 0}, "attention_mass"),
+        ({"attention_mass": 1.5}, "attention_mass"),
+        ({"attention_mass": "0.9"}, "attention_mass"),
+        ({"attention_mass": 0.9}, "attention_mass"),  # sparse attention is off
     ],
 )
 def test_bad_values_name_the_field(ask, fields: dict[str, Any], param: str | None):
     error = refusal(ask(COMPLETIONS, {"prompt": "a", "temperature": 0, **fields}))
     assert error["param"] == param
     assert error["type"] == "BadRequestError"
+
+
+def test_a_share_of_the_attention_mass_is_a_field_of_chats_too(ask):
+    body = {"messages": MESSAGES, "max_tokens": 1}
+    assert ok(ask(CHAT, {**body, "attention_mass": 1}))
+    error = refusal(ask(CHAT, {**body, "attention_mass": 0.9}))
+    assert error["param"] == "attention_mass"
+    assert "--sparse-attention p=0.9" in error["message"]
 
 
 def test_top_logprobs_need_logprobs(ask):

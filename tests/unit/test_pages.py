@@ -22,6 +22,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.known: dict[bytes, int] = {}
         self.idle: list[int] = []  # known pages that nobody holds, least recently used first
         self.counter = itertools.count()
+        self.named: set[bytes] = set()
+        self.told: list[bytes] = []
+        self.pool.on_forget = self.told.append
 
     def held(self):
         return Counter(page for pages in self.holders for page in pages)
@@ -67,6 +70,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.name(page, digest) == fresh
         if fresh:
             self.known[digest] = page
+            self.named.add(digest)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
@@ -78,6 +82,23 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.hold(pages)
         self.idle = [page for page in self.idle if page not in pages]
         self.holders.append(pages)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def forget_one(self, data):
+        digest = data.draw(st.sampled_from(sorted(self.known)))
+        page = self.known.pop(digest)
+        assert self.pool.name_of(page) == digest
+        self.pool.forget_one(digest)
+        self.pool.forget_one(b"unknown")
+        self.named.remove(digest)
+        self.idle = [other for other in self.idle if other != page]
+        assert self.pool.name_of(page) is None
+
+    @invariant()
+    def tells_what_it_forgot(self):
+        assert set(self.told) == self.named - set(self.known)
+        assert len(self.told) == len(set(self.told))
 
     @rule()
     def forget(self):

@@ -25,6 +25,8 @@ from jaxserve.attention.metadata import (
     PaddedPlan,
     ScoreRule,
 )
+from jaxserve.attention.tactic.attention import SpanBackend
+from jaxserve.attention.tactic.rows import attend_rows
 from jaxserve.cache.buffers import KvLayer
 from jaxserve.pallas_kernels.attention.api import attention
 from jaxserve.pallas_kernels.paged import PagedKV
@@ -88,7 +90,7 @@ def _attend_slots(
     q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, *, rule: ScoreRule
 ) -> tuple[Array, KvLayer]:
     rows = plan.rows
-    keys, values = cache
+    keys, values, *_ = cache
     capacity = keys.shape[2]
     # The kernels know neither windows nor caps; such layers take the way through XLA.
     is_compiled = plan.backend == "llvm" and rule.window is None and rule.soft_cap is None
@@ -109,12 +111,69 @@ def _attend_slots(
     def decode_keys(start: Array | int, length: int) -> xla.Tile:
         if jnp.ndim(start):
             return _cut_rows(keys, start, length), _cut_rows(values, start, length)
-        at, dims = (0, 0, start, 0), (rows, keys.shape[1], length, keys.shape[3])
-        return lax.dynamic_slice(keys, at, dims), lax.dynamic_slice(values, at, dims)
+        return _cut_all(keys, values, rows, start, length)
 
     row_tile = _slot_tiles(keys, values, plan.kv_tile)
     out = _attend_tiles(q, k, v, plan, decode_keys, row_tile, row_len=capacity, unit=1, rule=rule)
-    return out, (keys, values)
+    return _attend_sparse(out, q, (keys, values), plan, decode_keys, rule=rule)
+
+
+def _attend_sparse(
+    out: Array,
+    q: Array,
+    cache: KvLayer,
+    plan: AttentionPlan,
+    decode_keys: Callable[[Array | int, int], xla.Tile],
+    *,
+    rule: ScoreRule,
+    backend: SpanBackend = "xla",
+) -> tuple[Array, KvLayer]:
+    """Put the outputs of rows that leave something unread into their places.
+
+    Args:
+        out: Outputs of all tokens; those of such rows are arbitrary.
+        q: Queries of all tokens.
+        cache: Keys and values, the step's own appended.
+        plan: The step.
+        decode_keys: So many keys and values of every row, from a position on.
+        rule: How products become scores.
+        backend: What reads keys and values.
+
+    Returns:
+        The outputs; keys, values, and what was counted.
+    """
+    sparse, rows = plan.sparse, plan.rows
+    if sparse is None:
+        return out, cache
+    keys, values, *_ = cache
+    length, tile_len = sparse.length, plan.kv_tile
+
+    def whole() -> xla.State:
+        queries = _by_head(q[:rows, None].astype(jnp.float32), keys.shape[1])
+        position = jnp.broadcast_to(length[:, None] - 1, (rows, queries.shape[2]))
+        return xla.visit_tiles(
+            xla.begin(queries.shape),
+            queries,
+            lambda i: decode_keys(i * tile_len, tile_len),
+            (0, (jnp.max(length) + tile_len - 1) // tile_len),
+            position + 1,
+            tile_len=tile_len,
+            rule=rule,
+            position=position,
+        )
+
+    own, counts, sums = attend_rows(
+        q[:rows],
+        keys,
+        values,
+        plan.page_table,
+        sparse,
+        whole,
+        scale=rule.scale,
+        backend=backend,
+    )
+    own = jnp.where(sparse.is_sparse[:, None, None], own.astype(out.dtype), out[:rows])
+    return jnp.concatenate([own, out[rows:]]), (keys, values, counts, sums)
 
 
 def _attend_slots_compiled(
@@ -123,8 +182,16 @@ def _attend_slots_compiled(
     """Attend with the kernels for this machine's CPU."""
     rows = plan.rows
     position = jnp.where(plan.token_row[:rows] >= 0, plan.token_position[:rows], -1)
+    keys, values, *_ = cache
+    if plan.sparse is not None:
+        # These rows' keys are appended here, as the kernel appends only where it attends.
+        at = jnp.where(plan.sparse.is_sparse, position, keys.shape[2] - 1)
+        index = jnp.arange(rows)
+        keys = keys.at[index, :, at].set(k[:rows])
+        values = values.at[index, :, at].set(v[:rows])
+        position = jnp.where(plan.sparse.is_sparse, -1, position)
     out, keys, values = cpu_kernels.decode(
-        q[:rows], k[:rows], v[:rows], *cache, position, scale=scale
+        q[:rows], k[:rows], v[:rows], keys, values, position, scale=scale
     )
     if q.shape[0] > rows:
         is_used = jnp.arange(plan.block_len.shape[0]) < plan.num_blocks
@@ -136,7 +203,21 @@ def _attend_slots_compiled(
         )
         seen = plan.token_row[rows:, None, None] >= 0
         out = jnp.concatenate([out, jnp.where(seen, prefill, 0.0)])
-    return out.astype(q.dtype), (keys, values)
+    return _attend_sparse(
+        out.astype(q.dtype),
+        q,
+        (keys, values),
+        plan,
+        functools.partial(_cut_all, keys, values, rows),
+        rule=ScoreRule(scale=scale),
+        backend="llvm",
+    )
+
+
+def _cut_all(keys: Array, values: Array, rows: int, start: Array | int, length: int) -> xla.Tile:
+    """Cut the same run of positions out of the first rows."""
+    at, dims = (0, 0, start, 0), (rows, keys.shape[1], length, keys.shape[3])
+    return lax.dynamic_slice(keys, at, dims), lax.dynamic_slice(values, at, dims)
 
 
 def _slot_tiles(keys: Array, values: Array, tile_len: int) -> Callable[[Array, Array], xla.Tile]:
@@ -218,6 +299,8 @@ def _attend_tiles(
     queries = _by_head(q[:rows, None], k.shape[1])
     position = jnp.broadcast_to(plan.token_position[:rows, None], (rows, group))
     num_seen = position + 1
+    if plan.sparse is not None:
+        num_seen = jnp.where(plan.sparse.is_sparse[:, None], 0, num_seen)
     longest, tile_len = jnp.max(num_seen), plan.kv_tile
 
     def few(count: int) -> xla.State:
@@ -433,4 +516,4 @@ def _attend_pages(
     out = _attend_tiles(
         q, k, v, plan, decode_keys, row_tile, row_len=row_len, unit=page_size, rule=rule
     )
-    return out, (keys, values)
+    return _attend_sparse(out, q, (keys, values), plan, decode_keys, rule=rule)

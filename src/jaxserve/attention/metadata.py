@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.attention.tactic.rows import SparseRows
 from jaxserve.pallas_kernels.plan import Plan
 
 Backend = Literal["xla", "llvm", "reference", "mosaic", "triton", "pallas-xla", "pallas-reference"]
@@ -106,6 +107,7 @@ class AttentionPlan:
             drafts requests 2 i and 2 i + 1, its decode and its drafts. Their specs say how
             attention differs from the plain one, soft caps included.
         extra: Arrays that the variant of the plans reads.
+        sparse: Which decode rows read a part of their context; None if all read everything.
         rows: Number of decode rows.
         kv_tile: Keys per tile; a multiple of the page size that divides the length of a row.
         q_block: Tokens per prefill block.
@@ -127,9 +129,16 @@ class AttentionPlan:
     page_table: Int[Array, "rows pages_per_row"] | None
     kernel_plans: tuple[Plan, ...] = ()
     extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    sparse: SparseRows | None = None
     rows: int = dataclasses.field(metadata={"static": True})
     kv_tile: int = dataclasses.field(metadata={"static": True})
     q_block: int = dataclasses.field(metadata={"static": True})
     backend: Backend = dataclasses.field(default="xla", metadata={"static": True})
     upcast: bool = dataclasses.field(default=False, metadata={"static": True})
     batch_invariant: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def of_layer(self, index: int) -> "AttentionPlan":
+        """Return the plan for one layer of the model."""
+        if self.sparse is None:
+            return self
+        return dataclasses.replace(self, sparse=self.sparse.of_layer(index))

@@ -16,15 +16,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.attention.metadata import ScoreRule
-
-MASKED = -1e30
-"""Score of a key that may not be seen; finite, so that an all-masked row gives no NaN."""
+from jaxserve.attention.softmax import MASKED, State
 
 Tile = tuple[Array, Array]
 """Keys and values of one tile."""
-
-State = tuple[Array, Array, Array]
-"""Unnormalised output, largest score and mass so far, per query; float32."""
 
 
 def causal(

@@ -15,8 +15,11 @@ from jaxtyping import Array, Int
 
 from jaxserve import cpu_kernels
 
-KvLayer = tuple[Array, Array]
-"""Keys and values of one layer, in one of the two layouts of `attention.dense`."""
+KvLayer = tuple[Array, ...]
+"""Keys and values of one layer, in one of the two layouts of `attention.dense`.
+
+Behind them, as attention returns them: what it counted, where it may leave something unread.
+"""
 
 KvBuffers = tuple[KvLayer, ...]
 """One (keys, values) pair per layer, slots or pages."""

@@ -5,7 +5,7 @@ Page 0 is never handed out: padding tokens of the paged layout write there.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -64,6 +64,9 @@ class PagePool:
         num_pages: Pages that can be handed out (page 0 comes on top).
         page_size: Tokens per page.
 
+    Attributes:
+        on_forget: Called with each prefix that is no longer known.
+
     Source: the block manager of vLLM (hash chain, reference counts, LRU of unreferenced pages).
     """
 
@@ -76,6 +79,7 @@ class PagePool:
         self._hash_of: dict[int, PageHash] = {}
         self._page_of: dict[PageHash, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self.on_forget: Callable[[PageHash], None] | None = None
 
     @property
     def num_free(self) -> int:
@@ -106,6 +110,10 @@ class PagePool:
         """Tell whether some page holds the prefix `digest`."""
         return digest in self._page_of
 
+    def name_of(self, page: int) -> PageHash | None:
+        """Return the prefix that a page is known to hold."""
+        return self._hash_of.get(page)
+
     def hold(self, pages: Iterable[int]) -> None:
         """Add one holder to each of some cached pages, so that they are not evicted."""
         for page in pages:
@@ -129,7 +137,10 @@ class PagePool:
                 page = self._free.pop()
             else:
                 page, _none = self._idle.popitem(last=False)
-                del self._page_of[self._hash_of.pop(page)]
+                digest = self._hash_of.pop(page)
+                del self._page_of[digest]
+                if self.on_forget is not None:
+                    self.on_forget(digest)
             self._refs[page] = 1
             taken.append(page)
         return taken
@@ -158,8 +169,21 @@ class PagePool:
         self._hash_of[page] = digest
         return True
 
+    def forget_one(self, digest: PageHash) -> None:
+        """Drop one prefix, if it is cached; a held page stays held."""
+        page = self._page_of.pop(digest, None)
+        if page is None:
+            return
+        del self._hash_of[page]
+        if page in self._idle:
+            del self._idle[page]
+            self._free.append(page)
+
     def forget(self) -> None:
         """Drop every cached prefix; held pages stay held."""
+        if self.on_forget is not None:
+            for digest in self._page_of:
+                self.on_forget(digest)
         self._free.extend(self._idle)
         self._idle.clear()
         self._hash_of.clear()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.core.sparse import SparseConfig
 from jaxserve.core.speculative import SpeculativeConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -488,6 +489,39 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SparseOptions:
+    """Attention that reads a part of long contexts."""
+
+    sparse_attention: str | None = option(
+        None,
+        "Let decodes of long contexts read the tokens that hold a share p of the attention mass, "
+        "such as p=0.9. Further keys, separated by commas: estimator (sampled, hyperbola or "
+        "centroid), failure_rate, tail (mean or drop), min_context, dense_layers, window, sinks, "
+        "segment, cluster_size, max_share, measure_every.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _ = self.sparse
+
+    @property
+    def sparse(self) -> SparseConfig | None:
+        """The checked settings; None if every context is read whole.
+
+        Raises:
+            ConfigError: If they are no good.
+        """
+        given = self.sparse_attention
+        if given is None:
+            return None
+        if not isinstance(given, str):
+            raise ConfigError(
+                f"sparse_attention must be a text such as 'p=0.9,min_context=4096', got {given!r}."
+            )
+        return SparseConfig.from_text(given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to know besides the weights."""
 
@@ -499,6 +533,7 @@ class EngineConfig:
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
     speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    sparse: SparseOptions = field(default_factory=SparseOptions)
 
     def __post_init__(self) -> None:
         """Check what concerns several parts."""

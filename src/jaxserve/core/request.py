@@ -73,6 +73,8 @@ class SamplingParams:
         logit_bias: Token id -> value added to its logit, clamped to [-100, 100].
         allowed_token_ids: Only these tokens may be generated.
         structured_outputs: What the text must look like; the completion ends where it must.
+        attention_mass: Share of the attention mass that decodes of a long context read; (0, 1], 1
+            reads everything. None is what the engine is set to. Not of vLLM.
 
     Raises:
         RequestError: If a value is outside its range; names the field.
@@ -103,6 +105,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    attention_mass: float | None = None
 
     def __post_init__(self) -> None:
         """Check every range, and put the sequences into one form."""
@@ -155,6 +158,9 @@ class SamplingParams:
             self.top_k,
         )
         _check(_is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
+        if self.attention_mass is not None:
+            ok = _is_finite(self.attention_mass) and 0 < self.attention_mass <= 1
+            _check(ok, "attention_mass", "in (0, 1]", self.attention_mass)
         if self.seed is not None:
             ok = _is_int(self.seed) and -(2**63) <= self.seed < 2**63
             _check(ok, "seed", "a 64-bit integer", self.seed)

@@ -92,6 +92,7 @@ def choose_clusters(
     max_share: float,
     edges: Int[Array, "rows kv_heads edges"],
     ranks: Int[Array, "rows kv_heads samples"],
+    order: Int[Array, "rows kv_heads capacity"] | None = None,
     *,
     sampling: Sampling,
 ) -> Chosen:
@@ -109,6 +110,7 @@ def choose_clusters(
         max_share: Where more than this share of the tokens is needed, all are read.
         edges: Where ranges of ranks begin, and where the last one ends.
         ranks: Tokens to look at, ascending; numbered along the order.
+        order: Where in its slot each place lies; None if places lie in their order.
         sampling: How samples are used.
     """
     rows, q_heads, dim = q.shape
@@ -116,8 +118,9 @@ def choose_clusters(
     kind = weight_type(keys.dtype)
     shape = Heads(q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, kind=kind)
     digest = abs(hash(sampling)) % 16**12
-    name = f"jaxserve_choose_{q_heads}_{kv_heads}_{dim}_{kind}_{digest:x}"
-    ffi.register(name, lambda: _kernel(name, shape, sampling))
+    ordered = "" if order is None else "_ordered"
+    name = f"jaxserve_choose_{q_heads}_{kv_heads}_{dim}_{kind}_{digest:x}{ordered}"
+    ffi.register(name, lambda: _kernel(name, shape, sampling, is_ordered=order is not None))
     runs = jax.ShapeDtypeStruct((rows, kv_heads, clusters), jnp.int32)
     state = jax.ShapeDtypeStruct((rows, q_heads), jnp.float32)
     outs = [
@@ -131,19 +134,23 @@ def choose_clusters(
     ]
     limits = jnp.stack([p, jnp.full_like(p, max_share)], axis=-1)
     call = jax.ffi.ffi_call(name, outs)
-    found = call(q, keys, centroids, spread, sizes, begin, kept, limits, edges, ranks)
+    last = () if order is None else (order,)
+    found = call(q, keys, centroids, spread, sizes, begin, kept, limits, edges, ranks, *last)
     return Chosen(*found[:6])
 
 
-def _kernel(name: str, shape: Heads, sampling: Sampling) -> ffi.Kernel:
+def _kernel(name: str, shape: Heads, sampling: Sampling, *, is_ordered: bool) -> ffi.Kernel:
     def chunk(
         e: Emitter, buffers: Sequence[Value], sizes: Sequence[Value], index: Value, _parts: Value
     ) -> None:
-        _Head(e, shape, sampling, buffers, index, sizes).choose()
+        order = None
+        if is_ordered:
+            order, buffers = buffers[10], [*buffers[:10], *buffers[11:]]
+        _Head(e, shape, sampling, buffers, index, sizes, order).choose()
 
     return ffi.Kernel(
         name=name,
-        num_args=10,
+        num_args=11 if is_ordered else 10,
         num_rets=7,
         dims=[(0, 0), (1, 2), (2, 2)],
         num_chunks=lambda e, sizes, _threads: e.b.mul(sizes[0], const(shape.kv_heads)),
@@ -161,6 +168,7 @@ class _Head:
         buffers: Inputs and outputs.
         index: row * kv_heads + head.
         sizes: Rows, places of a slot, clusters.
+        where: Where in its slot each place lies; None if places lie in their order.
     """
 
     def __init__(
@@ -171,6 +179,7 @@ class _Head:
         buffers: Sequence[Value],
         index: Value,
         sizes: Sequence[Value],
+        where: Value | None,
     ) -> None:
         self.e, self.shape, self.sampling, self.index = e, shape, sampling, index
         self.clusters = sizes[2]
@@ -178,6 +187,7 @@ class _Head:
         (q, keys, centroids, spread, size, begin, kept, limits, edges, ranks, *outs) = buffers
         b, per_head = e.b, e.b.mul(index, self.clusters)
         capacity = b.mul(index, sizes[1])
+        self.where = None if where is None else e.at(where, capacity, 4)
         self.q = e.at(q, b.mul(index, const(self.group * self.dim)), 4)
         self.keys = e.at(keys, b.mul(capacity, const(self.dim)), ITEM_BYTES[shape.kind])
         self.centroids = e.at(centroids, b.mul(per_head, const(self.dim)), 4)
@@ -349,6 +359,8 @@ class _Head:
             self._advance(at, first, rank, last)
             cluster = self._int(self.order, b.load(at, typ=I64))
             place = b.add(self._int(self.begin, cluster), b.sub(rank, b.load(first, typ=I64)))
+            if self.where is not None:
+                place = self._int(self.where, place)
             b.store(place, e.at(places, i, 8))
             b.store(b.load(at, typ=I64), e.at(positions, i, 8))
             # A context shorter than the head is its own head, each token once.

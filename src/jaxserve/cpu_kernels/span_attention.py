@@ -34,6 +34,7 @@ def attend_spans(
     begin: Int[Array, "rows kv_heads runs"],
     size: Int[Array, "rows kv_heads runs"],
     num_tokens: Int[Array, "rows kv_heads"],
+    order: Int[Array, "rows kv_heads capacity"] | None = None,
 ) -> tuple[
     Float[Array, "rows q_heads head_dim"],
     Float[Array, "rows q_heads"],
@@ -48,6 +49,7 @@ def attend_spans(
         begin: First place of each run.
         size: Places of each run. Those that are read come first and are not empty.
         num_tokens: Places that are read; the last run may be longer than that.
+        order: Where in its slot each place lies; None if places lie in their order.
 
     Returns:
         Sums of weighted values, the largest score, and the mass relative to it. A head without
@@ -56,25 +58,30 @@ def attend_spans(
     _, q_heads, head_dim = q.shape
     kind = weight_type(keys.dtype)
     shape = Heads(q_heads=q_heads, kv_heads=keys.shape[1], head_dim=head_dim, kind=kind)
-    name = f"jaxserve_spans_{q_heads}_{keys.shape[1]}_{head_dim}_{kind}"
-    ffi.register(name, lambda: _kernel(name, shape))
+    ordered = "" if order is None else "_ordered"
+    name = f"jaxserve_spans_{q_heads}_{keys.shape[1]}_{head_dim}_{kind}{ordered}"
+    ffi.register(name, lambda: _kernel(name, shape, is_ordered=order is not None))
     state = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
     outs = [jax.ShapeDtypeStruct(q.shape, jnp.float32), state, state]
     call = jax.ffi.ffi_call(name, outs)
-    whole = (x.astype(jnp.int32) for x in (begin, size, num_tokens))
+    given = (begin, size, num_tokens) if order is None else (begin, size, num_tokens, order)
+    whole = (x.astype(jnp.int32) for x in given)
     out, top, mass = call(q.astype(jnp.float32), keys, values, *whole)
     return out, top, mass
 
 
-def _kernel(name: str, shape: Heads) -> ffi.Kernel:
+def _kernel(name: str, shape: Heads, *, is_ordered: bool) -> ffi.Kernel:
     def chunk(
         e: Emitter, buffers: Sequence[Value], sizes: Sequence[Value], index: Value, _parts: Value
     ) -> None:
-        _Head(e, shape, buffers, index, capacity=sizes[1], runs=sizes[2]).attend()
+        *inputs, out, top, mass = buffers
+        order = inputs.pop() if is_ordered else None
+        buffers = [*inputs, out, top, mass]
+        _Head(e, shape, buffers, index, capacity=sizes[1], runs=sizes[2], order=order).attend()
 
     return ffi.Kernel(
         name=name,
-        num_args=6,
+        num_args=7 if is_ordered else 6,
         num_rets=3,
         dims=[(0, 0), (1, 2), (3, 2)],
         num_chunks=lambda e, sizes, _threads: e.b.mul(sizes[0], const(shape.kv_heads)),
@@ -92,6 +99,7 @@ class _Head:
         index: row * kv_heads + head; slots and rows are numbered alike.
         capacity: Places of a slot.
         runs: Runs that a head may have.
+        order: Where in its slot each place lies; None if places lie in their order.
     """
 
     def __init__(
@@ -103,6 +111,7 @@ class _Head:
         *,
         capacity: Value,
         runs: Value,
+        order: Value | None,
     ) -> None:
         self.e, self.shape, self.index = e, shape, index
         self.q, self.keys, self.values, begin, size, count, self.out, self.top, self.mass = buffers
@@ -111,6 +120,7 @@ class _Head:
         self.last_run = e.b.sub(runs, const(1))
         self.total = e.b.sext(e.b.load(e.at(count, index, 4), typ=I32), I64)
         self.base = e.b.mul(e.b.mul(index, capacity), const(shape.head_dim))
+        self.order = None if order is None else e.at(order, e.b.mul(index, capacity), 4)
         self.parts = shape.head_dim // e.width
         self.places = e.array(I64, KEY_BLOCK)
         self.run, self.offset = e.variable(I64, const(0)), e.variable(I64, const(0))
@@ -134,7 +144,10 @@ class _Head:
             run, offset = b.load(self.run, typ=I64), b.load(self.offset, typ=I64)
             begin = b.sext(b.load(e.at(self.begin, run, 4), typ=I32), I64)
             size = b.sext(b.load(e.at(self.size, run, 4), typ=I32), I64)
-            b.store(b.add(begin, offset), e.at(self.places, i, 8))
+            place = b.add(begin, offset)
+            if self.order is not None:
+                place = b.sext(b.load(e.at(self.order, place, 4), typ=I32), I64)
+            b.store(place, e.at(self.places, i, 8))
             after = b.add(offset, const(1))
             ends = b.icmp_signed(">=", after, size)
             b.store(b.select(ends, const(0), after), self.offset)

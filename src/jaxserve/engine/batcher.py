@@ -150,6 +150,11 @@ def build(
         _fill_sampling(packed, item)
         if shape.has_lora:
             fields["lora_slot"][row] = item.sequence.lora_slot
+        if shape.num_segments and item.sequence.has_device_token:
+            segments = item.sequence.segments
+            fields["attention_mass"][row] = item.sequence.attention_mass
+            fields["num_segments"][row] = len(segments)
+            fields["segment_entry"][row, : len(segments)] = segments
         if shape.pages_per_row:
             pages = item.sequence.pages
             fields["page_table"][row, : len(pages)] = pages

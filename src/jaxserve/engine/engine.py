@@ -47,6 +47,7 @@ from jaxserve.engine.runner import Runner, StepResult
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.sequence import Phase, SequenceState
 from jaxserve.engine.slo import missed
+from jaxserve.engine.sparse import record_reading
 from jaxserve.engine.speculation import Speculator
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.engine.tokenizer import Tokenizer
@@ -427,6 +428,8 @@ class Engine(Inbox):
             pending.pooled = self.runner.pool(pending.result.hidden, *bounds)
         for item in items:
             self._advance(item, pending)
+        if self.placement.segments is not None:
+            self.placement.segments.extend(item.sequence for item in items)
         for sequence, problem in stuck:
             self._send_failure(sequence, problem)
         return pending
@@ -607,6 +610,7 @@ class Engine(Inbox):
             logprobs = HostLogprobs(sampled, with_candidates=pending.wants_candidates)
         for item, scores in pending.prompt_scores:
             self._commit_prompt_scores(item, scores)
+        record_reading(pending.result.reading, self.metrics)
         if pending.pooled is not None:
             self._commit_pooled(pending.items, pending.pooled)
         self.times.committed(pending.load, pending.shape, pending.planned)

@@ -47,6 +47,7 @@ class Intake:
         self._vocab = spec.config.vocab_size
         self._max_loras = 0 if spec.lora is None else spec.lora.slots
         self._max_len = min(spec.max_model_len, spec.num_pages * spec.page_size)
+        self._sparse = spec.sparse
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
         self._max_logprobs = max_logprobs
@@ -63,6 +64,7 @@ class Intake:
         self._check_output(request)
         self._check_tokens(request.sampling)
         self._check_logprobs(request.sampling)
+        self._check_mass(request.sampling)
         if len(request.cache_salt) > _MAX_SALT:
             raise RequestError(
                 f"cache_salt must have at most {_MAX_SALT} characters, got "
@@ -158,6 +160,16 @@ class Intake:
                     param=name,
                 )
 
+    def _check_mass(self, sampling: SamplingParams) -> None:
+        mass = sampling.attention_mass
+        if mass is not None and mass < 1 and self._sparse is None:
+            raise RequestError(
+                f"attention_mass={mass} needs an engine with sparse attention, which is off: "
+                "nothing says which tokens hold the mass. Start it with --sparse-attention p=0.9, "
+                "or leave attention_mass out.",
+                param="attention_mass",
+            )
+
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
         stops = frozenset(sampling.stop_token_ids)
         return stops if sampling.ignore_eos else stops | self._eos
@@ -198,7 +210,15 @@ class Intake:
             token_ids=list(request.prompt_token_ids),
             slo=None if request.slo is None else SloTracker(request.slo, request.arrival),
             declared_slo=request.slo,
+            attention_mass=self._mass(request),
         )
+
+    def _mass(self, request: Request) -> float:
+        """Return the share of the attention mass that its decodes read."""
+        if self._sparse is None or request.pooling is not None:
+            return 1.0
+        wanted = request.sampling.attention_mass
+        return self._sparse.config.p if wanted is None else wanted
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:
         sampling = request.sampling

@@ -130,6 +130,7 @@ class EngineMetrics:
         cache_config: Facts about the cache (page size, number of pages, ...), published as labels.
         engine: Index of the engine, the value of the label `engine`.
         num_speculative_tokens: Most tokens per draft; with 0, nothing is said about drafts.
+        has_sparse: Whether attention may be sparse; otherwise nothing is said about it.
 
     Attributes:
         num_running: Sequences that hold a row of the batch.
@@ -154,6 +155,13 @@ class EngineMetrics:
         num_draft_tokens: Their tokens.
         num_accepted_tokens: Draft tokens that became output.
         accepted_per_position: Those of them per place in their draft, counted from 0.
+        sparse_tokens_read: Tokens that key-value heads have read in decodes with sparse attention.
+        sparse_tokens_there: Tokens that they would have read without it.
+        sparse_heads: How many heads that were, over rows, layers and steps.
+        sparse_mass: Estimated share of the mass that they have read, summed over them.
+        measured_heads: Query heads whose share of the mass was measured.
+        measured_mass: These shares, summed.
+        missed_heads: Those of them that fell short of their target by more than 0.02.
         slo_attained: Requests that kept an objective, per (tier, objective). The objective
             `request` stands for all of a request's together.
         slo_missed: Requests that did not keep it, refused and aborted ones included.
@@ -174,6 +182,7 @@ class EngineMetrics:
         cache_config: Mapping[str, object] | None = None,
         engine: int = 0,
         num_speculative_tokens: int = 0,
+        has_sparse: bool = False,
     ) -> None:
         """Start with everything at zero."""
         self._lock = threading.Lock()
@@ -204,6 +213,14 @@ class EngineMetrics:
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
         self.accepted_per_position: list[int] = [0] * num_speculative_tokens
+        self._has_sparse = has_sparse
+        self.sparse_tokens_read = 0
+        self.sparse_tokens_there = 0
+        self.sparse_heads = 0
+        self.sparse_mass = 0.0
+        self.measured_heads = 0
+        self.measured_mass = 0.0
+        self.missed_heads = 0
         self.slo_attained: Counter[tuple[str, str]] = Counter()
         self.slo_missed: Counter[tuple[str, str]] = Counter()
         self.slo_declined: Counter[tuple[str, str, str]] = Counter()
@@ -361,6 +378,36 @@ class EngineMetrics:
             self.num_accepted_tokens += num_accepted
             for position in range(num_accepted):
                 self.accepted_per_position[position] += 1
+
+    def attended(
+        self, *, num_read: int, num_there: int, num_heads: int, estimated_mass: float
+    ) -> None:
+        """Record what sparse attention read in one step, over rows, layers and key-value heads.
+
+        Args:
+            num_read: Tokens read.
+            num_there: Tokens that there were.
+            num_heads: Heads that read them.
+            estimated_mass: Estimated shares of the mass, summed over these heads.
+        """
+        with self._lock:
+            self.sparse_tokens_read += num_read
+            self.sparse_tokens_there += num_there
+            self.sparse_heads += num_heads
+            self.sparse_mass += estimated_mass
+
+    def mass_measured(self, *, num_heads: int, num_missed: int, mass: float) -> None:
+        """Record measured shares of the attention mass.
+
+        Args:
+            num_heads: Query heads measured, over rows and layers.
+            num_missed: Those of them that fell short of their target by more than 0.02.
+            mass: Shares, summed over heads.
+        """
+        with self._lock:
+            self.measured_heads += num_heads
+            self.missed_heads += num_missed
+            self.measured_mass += mass
 
     def compiled(self, seconds: float) -> None:
         """Record the compilation of one step shape."""
@@ -536,6 +583,8 @@ class EngineMetrics:
         )  # fmt: skip
         if self.accepted_per_position:
             yield from self._drafts()
+        if self._has_sparse:
+            yield from self._sparse()
         if self._adapters is not None:
             most, running, waiting, now = self._adapters
             labels = {
@@ -599,6 +648,22 @@ class EngineMetrics:
             "engine_sleep_state", "gauge", "1 for the state in which the weights are.",
             "sleep_state", {state: state == self.sleep_state for state in get_args(SleepState)},
         )  # fmt: skip
+
+    def _sparse(self) -> Iterator[_Family]:
+        for name, text, value in (
+            ("tokens_read", "Tokens that key-value heads read, of a share.",
+             self.sparse_tokens_read),
+            ("tokens_in_context", "Tokens that these heads could have read.",
+             self.sparse_tokens_there),
+            ("heads", "Heads that read a share, over rows, layers and steps.", self.sparse_heads),
+            ("estimated_mass", "Estimated shares of the mass, summed over these heads.",
+             self.sparse_mass),
+            ("measured_heads", "Query heads whose share was measured.", self.measured_heads),
+            ("measured_mass", "Measured shares, summed over these heads.", self.measured_mass),
+            ("missed_heads", "Of these heads, those below their target by more than 0.02.",
+             self.missed_heads),
+        ):  # fmt: skip
+            yield _Family(f"sparse_attention_{name}_total", "counter", text, [({}, value)])
 
     def _drafts(self) -> Iterator[_Family]:
         for name, text, value in (

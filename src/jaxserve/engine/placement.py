@@ -5,11 +5,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxserve.cache.pages import PagePool, chain_hashes, salt_hash
+from jaxserve.cache.pages import PageHash, PagePool, chain_hashes, salt_hash
 from jaxserve.core.errors import CapacityError
 from jaxserve.engine.adapters import AdapterSlots
 from jaxserve.engine.batcher import Item, RowTable
 from jaxserve.engine.runner import Runner
+from jaxserve.engine.segments import Segments
 from jaxserve.engine.sequence import Phase, SequenceState
 
 
@@ -24,6 +25,7 @@ class Placement:
         adapters: Low-rank adapters on the device.
         pool: Page book-keeping.
         rows: Who has which row of the device.
+        segments: Clusters of full segments; None without sparse attention.
         table: What the device must be told about each row.
     """
 
@@ -42,6 +44,11 @@ class Placement:
         self.pool = PagePool(spec.num_pages, spec.page_size)
         self.rows: list[SequenceState | None] = [None] * spec.max_num_seqs
         self.table = RowTable(spec.max_num_seqs)
+        self.segments = (
+            None
+            if spec.sparse is None
+            else Segments(self._runner, spec.sparse, self.pool, self._hash_up_to)
+        )
         self._dirty_bias.clear()
 
     @property
@@ -116,6 +123,14 @@ class Placement:
                 parents=sequence.hashes,
             )
 
+    def _hash_up_to(self, sequence: SequenceState, num_tokens: int) -> PageHash | None:
+        """Return the hash of a sequence's first tokens, whole pages; None if nobody may share."""
+        if not self._caching or sequence.is_stale:
+            return None
+        self._hash(sequence)
+        place = num_tokens // self.pool.page_size - 1
+        return sequence.hashes[place] if place < len(sequence.hashes) else None
+
     # Coming and going --------------------------------------------------------------------------
 
     def admit(self, sequence: SequenceState) -> None:
@@ -152,6 +167,8 @@ class Placement:
 
     def leave(self, sequence: SequenceState) -> None:
         """Take row, pages and slot from a sequence; the pages that are named stay findable."""
+        if self.segments is not None:
+            self.segments.release(sequence)
         self.pool.release(sequence.pages)
         sequence.pages = array("i")
         sequence.num_named = 0

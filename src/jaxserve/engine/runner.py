@@ -41,6 +41,14 @@ from jaxserve.engine.shapes import (
     packed_size,
     unpack,
 )
+from jaxserve.engine.sparse import (
+    Clusters,
+    Reading,
+    SparseSpec,
+    allocate_clusters,
+    cluster_layer,
+    sparse_rows,
+)
 from jaxserve.models import lora
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
@@ -76,6 +84,7 @@ class RunnerSpec:
         num_candidates: Most candidates reported per token.
         matmul_precision: Precision of matrix products; "highest" for float32.
         lora: Slots for low-rank adapters; None has none.
+        sparse: Sparse attention; None reads everything.
     """
 
     config: ModelConfig
@@ -94,6 +103,7 @@ class RunnerSpec:
     num_candidates: int
     matmul_precision: str
     lora: LoraShape | None = None
+    sparse: SparseSpec | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,10 +113,12 @@ class StepResult:
     Attributes:
         sampled: Tokens and log-probabilities per row, then per draft token.
         hidden: Final hidden states of the prefill tokens.
+        reading: What attention counted, where it may leave something unread.
     """
 
     sampled: Sampled
     hidden: jax.Array
+    reading: Reading = ()
 
 
 class Runner:
@@ -157,6 +169,7 @@ class Runner:
         self._found: dict[StepShape, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._no_masks: dict[int, jax.Array] = {}
         self._adapters: tuple[LoraBuffers, ...] = ()
+        self._num_steps = 0
         self._allocate()
         self.restore_adapters()
         # Programs are lowered against descriptions: live buffers may be donated meanwhile.
@@ -164,10 +177,12 @@ class Runner:
         self._slot_specs = jax.tree.map(describe, self.slots)
         self._page_specs = jax.tree.map(describe, self.pages)
         self._row_specs = jax.tree.map(describe, self._rows)
+        self._cluster_specs = jax.tree.map(describe, self._clusters)
         self._adapter_specs = jax.tree.map(describe, self._adapters)
 
     def _allocate(self) -> None:
         self.slots, self.pages = self._allocate_cache(self.spec)
+        self._clusters = allocate_clusters(self.spec.sparse, self.spec.config, self._everywhere)
         rows, vocab = self.spec.max_num_seqs, self.spec.config.vocab_size
         self._rows = jax.device_put(
             RowState(
@@ -240,6 +255,8 @@ class Runner:
         todo += [self._pool_program]
         if self.spec.lora is not None:
             todo += [self._adapter_program]
+        if self.spec.sparse is not None:
+            todo += [self._cluster_program]
         return todo
 
     def choose_shape(
@@ -281,6 +298,7 @@ class Runner:
             self._row_specs.last_token,
             self._spec((packed_size(shape),)),
             self._adapter_specs,
+            self._cluster_specs,
         )
 
     def _draw_program(self, draw: DrawShape) -> Callable[..., Any]:
@@ -365,6 +383,29 @@ class Runner:
             "adapter", lora.set_slot, (0,), self._adapter_specs[0], self._spec(()), packed
         )
 
+    def _cluster_program(self) -> Callable[..., Any]:
+        """Return what clusters a segment in one layer; all layers are alike."""
+        spec = self._sparse_spec
+        layer = spec.layers.index(True)
+        cache = self._page_specs if self.spec.use_pages else self._slot_specs
+        where = (spec.pages_per_segment,) if self.spec.use_pages else ()
+        return self.programs.get(
+            "cluster",
+            functools.partial(cluster_layer, spec, self.spec.page_size),
+            (0,),
+            self._cluster_specs[layer],
+            cache[layer],
+            self._spec(where),
+            self._spec(()),
+            self._spec(()),
+        )
+
+    @property
+    def _sparse_spec(self) -> SparseSpec:
+        if self.spec.sparse is None:
+            raise AssertionError("this engine reads everything")
+        return self.spec.sparse
+
     @property
     def _lora_shape(self) -> LoraShape:
         if self.spec.lora is None:
@@ -381,15 +422,24 @@ class Runner:
         step, draw = self._launches(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
         mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
-        logits, drawing, hidden, cache = step(
-            self._params, cache, self._rows.last_token, packed.buffer, self._adapters
+        if self.spec.sparse is not None and self.spec.sparse.measure_every:
+            self._num_steps += 1
+            is_due = self._num_steps % self.spec.sparse.measure_every == 0
+            packed.fields["is_measured"][...] = is_due
+        logits, drawing, hidden, cache, reading = step(
+            self._params,
+            cache,
+            self._rows.last_token,
+            packed.buffer,
+            self._adapters,
+            self._clusters,
         )
         sampled, self._rows = draw(logits, self._rows, drawing, mask)
         if self.spec.use_pages:
             self.pages = cache
         else:
             self.slots = cache
-        return StepResult(sampled=sampled, hidden=hidden)
+        return StepResult(sampled=sampled, hidden=hidden, reading=reading)
 
     def _launches(self, shape: StepShape) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Return the two programs of a step; describing them anew for every step takes long."""
@@ -468,6 +518,23 @@ class Runner:
         """Copy pages of the store into (row, block, page) parts of slots."""
         for count, columns in self._batches(moves):
             self.slots = self._load_program()(self.slots, self.pages, count, *columns)
+
+    def cluster(self, row: int, pages: Sequence[int], number: int, entry: int) -> None:
+        """Cluster one full segment of a sequence, layer by layer.
+
+        Args:
+            row: The sequence's row.
+            pages: The segment's pages.
+            number: Which segment of the sequence it is.
+            entry: Where its clusters go.
+        """
+        program = self._cluster_program()
+        cache, where = (self.pages, pages) if self.spec.use_pages else (self.slots, row)
+        placed = [self._put(np.asarray(value, np.int32)) for value in (where, number, entry)]
+        self._clusters = tuple(
+            None if layer is None else program(layer, kv, *placed)
+            for layer, kv in zip(self._clusters, cache, strict=True)
+        )
 
     def prompt_logprobs(self, hidden: jax.Array, targets: np.ndarray) -> Sampled:
         """Score the token that follows each prefill token.
@@ -558,14 +625,16 @@ class Runner:
         """Free cache and row state until `restore_cache`; programs stay."""
         self._free()
         self.slots = self.pages = ()
+        self._clusters = ()
 
     def restore_cache(self) -> None:
         """Allocate cache and row state anew, empty."""
         self._allocate()
 
     def cache_bytes(self) -> int:
-        """Bytes of key-value cache on the device."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.slots, self.pages)))
+        """Bytes of key-value cache on the device, its index included."""
+        held = (self.slots, self.pages, self._clusters)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(held))
 
     def reset(self) -> None:
         """Replace cache and row state by fresh ones, after a failed step left them undefined."""
@@ -573,7 +642,7 @@ class Runner:
         self._allocate()
 
     def _free(self) -> None:
-        for leaf in jax.tree.leaves((self.slots, self.pages, self._rows)):
+        for leaf in jax.tree.leaves((self.slots, self.pages, self._clusters, self._rows)):
             if not leaf.is_deleted():
                 leaf.delete()
 
@@ -585,6 +654,7 @@ class Runner:
         self.programs.clear()
         self._found.clear()
         self.slots = self.pages = ()
+        self._clusters = ()
         self._params = ()
 
 
@@ -593,13 +663,19 @@ def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array]) -> AttentionPlan:
+def attention_plan(
+    spec: RunnerSpec,
+    shape: StepShape,
+    part: dict[str, jax.Array],
+    clusters: Clusters = (),
+) -> AttentionPlan:
     """Say what each token of a step sees.
 
     Args:
         spec: What is fixed.
         shape: The step's shape.
         part: Its packed buffer, taken apart.
+        clusters: What sparse attention chooses among; empty reads everything.
     """
     kernels = spec.shapes.kernels
     return AttentionPlan(
@@ -618,6 +694,7 @@ def attention_plan(spec: RunnerSpec, shape: StepShape, part: dict[str, jax.Array
             for name, one in zip(fields_of(shape.plans), shape.plans, strict=True)
         ),
         extra={} if kernels is None else {n: jnp.asarray(x) for n, x in kernels.extra.items()},
+        sparse=sparse_rows(spec.sparse, part, clusters),
         rows=shape.rows,
         kv_tile=spec.shapes.kv_tile,
         q_block=shape.q_block,
@@ -638,19 +715,20 @@ def _step(
     last_token: jax.Array,
     packed: jax.Array,
     adapters: tuple[LoraBuffers, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array, KvBuffers]:
+    clusters: Clusters,
+) -> tuple[jax.Array, jax.Array, jax.Array, KvBuffers, Reading]:
     """Embed, run all layers, score what may be drawn. Donates `cache`.
 
     Returns:
         Logits of the places at which a token is drawn, the sampler's part of `packed`, hidden
-        states of the prefill tokens, cache.
+        states of the prefill tokens, cache, and what sparse attention counted.
     """
     model = nnx.merge(graph, jax.tree.unflatten(tree, params))
     part = unpack(packed, shape)
     token_ids = jnp.concatenate(
         [last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
     )
-    plan = attention_plan(spec, shape, part)
+    plan = attention_plan(spec, shape, part, clusters)
     positions = jnp.maximum(part["token_position"], 0)
     hidden, new_cache = model(
         token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)
@@ -664,7 +742,9 @@ def _step(
     # Padded to one size, so that one program scores the prompts of all shapes.
     longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
     prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
-    return logits, drawing, prefill, cast(KvBuffers, new_cache)
+    layers = cast(KvBuffers, new_cache)
+    reading = tuple((layer[2], layer[3]) for layer in layers if len(layer) > 2)
+    return logits, drawing, prefill, tuple(layer[:2] for layer in layers), reading
 
 
 def _draw(

@@ -61,6 +61,8 @@ class SequenceState:
         drafting: What is remembered for drafting; None if nothing is ever drafted for it.
         declared_slo: Its objectives as policies see them; None if it has none.
         lora_slot: Where its adapter lies on the device while it runs; 0 is none.
+        attention_mass: Share of the attention mass that its decodes read; 1 reads everything.
+        segments: Entries of its first segments in the index of sparse attention.
     """
 
     seq_id: int
@@ -98,6 +100,8 @@ class SequenceState:
     drafting: DraftState | None = None
     declared_slo: Slo | None = None
     lora_slot: int = 0
+    attention_mass: float = 1.0
+    segments: list[int] = field(default_factory=list)
 
     @property
     def adapter_key(self) -> str:

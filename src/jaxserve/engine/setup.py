@@ -33,6 +33,7 @@ from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.policy import EnginePolicy
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
+from jaxserve.engine.sparse import check_sparse, index_bytes, sparse_spec
 from jaxserve.engine.speculation import (
     check_draft_model,
     check_same_tokens,
@@ -335,6 +336,9 @@ def _plan_cache(
     slots_of_adapters = _lora_shape(config)
     if slots_of_adapters is not None and not cache.kv_cache_memory_bytes:
         budget -= slots_of_adapters.num_values(shape) * jnp.dtype(dtype).itemsize
+    index = index_bytes(config, shape)
+    if index:  # there is room for the index of what pages and slots hold
+        budget = int(budget * per_token / (per_token + index))
     longest = config.model.max_model_len
     if longest is not None and longest > shape.max_position:
         raise ConfigError(
@@ -500,6 +504,7 @@ def assemble(
         config = dataclasses.replace(config, cache=cache)
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
+    check_sparse(config, model.mesh)
     dtype = str(jax.tree.leaves(cast(Any, model.state)["norm"])[0].dtype)
     arrays = flatten_params(model.state)
     scheme = scheme_of(arrays)
@@ -517,13 +522,18 @@ def assemble(
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
-    chosen = choose_kernels(
-        config,
-        model.mesh,
-        _kernel_plans(config, model, dtype, plan, attention),
-        has_draft=draft is not None,
-        use_pages=plan.use_pages,
+    sparse = sparse_spec(
+        config, model.config, num_pages=plan.num_pages, max_model_len=plan.max_model_len
     )
+    chosen = None
+    if sparse is None:
+        chosen = choose_kernels(
+            config,
+            model.mesh,
+            _kernel_plans(config, model, dtype, plan, attention),
+            has_draft=draft is not None,
+            use_pages=plan.use_pages,
+        )
     if chosen is None:
         backend = choose_backend(runner_options.attention_backend, model.mesh)
     else:
@@ -559,6 +569,7 @@ def assemble(
         num_draft=num_draft,
         has_lora=config.lora.enable_lora,
         kernels=kernels,
+        num_segments=0 if sparse is None else sparse.num_segments,
     )
     max_logprobs = runner_options.max_logprobs
     vocab = model.config.vocab_size
@@ -579,8 +590,13 @@ def assemble(
         num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
         matmul_precision="highest" if dtype == "float32" else "default",
         lora=_lora_shape(config),
+        sparse=sparse,
     )
-    metrics = EngineMetrics(max_model_len=plan.max_model_len, num_speculative_tokens=num_draft)
+    metrics = EngineMetrics(
+        max_model_len=plan.max_model_len,
+        num_speculative_tokens=num_draft,
+        has_sparse=sparse is not None,
+    )
     places: dict[str, Any] = {
         "mesh": model.mesh,
         "on_compile": metrics.compiled,

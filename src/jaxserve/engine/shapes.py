@@ -28,6 +28,7 @@ FLOAT_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
 )
+_FLOATS = (*FLOAT_FIELDS, "attention_mass")
 FLAGS = (
     "any_random",
     "any_filter",
@@ -86,6 +87,7 @@ class StepShape:
             tokens do, but each has a token drawn behind it.
         has_lora: Whether rows say which adapter they use.
         plans: Specs of the plans of paged kernels; with any, there is no page table besides.
+        num_segments: Most segments of a sequence that have clusters; 0 without sparse attention.
     """
 
     rows: int
@@ -95,6 +97,7 @@ class StepShape:
     drafts: int = 0
     has_lora: bool = False
     plans: tuple[PlanSpec, ...] = ()
+    num_segments: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -142,6 +145,10 @@ class StepShape:
         }
         if self.has_lora:
             fields["lora_slot"] = (rows,)
+        if self.num_segments:
+            fields["attention_mass"] = fields["num_segments"] = (rows,)
+            fields["segment_entry"] = (rows, self.num_segments)
+            fields["is_measured"] = ()
         return fields
 
 
@@ -184,7 +191,7 @@ class PackedStep:
         self.buffer = np.zeros(total, np.int32)
         as_float = self.buffer.view(np.float32)
         self.fields = {
-            name: (as_float if name in FLOAT_FIELDS else self.buffer)[low:high].reshape(dims)
+            name: (as_float if name in _FLOATS else self.buffer)[low:high].reshape(dims)
             for name, (low, high, dims) in offsets.items()
         }
 
@@ -194,7 +201,7 @@ def unpack(buffer: jax.Array, shape: StepShape | DrawShape) -> dict[str, jax.Arr
     parts: dict[str, jax.Array] = {}
     for name, (low, high, dims) in _offsets(shape)[0].items():
         part = lax.slice(buffer, (low,), (high,)).reshape(dims)
-        if name in FLOAT_FIELDS:
+        if name in _FLOATS:
             part = lax.bitcast_convert_type(part, jnp.float32)
         elif name in FLAGS:
             part = part != 0
@@ -225,6 +232,7 @@ class ShapeTable:
         max_draft: Most draft tokens per step.
         has_lora: Whether rows say which adapter they use.
         kernels: What the paged kernels plan with; None where there are none.
+        num_segments: Most segments of a sequence that have clusters; 0 without sparse attention.
     """
 
     row_buckets: tuple[int, ...]
@@ -238,6 +246,7 @@ class ShapeTable:
     max_draft: int = 0
     has_lora: bool = False
     kernels: KernelPlans | None = None
+    num_segments: int = 0
 
     @classmethod
     def build(
@@ -255,6 +264,7 @@ class ShapeTable:
         num_draft: int = 0,
         has_lora: bool = False,
         kernels: KernelPlans | None = None,
+        num_segments: int = 0,
     ) -> "ShapeTable":
         """Choose buckets: powers of two, ending at the limits themselves.
 
@@ -272,6 +282,7 @@ class ShapeTable:
             num_draft: Most draft tokens per sequence; 0 without speculation.
             has_lora: Whether rows say which adapter they use.
             kernels: What the paged kernels plan with; None where there are none.
+            num_segments: Most segments of a sequence that have clusters.
         """
         rows = _powers(min(min_rows, max_num_seqs), max_num_seqs)
         prefill = _powers(min(_SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
@@ -296,6 +307,7 @@ class ShapeTable:
             max_draft=min(num_draft * max_num_seqs, max_num_batched_tokens),
             has_lora=has_lora,
             kernels=kernels,
+            num_segments=num_segments,
         )
 
     def draft_buckets(self, rows: int) -> tuple[int, ...]:
@@ -340,6 +352,7 @@ class ShapeTable:
                 drafts=(drafts := _ceil_to(drafts, self.draft_buckets(rows))),
                 has_lora=self.has_lora,
                 plans=self._plans(rows, rows + drafts, has_drafts=True, shares=True),
+                num_segments=self.num_segments,
             )
         buckets = self.mixed_row_buckets if prefill else self.row_buckets
         tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
@@ -351,6 +364,7 @@ class ShapeTable:
             pages_per_row=self.pages_per_row,
             has_lora=self.has_lora,
             plans=self._plans(rows, rows + tokens, has_drafts=False, shares=shares or bool(tokens)),
+            num_segments=self.num_segments,
         )
 
     def _plans(

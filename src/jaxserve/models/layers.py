@@ -415,7 +415,8 @@ class CausalLM(nnx.Module):
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             graph, state = nnx.split(layer)
             rope = ropes.get(layer.kind.rope)
-            x, new_cache = _run_layer(graph, state, x, rope, cache, plan, loras[index])
+            own = plan.of_layer(index) if isinstance(plan, AttentionPlan) else plan
+            x, new_cache = _run_layer(graph, state, x, rope, cache, own, loras[index])
             x = visit(f"layers.{index}", x)
             new_caches.append(new_cache)
         return visit("norm", self.norm(x)), tuple(new_caches)

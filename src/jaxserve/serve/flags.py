@@ -42,6 +42,7 @@ GROUPS = {
     "pooling": "embeddings and scores",
     "speculative": "speculative decoding",
     "lora": "adapters",
+    "sparse": "sparse attention",
 }
 
 _TRUE = frozenset({"1", "true", "yes", "on"})

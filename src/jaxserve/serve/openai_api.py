@@ -170,6 +170,12 @@ class GenerationBody(Body):
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     slo: SloBody | None = None
+    attention_mass: float | None = Field(
+        default=None,
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+        description="Share of the attention mass that decodes of a long context read; 1 reads "
+        "everything. Needs a server with --sparse-attention.",
+    )
 
 
 class CompletionBody(GenerationBody):

@@ -341,7 +341,7 @@ _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's own generation settings may decide."""
 _OPTIONAL = (
     *_DEFAULTED, "n", "presence_penalty", "frequency_penalty", "seed", "stop", "stop_token_ids",
-    "logit_bias", "allowed_token_ids",
+    "logit_bias", "allowed_token_ids", "attention_mass",
 )  # fmt: skip
 """What a request decides where it is present and not null."""
 

@@ -19,14 +19,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxserve import cpu_kernels
+from jaxserve.attention.softmax import MASKED, State
 from jaxserve.attention.tactic.clustering import ClusterIndex
 from jaxserve.attention.tactic.config import TacticConfig
+from jaxserve.attention.tactic.counting import Samples
+from jaxserve.attention.tactic.ranking import Keys, axes_of, slots_of, take
 from jaxserve.attention.tactic.select import Selection, select
-from jaxserve.attention.xla import MASKED, State
 from jaxserve.core.errors import UnsupportedError
 
 _TILE = 256
 """Tokens that are gathered at a time."""
+
+Kept = tuple[Array, Array, Array]
+"""Runs that are always read: first places, sizes `[rows, kv_heads, runs]`, and tokens of all."""
 
 SpanBackend = Literal["xla", "llvm"]
 """`xla` gathers tiles of tokens; `llvm` reads runs where they lie, on a CPU."""
@@ -81,29 +86,83 @@ def sparse_decode(
     """
     if backend == "llvm":
         _check_kernels(keys, values)
+    states, stats = decode_states(
+        q, keys, values, length, index, p, scale=scale, config=config, backend=backend
+    )
+    out, _, mass = merge(states)
+    out = out / jnp.maximum(mass, 1e-30)[..., None]
+    return out.reshape(*q.shape[:2], values.shape[-1]), stats
+
+
+def decode_states(
+    q: Float[Array, "rows q_heads head_dim"],
+    keys: Keys,
+    values: Keys,
+    length: Int[Array, " rows"],
+    index: ClusterIndex,
+    p: Float[Array, " rows"],
+    *,
+    scale: float,
+    config: TacticConfig,
+    backend: SpanBackend = "xla",
+    order: Int[Array, "rows kv_heads capacity"] | None = None,
+    spans: Kept | None = None,
+    samples: Samples | None = None,
+) -> tuple[list[State], SparseStats]:
+    """Attend from one token of each row, and return the parts before they are merged.
+
+    Args:
+        q: Queries, rotated.
+        keys: Keys by place.
+        values: Values by place.
+        length: Tokens of each row.
+        index: Clusters of the rows.
+        p: Share of the mass.
+        scale: Multiplies the scores.
+        config: Settings.
+        backend: What reads keys and values.
+        order: With `llvm`: position of the token of each place, where slots are in order of
+            position; None if they are in order of place.
+        spans: What is always read, if it is known already.
+        samples: Which ranks are looked at, if it is known already.
+
+    Returns:
+        States of what is always read, of what was selected, and of the stand-in for the rest if
+        there is one, each of queries `[rows, kv_heads, group]`; and what was read.
+    """
     rows, q_heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads = index.sizes.shape[1]
     grouped = q.astype(jnp.float32).reshape(rows, kv_heads, q_heads // kv_heads, head_dim) * scale
-    attend = partial(_attend_spans, grouped, keys, values, backend=backend)
+    attend = partial(_attend_spans, grouped, keys, values, backend=backend, order=order)
     with jax.named_scope("kept"):
-        begin, size = _kept_spans(index.end, length, kv_heads, config)
-        kept = attend(begin, size, jnp.sum(size, axis=-1))
+        if spans is None:
+            begin, size = kept_spans(index.end, length, kv_heads, config)
+            spans = begin, size, jnp.sum(size, axis=-1)
+        kept = attend(*spans)
     _, top, mass = kept
     kept_log = jnp.where(mass > 0, top + jnp.log(jnp.maximum(mass, 1e-30)), MASKED)
     p = jnp.where(length < config.min_context, 1.0, p.astype(jnp.float32))
     with jax.named_scope("select"):
-        chosen = select(grouped, keys, index, kept_log, p, config=config, backend=backend)
+        chosen = select(
+            grouped,
+            keys,
+            index,
+            kept_log,
+            p,
+            config=config,
+            backend=backend,
+            order=order,
+            samples=samples,
+        )
     with jax.named_scope("selected"):
         states = [kept, attend(chosen.begin, chosen.size, chosen.num_tokens)]
     if config.tail == "mean":
         with jax.named_scope("tail"):
             states.append(tail_state(chosen, index))
-    out, _, mass = _merge(states)
-    out = out / jnp.maximum(mass, 1e-30)[..., None]
     stats = SparseStats(
-        tokens=chosen.num_tokens + jnp.sum(size, axis=-1), mass=jnp.min(chosen.estimated, axis=-1)
+        tokens=chosen.num_tokens + spans[2], mass=jnp.min(chosen.estimated, axis=-1)
     )
-    return out.reshape(rows, q_heads, values.shape[-1]), stats
+    return states, stats
 
 
 def _check_kernels(keys: Array, values: Array) -> None:
@@ -118,7 +177,7 @@ def _check_kernels(keys: Array, values: Array) -> None:
         )
 
 
-def _kept_spans(
+def kept_spans(
     end: Int[Array, " rows"], length: Int[Array, " rows"], kv_heads: int, config: TacticConfig
 ) -> tuple[Array, Array]:
     """Return the two runs that are always read: sinks, and what is not clustered."""
@@ -134,27 +193,30 @@ def _kept_spans(
 
 def _attend_spans(
     q: Float[Array, "rows kv_heads group head_dim"],
-    keys: Array,
-    values: Array,
+    keys: Keys,
+    values: Keys,
     begin: Int[Array, "rows kv_heads runs"],
     size: Int[Array, "rows kv_heads runs"],
     num_tokens: Int[Array, "rows kv_heads"],
     *,
     backend: SpanBackend,
+    order: Array | None,
 ) -> State:
     """Attend from each group to the places of its runs."""
     rows, kv_heads, group, dim = q.shape
-    v_dim = values.shape[-1]
+    v_dim = (values[0] if isinstance(values, tuple) else values).shape[-1]
     if not begin.shape[-1]:
         shape = (rows, kv_heads, group)
         return jnp.zeros((*shape, v_dim)), jnp.full(shape, MASKED), jnp.zeros(shape)
     if backend == "llvm":
         flat = q.reshape(rows, kv_heads * group, dim)
-        out, top, mass = cpu_kernels.attend_spans(flat, keys, values, begin, size, num_tokens)
+        out, top, mass = cpu_kernels.attend_spans(
+            flat, slots_of(keys), slots_of(values), begin, size, num_tokens, order
+        )
         heads = (rows, kv_heads, group)
         return out.reshape(*heads, v_dim), top.reshape(heads), mass.reshape(heads)
-    one_head = jax.vmap(_attend_head, in_axes=(None, None, 0, 0, 0, 0, 0, 0, 0))
-    every = jax.vmap(one_head, in_axes=(None, None, 0, 0, 0, 0, 0, 0, 0))
+    axes = (None, None, 0, axes_of(keys), axes_of(values), 0, 0, 0, 0)
+    every = jax.vmap(jax.vmap(_attend_head, in_axes=axes), in_axes=axes)
     ends = jnp.cumsum(size, axis=-1)
     tiles = (jnp.max(num_tokens) + _TILE - 1) // _TILE
 
@@ -176,8 +238,8 @@ def _attend_head(
     first: Array,
     count: int,
     q: Array,
-    keys: Array,
-    values: Array,
+    keys: Keys,
+    values: Keys,
     shift: Array,
     ends: Array,
     num_tokens: Array,
@@ -201,13 +263,13 @@ def _attend_head(
     place = token + shift[jnp.minimum(run, ends.shape[0] - 1)]
     seen = token < num_tokens
     place = jnp.where(seen, place, 0)
-    scores = jnp.einsum("gd,nd->gn", q, keys[place].astype(jnp.float32))
+    scores = jnp.einsum("gd,nd->gn", q, take(keys, place).astype(jnp.float32))
     scores = jnp.where(seen, scores, MASKED)
     out, top, mass = state
     new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
     weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
     fade = jnp.exp(top - new_top)
-    part = jnp.einsum("gn,nd->gd", weights, jnp.where(seen[:, None], values[place], 0))
+    part = jnp.einsum("gn,nd->gd", weights, jnp.where(seen[:, None], take(values, place), 0))
     return out * fade[:, None] + part, new_top, mass * fade + jnp.sum(weights, axis=-1)
 
 
@@ -217,7 +279,12 @@ def tail_state(chosen: Selection, index: ClusterIndex) -> State:
     return out, chosen.level, jnp.sum(chosen.tail_mass, axis=-1)
 
 
-def _merge(states: list[State]) -> State:
+def read_state(states: list[State]) -> State:
+    """Merge the parts of `decode_states` that were read, and no stand-in."""
+    return merge(states[:2])
+
+
+def merge(states: list[State]) -> State:
     """Merge states over disjoint tokens."""
     top = states[0][1]
     for _, other, _ in states[1:]:

@@ -16,11 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxserve.attention.tactic.config import EstimatorConfig
-from jaxserve.attention.tactic.ranking import Ranking
+from jaxserve.attention.tactic.ranking import Keys, Ranking, num_places
 
 _HEAD_SHARE, _NEAR, _FAR = 0.02, 0.1, 0.6
 """Share of tokens that `hyperbola` computes, and where its two windows lie, as shares of ranks."""
 _BISECTIONS = 24
+
+
+Samples = tuple[Array, Array]
+"""Where ranges of ranks begin, and which ranks are looked at; see `sample_ranks`."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +54,7 @@ def count_by_centroids(ranking: Ranking, p: Float[Array, ""]) -> Count:
 def count_by_hyperbola(
     ranking: Ranking,
     q: Float[Array, "group head_dim"],
-    keys: Float[Array, "capacity head_dim"],
+    keys: Keys,
     p: Float[Array, ""],
     *,
     config: EstimatorConfig,
@@ -60,7 +64,7 @@ def count_by_hyperbola(
     Source: Tactic, arXiv 2502.12216, section 3.3: exact head of 2 %, windows at 10 % and 60 %.
     """
     n = ranking.num_tokens
-    most = max(1, int(_HEAD_SHARE * keys.shape[0]) + 1)
+    most = max(1, int(_HEAD_SHARE * num_places(keys)) + 1)
     head_len = jnp.minimum(jnp.ceil(_HEAD_SHARE * n).astype(jnp.int32), most)
     rank = jnp.arange(most)
     exact, _ = ranking.weights_at(q, keys, rank)
@@ -134,7 +138,7 @@ def deviations(config: EstimatorConfig) -> float:
 def count_by_samples(
     ranking: Ranking,
     q: Float[Array, "group head_dim"],
-    keys: Float[Array, "capacity head_dim"],
+    keys: Keys,
     p: Float[Array, ""],
     *,
     config: EstimatorConfig,

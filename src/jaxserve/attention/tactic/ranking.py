@@ -28,6 +28,53 @@ HIGHEST = 60.0
 """Most that a weight may exceed its level, in the exponent, so that sums stay finite."""
 
 
+Keys = Array | tuple[Array, Array]
+"""Keys, or values, by place: in this order, or tokens in any order and the number of each place's.
+
+Of all heads `[rows, kv_heads, places, dim]`, or `[tokens, dim]` and `[rows, kv_heads, places]`; of
+one head without the first two axes of what has them.
+"""
+
+
+def scattered(
+    slots: Float[Array, "slots kv_heads capacity dim"],
+    order: Int[Array, "rows kv_heads capacity"],
+) -> Keys:
+    """Say where in slots each place's key lies."""
+    rows, kv_heads, capacity = order.shape
+    head = jnp.arange(rows * kv_heads, dtype=jnp.int32).reshape(rows, kv_heads, 1)
+    return slots.reshape(-1, slots.shape[-1]), head * capacity + order
+
+
+def take(keys: Keys, place: Int[Array, " n"]) -> Array:
+    """Read the keys of one head at some places."""
+    if isinstance(keys, tuple):
+        tokens, number = keys
+        return tokens[number[place]]
+    return keys[place]
+
+
+def slots_of(keys: Keys) -> Array:
+    """Return keys that lie in slots, for kernels that read nothing else.
+
+    Raises:
+        TypeError: If they lie anywhere.
+    """
+    if isinstance(keys, tuple):
+        raise TypeError("kernels of the CPU read slots, got scattered keys; use backend='xla'.")
+    return keys
+
+
+def num_places(keys: Keys) -> int:
+    """Count the places of one head."""
+    return (keys[1] if isinstance(keys, tuple) else keys).shape[0]
+
+
+def axes_of(keys: Keys) -> int | tuple[None, int]:
+    """Say over which axes of keys to go from head to head."""
+    return (None, 0) if isinstance(keys, tuple) else 0
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HeadClusters:
@@ -85,7 +132,7 @@ class Ranking:
     def weights_at(
         self,
         q: Float[Array, "group head_dim"],
-        keys: Float[Array, "capacity head_dim"],
+        keys: Keys,
         rank: Int[Array, " ranks"],
     ) -> tuple[Float[Array, "group ranks"], Int[Array, " ranks"]]:
         """Compute the weights of some tokens, and tell in which cluster of the order each lies.
@@ -97,7 +144,7 @@ class Ranking:
         """
         at = self.cluster_at(rank)
         place = self.begin[at] + rank - self.rank_begin[at]
-        taken = keys[jnp.clip(place, 0, keys.shape[0] - 1)].astype(jnp.float32)
+        taken = take(keys, jnp.clip(place, 0, num_places(keys) - 1)).astype(jnp.float32)
         return self.weight(jnp.einsum("gd,nd->gn", q, taken)), at
 
     def weight(self, score: Float[Array, "group n"]) -> Float[Array, "group n"]:

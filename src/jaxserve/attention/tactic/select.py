@@ -17,8 +17,12 @@ from jaxserve.attention.tactic.ranking import (
     HIGHEST_BUCKET,
     NUM_BUCKETS,
     HeadClusters,
+    Keys,
     Ranking,
+    axes_of,
     rank_clusters,
+    scattered,
+    slots_of,
 )
 
 _LANES = 16
@@ -54,13 +58,15 @@ class Selection:
 @partial(jax.jit, static_argnames=("config", "backend"))
 def select(
     q: Float[Array, "rows kv_heads group head_dim"],
-    keys: Float[Array, "rows kv_heads capacity head_dim"],
+    keys: Keys,
     index: ClusterIndex,
     kept: Float[Array, "rows kv_heads group"],
     p: Float[Array, " rows"],
     *,
     config: TacticConfig,
     backend: SelectBackend = "xla",
+    order: Int[Array, "rows kv_heads capacity"] | None = None,
+    samples: counting.Samples | None = None,
 ) -> Selection:
     """Choose the tokens of one step.
 
@@ -72,16 +78,25 @@ def select(
         p: Share of the mass that each row must read; 1 reads everything.
         config: Settings; its own `p` is not asked.
         backend: What chooses.
+        order: With `llvm`: position of the token of each place, where slots are in order of
+            position; None if they are in order of place.
+        samples: With `llvm`: which ranks are looked at, if it is known already.
     """
     q = q.astype(jnp.float32)
     if backend == "llvm" and _has_kernel(index, config):
-        return _select_compiled(q, keys, index, kept, p, config=config)
-    one_head = partial(_select_head, config=config)
-    heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, None))
+        if samples is None:
+            samples = counting.sample_ranks(jnp.sum(index.sizes, axis=-1), config=config.estimator)
+        return _select_compiled(
+            q, slots_of(keys), index, kept, p, samples, config=config, order=order
+        )
+    if order is not None:
+        keys = scattered(slots_of(keys), order)
+    one_head, axes = partial(_select_head, config=config), axes_of(keys)
+    heads = jax.vmap(one_head, in_axes=(0, axes, 0, 0, None))
     clusters = HeadClusters(
         centroids=index.centroids, spread=index.spread, sizes=index.sizes, begin=index.begin
     )
-    return jax.vmap(heads)(q, keys, clusters, kept, p)
+    return jax.vmap(heads, in_axes=(0, axes, 0, 0, 0))(q, keys, clusters, kept, p)
 
 
 def _has_kernel(index: ClusterIndex, config: TacticConfig) -> bool:
@@ -90,14 +105,22 @@ def _has_kernel(index: ClusterIndex, config: TacticConfig) -> bool:
 
 
 def _select_compiled(
-    q: Array, keys: Array, index: ClusterIndex, kept: Array, p: Array, *, config: TacticConfig
+    q: Array,
+    keys: Array,
+    index: ClusterIndex,
+    kept: Array,
+    p: Array,
+    samples: counting.Samples,
+    *,
+    config: TacticConfig,
+    order: Array | None,
 ) -> Selection:
     """Choose with the kernel for this machine's CPU."""
     from jaxserve.cpu_kernels.cluster_choice import Sampling  # noqa: PLC0415  llvmlite is optional
 
     rows, kv_heads, group, dim = q.shape
     estimator = config.estimator
-    edges, ranks = counting.sample_ranks(jnp.sum(index.sizes, axis=-1), config=estimator)
+    edges, ranks = samples
     chosen = cpu_kernels.choose_clusters(
         q.reshape(rows, kv_heads * group, dim),
         keys,
@@ -110,6 +133,7 @@ def _select_compiled(
         config.max_share,
         edges,
         ranks,
+        order,
         sampling=Sampling(
             head_len=estimator.head_len,
             num_strata=estimator.num_strata,
@@ -139,7 +163,7 @@ def _select_compiled(
 def count(
     ranking: Ranking,
     q: Float[Array, "group head_dim"],
-    keys: Float[Array, "capacity head_dim"],
+    keys: Keys,
     p: Float[Array, ""],
     *,
     config: TacticConfig,
@@ -154,7 +178,7 @@ def count(
 
 
 def _select_head(
-    q: Array, keys: Array, clusters: HeadClusters, kept: Array, p: Array, *, config: TacticConfig
+    q: Array, keys: Keys, clusters: HeadClusters, kept: Array, p: Array, *, config: TacticConfig
 ) -> Selection:
     ranking = rank_clusters(q, clusters, kept, correction=config.estimator.correction)
     found = count(ranking, q, keys, p, config=config)
