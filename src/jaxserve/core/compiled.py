@@ -1,0 +1,32 @@
+"""The door to numba, which compiles loops on the host.
+
+Without numba the loops run as they stand: the same results, slowly.
+
+What was compiled is kept beside the source and is made anew when that source changes; numba does
+not notice when only a function changes that it calls in another file. After such a change remove
+the `.nbi` files in `__pycache__`.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+try:
+    import numba
+except ImportError:
+    numba = None
+    logging.getLogger(__name__).warning(
+        "numba is not installed, so plans of attention take milliseconds and simulated fleets "
+        "hours; install numba."
+    )
+
+
+def compiled[F: Callable[..., Any]](function: F) -> F:
+    """Compile a function at its first call; what was compiled is kept on disk where that can be."""
+    if numba is None:
+        return function
+    jit = cast("Any", numba).njit
+    try:
+        return jit(function, cache=True, nogil=True)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written to
+        return jit(function, nogil=True)
