@@ -19,19 +19,22 @@ class StepTimes(NamedTuple):
 
     Attributes:
         planes: `[planes, 4]`: seconds per token, per sequence, per token of context, per step.
-        batches: Axis of the table: sequences that decode.
-        contexts: Axis: tokens that each attends to.
-        chunks: Axis: prompt tokens.
-        pasts: Axis: tokens before those.
+        axes: The axes of the table behind one another: sequences that decode, tokens that each
+            attends to, prompt tokens, and tokens before those.
+        batches: Values of the first axis.
+        contexts: Values of the second.
+        chunks: Values of the third.
+        pasts: Values of the last.
         grid: Seconds of the table, flat; empty with planes.
         is_summed: 1 if prefill and decodes count as two steps in a row.
     """
 
     planes: np.ndarray
-    batches: np.ndarray
-    contexts: np.ndarray
-    chunks: np.ndarray
-    pasts: np.ndarray
+    axes: np.ndarray
+    batches: int
+    contexts: int
+    chunks: int
+    pasts: int
     grid: np.ndarray
     is_summed: int
 
@@ -51,12 +54,13 @@ def step_times(cost: CostModel, *, margin: float = 0.0) -> StepTimes:
     scale, none = 1 + margin, np.zeros(0)
     if isinstance(cost, LinearCost):
         rows = [(p.token, p.request, p.context, p.base) for p in cost.planes]
-        return StepTimes(scale * np.array(rows), none, none, none, none, none, 0)
+        return StepTimes(scale * np.array(rows), none, 0, 0, 0, 0, none, 0)
     if isinstance(cost, TableCost):
-        batches, contexts, chunks, pasts = map(np.array, cost.axes)
+        axes = np.concatenate([np.array(axis) for axis in cost.axes])
+        sizes = [len(axis) for axis in cost.axes]
         grid = scale * cost.grid.ravel()
         is_summed = int(cost.composition == "summed")
-        return StepTimes(np.zeros((0, 4)), batches, contexts, chunks, pasts, grid, is_summed)
+        return StepTimes(np.zeros((0, 4)), axes, *sizes, grid, is_summed)
     raise ConfigError(
         f"compiled loops read a LinearCost or a TableCost, got {type(cost).__name__}; give the "
         "model that it was made from, and a margin."
@@ -97,33 +101,36 @@ def step_seconds(
 
 
 @compiled
-def _cell(values: np.ndarray, value: float) -> tuple[int, float]:
-    """Return the cell that holds a value, and how far the value is in it."""
-    if values.size == 1:
+def _cell(values: np.ndarray, start: int, size: int, value: float) -> tuple[int, float]:
+    """Return the cell of an axis that holds a value, and how far the value is in it."""
+    if size == 1:
         return 0, 0.0
     index = 0
-    while index < values.size - 2 and value >= values[index + 1]:
+    while index < size - 2 and value >= values[start + index + 1]:
         index += 1
-    low = values[index]
-    return index, (value - low) / (values[index + 1] - low)
+    low = values[start + index]
+    return index, (value - low) / (values[start + index + 1] - low)
 
 
 @compiled
 def _corners(times: StepTimes, batch: float, mean: float, chunk: float, past: float) -> float:
     """Interpolate in the table, in the order in which `TableCost` does."""
-    grid = times.grid
-    at_b, part_b = _cell(times.batches, batch)
-    at_k, part_k = _cell(times.contexts, mean)
-    at_c, part_c = _cell(times.chunks, chunk)
-    at_p, part_p = _cell(times.pasts, past)
+    grid, axes = times.grid, times.axes
+    at_b, part_b = _cell(axes, 0, times.batches, batch)
+    start = times.batches
+    at_k, part_k = _cell(axes, start, times.contexts, mean)
+    start += times.contexts
+    at_c, part_c = _cell(axes, start, times.chunks, chunk)
+    start += times.chunks
+    at_p, part_p = _cell(axes, start, times.pasts, past)
     part_k = max(part_k, 0.0)
-    step_p = 1 if times.pasts.size > 1 else 0
-    per_c = times.pasts.size
-    step_c = per_c if times.chunks.size > 1 else 0
-    per_k = per_c * times.chunks.size
-    step_k = per_k if times.contexts.size > 1 else 0
-    per_b = per_k * times.contexts.size
-    step_b = per_b if times.batches.size > 1 else 0
+    step_p = 1 if times.pasts > 1 else 0
+    per_c = times.pasts
+    step_c = per_c if times.chunks > 1 else 0
+    per_k = per_c * times.chunks
+    step_k = per_k if times.contexts > 1 else 0
+    per_b = per_k * times.contexts
+    step_b = per_b if times.batches > 1 else 0
     first = at_b * per_b + at_k * per_k + at_c * per_c + at_p
     found = 0.0
     for upper_b in range(2 if part_b else 1):

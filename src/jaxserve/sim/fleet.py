@@ -35,7 +35,6 @@ from jaxserve.sim.fleet_loop import (
     LATE_GAP,
     LATE_TOKEN,
     Board,
-    Results,
     Setup,
 )
 from jaxserve.sim.report import READINGS, Reading
@@ -306,10 +305,10 @@ def simulate_fleet(
     sv = empty_servers(spec.servers, spec.seats, many)
     gr = empty_gradient(spec.servers, many)
     if spec.prefill_servers:
-        sv.stage[: spec.prefill_servers] = PREFILL
-        sv.stage[spec.prefill_servers :] = DECODE
+        sv.one.stage[: spec.prefill_servers] = PREFILL
+        sv.one.stage[spec.prefill_servers :] = DECODE
     if elastic and initial is not None:
-        sv.state[initial:] = OFF
+        sv.one.state[initial:] = OFF
     if rival is not None:
         fleet_loop.start_rivals(sv, gr, _labels(rival, spec, many), many)
     reserve = max(1, round(config.reserve_share * spec.servers)) if elastic else -1
@@ -326,10 +325,8 @@ def simulate_fleet(
         most=config.down_load, share=config.drain_share, reserve=reserve, start=config.start_s,
     )  # fmt: skip
     board = _board(spec.servers, many, rival.seed if rival else 0)
-    out = Results(
-        np.full(count, np.nan), np.full(count, np.nan), np.zeros(count, np.int64),
-        np.full(count, NOBODY), np.full(count, -1.0), np.zeros(count, np.int64),
-    )  # fmt: skip
+    out = np.zeros(count, fleet_loop.RESULT).view(np.recarray)
+    out.first[:], out.finish[:], out.last[:], out.server[:] = np.nan, np.nan, -1.0, NOBODY
     length = float(trace.arrival[-1]) if count else 0.0
     timeline = np.zeros((int(length / config.check_s) + 500, 6 + many))
     left = fleet_loop.run(
@@ -376,13 +373,11 @@ def _labels(rival: FleetRival, spec: FleetSpec, tiers: int) -> np.ndarray:
 
 
 def _board(servers: int, tiers: int, seed: int) -> Board:
-    def whole(value: int = 0) -> np.ndarray:
-        return np.full(servers, value, np.int64)
-
+    desk = np.zeros(servers, fleet_loop.DESK).view(np.recarray)
+    desk.tail[:] = desk.spot[:] = NOBODY
+    lines = np.zeros(tiers + 1, fleet_loop.LINE).view(np.recarray)
+    lines.queue[:] = NOBODY
     return Board(
-        began=np.zeros(servers), tail=whole(NOBODY), fresh=whole(),
-        queue=np.full(tiers + 1, NOBODY), waiting=np.zeros(tiers + 1, np.int64),
-        key=np.zeros(servers), heap=whole(), spot=whole(NOBODY), up_at=np.zeros(servers),
-        on_since=np.zeros(servers), seed=np.array([(seed * 7919 + 12345) % (1 << 31), -1]),
-        whole=np.array([0] * 8 + [NOBODY]), real=np.zeros(2), scratch=whole(),
+        desk, lines, np.array([(seed * 7919 + 12345) % (1 << 31), -1]),
+        np.array([0] * 8 + [NOBODY]), np.zeros(2),
     )  # fmt: skip

@@ -41,9 +41,9 @@ from jaxserve.scheduling.polyserve.state import (
     STARTING,
     STEPPING,
     WHOLE,
-    RequestArrays,
+    Records,
     Rules,
-    ServerArrays,
+    Servers,
 )
 from jaxserve.scheduling.step_times import StepTimes, step_seconds
 
@@ -90,70 +90,68 @@ class Setup(NamedTuple):
     start: float
 
 
-class Results(NamedTuple):
-    """What became of requests, `[requests]`.
+RESULT = np.dtype(
+    [
+        ("first", "f8"), ("finish", "f8"), ("last", "f8"), ("missed", "i8"), ("server", "i8"),
+        ("preemptions", "i8"),
+    ]
+)  # fmt: skip
+"""What became of a request.
 
-    Attributes:
-        first: When the first token came; not a number without one.
-        finish: When the last one came.
-        missed: Bits of what was missed.
-        server: Where the last token was made, or `NOBODY`.
-        last: When the latest token came, where the next one's gap has to be looked at.
-        preemptions: How often it lost its pages.
-    """
+* `first`: when the first token came; not a number without one; `finish`: when the last one came.
+* `missed`: bits of what was missed.
+* `server`: where the last token was made, or `NOBODY`.
+* `last`: when the latest token came, where the next one's gap has to be looked at.
+* `preemptions`: how often it lost its pages.
+"""
 
-    first: np.ndarray
-    finish: np.ndarray
-    missed: np.ndarray
-    server: np.ndarray
-    last: np.ndarray
-    preemptions: np.ndarray
+DESK = np.dtype(
+    [
+        ("began", "f8"), ("key", "f8"), ("up_at", "f8"), ("on_since", "f8"), ("tail", "i8"),
+        ("fresh", "i8"), ("heap", "i8"), ("spot", "i8"), ("scratch", "i8"),
+    ]
+)  # fmt: skip
+"""What the loop keeps of a server.
+
+* `began`: when the step under way began.
+* `key`: when its event is due; `heap`: servers by that; `spot`: where it stands there, or `NOBODY`.
+* `up_at`: when it is there, if it starts; `on_since`: since when it is paid for.
+* `tail`: last request in the queue of its prompts.
+* `fresh`: decodes whose next gap does not begin with its last step.
+* `scratch`: for lists of servers.
+"""
+
+LINE = np.dtype([("queue", "i8"), ("waiting", "i8")])
+"""A queue of the router: the first in it, or `NOBODY`, and its length."""
 
 
 class Board(NamedTuple):
     """What the loop keeps besides.
 
     Attributes:
-        began: `[servers]`: when the step under way began.
-        tail: `[servers]`: last request in the queue of prompts.
-        fresh: `[servers]`: decodes whose next gap does not begin with this server's last step.
-        queue: `[tiers + 1]`: first request of each router queue; the last is of prompts.
-        waiting: `[tiers + 1]`: their lengths.
-        key: `[servers]`: when each one's event is due.
-        heap: `[servers]`: servers by `key`.
-        spot: `[servers]`: where each stands in the heap, or `NOBODY`.
-        up_at: `[servers]`: when a server that starts is there.
-        on_since: `[servers]`: since when it is paid for.
+        desk: `[servers]` of `DESK`.
+        lines: `[tiers + 1]` of `LINE`; the last is of prompts.
         seed: `[2]`: of random numbers, and whose turn it is.
-        whole: `[9]`: heap size, steps, requests done, events, drained, promotions, started, ticks, and
-            the first of those whose prompts have just been computed elsewhere.
+        whole: `[9]`: counts, whose places are named below.
         real: `[2]`: seconds paid for, time of the last event.
-        scratch: `[servers]`: for lists of servers.
     """
 
-    began: np.ndarray
-    tail: np.ndarray
-    fresh: np.ndarray
-    queue: np.ndarray
-    waiting: np.ndarray
-    key: np.ndarray
-    heap: np.ndarray
-    spot: np.ndarray
-    up_at: np.ndarray
-    on_since: np.ndarray
+    desk: Records
+    lines: Records
     seed: np.ndarray
     whole: np.ndarray
     real: np.ndarray
-    scratch: np.ndarray
 
 
 SIZE, STEPS, DONE, EVENTS, DRAINED, PROMOTED, STARTED, TICKS, HANDED = range(9)
+"""Places of `Board.whole`: length of the heap, steps, requests done, events, servers let drain,
+promotions, servers started, checks, and the first whose prompt has just been computed elsewhere."""
 
 
 @compiled
 def _sift(bd: Board, at: int) -> None:
     """Move one server of the heap to where its key belongs."""
-    heap, key, spot = bd.heap, bd.key, bd.spot
+    heap, key, spot = bd.desk.heap, bd.desk.key, bd.desk.spot
     s = heap[at]
     while at > 0:
         above = (at - 1) >> 1
@@ -184,132 +182,130 @@ def _sift(bd: Board, at: int) -> None:
 
 @compiled
 def _set_event(bd: Board, s: int, time: float) -> None:
-    bd.key[s] = time
-    if bd.spot[s] == NOBODY:
-        bd.heap[bd.whole[SIZE]] = s
-        bd.spot[s] = bd.whole[SIZE]
+    bd.desk.key[s] = time
+    if bd.desk.spot[s] == NOBODY:
+        bd.desk.heap[bd.whole[SIZE]] = s
+        bd.desk.spot[s] = bd.whole[SIZE]
         bd.whole[SIZE] += 1
-    _sift(bd, bd.spot[s])
+    _sift(bd, bd.desk.spot[s])
 
 
 @compiled
 def _drop_event(bd: Board, s: int) -> None:
-    at = bd.spot[s]
+    at = bd.desk.spot[s]
     if at == NOBODY:
         return
     bd.whole[SIZE] -= 1
-    last = bd.heap[bd.whole[SIZE]]
-    bd.spot[s] = NOBODY
+    last = bd.desk.heap[bd.whole[SIZE]]
+    bd.desk.spot[s] = NOBODY
     if last != s:
-        bd.heap[at] = last
-        bd.spot[last] = at
+        bd.desk.heap[at] = last
+        bd.desk.spot[last] = at
         _sift(bd, at)
 
 
 @compiled
-def _end_request(
-    rules: Rules, rq: RequestArrays, bd: Board, out: Results, r: int, t: float
-) -> None:
+def _end_request(rules: Rules, rq: Records, bd: Board, out: Records, r: int, t: float) -> None:
     """Note down the end of a request that got all of its tokens."""
     out.finish[r] = t
     bd.whole[DONE] += 1
     k = rq.tier[r]
-    rules.finished[k] += 1
-    rules.outputs[k] += (rq.output[r] - rules.outputs[k]) / rules.finished[k]
+    rules.means.finished[k] += 1
+    rules.means.output[k] += (rq.output[r] - rules.means.output[k]) / rules.means.finished[k]
 
 
 @compiled
-def _decline(bd: Board, out: Results, r: int, t: float) -> None:
+def _decline(bd: Board, out: Records, r: int, t: float) -> None:
     out.missed[r] |= DECLINED
     out.finish[r] = t
     bd.whole[DONE] += 1
 
 
 @compiled
-def _seat(rules: Rules, rq: RequestArrays, sv: ServerArrays, s: int, r: int, now: float) -> None:
+def _seat(rules: Rules, rq: Records, sv: Servers, s: int, r: int, now: float) -> None:
     """Let a request decode on a server from its next step on."""
-    i = sv.decodes[s]
-    steps, k = sv.steps[s], rq.tier[r]
-    sv.slot_request[s, i] = r
-    sv.slot_context[s, i] = rq.total[r] - steps
-    sv.slot_emitted[s, i] = rq.emitted[r] - steps
-    sv.slot_finish[s, i] = steps + rq.output[r] - rq.emitted[r]
-    due = rq.due[r] + rules.tau[k] * rq.emitted[r]
+    i = sv.one.decodes[s]
+    steps, k = sv.one.steps[s], rq.tier[r]
+    sv.slots.request[s, i] = r
+    sv.slots.context[s, i] = rq.total[r] - steps
+    sv.slots.emitted[s, i] = rq.emitted[r] - steps
+    sv.slots.finish[s, i] = steps + rq.output[r] - rq.emitted[r]
+    due = rq.due[r] + rules.means.tau[k] * rq.emitted[r]
     if due < now:  # late already: from now on at the pace of its tier
-        due = now + rules.tau[k]
-    sv.slot_due[s, i] = due - rules.tau[k] * (steps + 1)
-    sv.min_due[s, k] = min(sv.min_due[s, k], sv.slot_due[s, i])
-    sv.next_finish[s] = min(sv.next_finish[s], sv.slot_finish[s, i])
-    sv.decodes[s] += 1
-    sv.context[s] += rq.total[r]
+        due = now + rules.means.tau[k]
+    sv.slots.due[s, i] = due - rules.means.tau[k] * (steps + 1)
+    sv.min_due[s, k] = min(sv.min_due[s, k], sv.slots.due[s, i])
+    sv.one.next_finish[s] = min(sv.one.next_finish[s], sv.slots.finish[s, i])
+    sv.one.decodes[s] += 1
+    sv.one.context[s] += rq.total[r]
 
 
 @compiled
-def _unseat(rules: Rules, rq: RequestArrays, sv: ServerArrays, s: int, i: int) -> None:
+def _unseat(rq: Records, sv: Servers, s: int, i: int) -> None:
     """Take the request of a slot away; the last slot's takes its place."""
-    r = sv.slot_request[s, i]
-    held = sv.slot_context[s, i] + sv.steps[s]
-    sv.context[s] -= held
-    sv.kv[s] -= held
-    rq.emitted[r] = sv.slot_emitted[s, i] + sv.steps[s]
-    last = sv.decodes[s] - 1
-    k, due = rq.tier[r], sv.slot_due[s, i]
+    r = sv.slots.request[s, i]
+    held = sv.slots.context[s, i] + sv.one.steps[s]
+    sv.one.context[s] -= held
+    sv.one.kv[s] -= held
+    rq.emitted[r] = sv.slots.emitted[s, i] + sv.one.steps[s]
+    last = sv.one.decodes[s] - 1
+    k, due = rq.tier[r], sv.slots.due[s, i]
     if i != last:
-        sv.slot_request[s, i] = sv.slot_request[s, last]
-        sv.slot_context[s, i] = sv.slot_context[s, last]
-        sv.slot_emitted[s, i] = sv.slot_emitted[s, last]
-        sv.slot_due[s, i] = sv.slot_due[s, last]
-        sv.slot_finish[s, i] = sv.slot_finish[s, last]
-    sv.decodes[s] = last
+        sv.slots.request[s, i] = sv.slots.request[s, last]
+        sv.slots.context[s, i] = sv.slots.context[s, last]
+        sv.slots.emitted[s, i] = sv.slots.emitted[s, last]
+        sv.slots.due[s, i] = sv.slots.due[s, last]
+        sv.slots.finish[s, i] = sv.slots.finish[s, last]
+    sv.one.decodes[s] = last
     least = NEVER
     for j in range(last):
-        least = min(least, sv.slot_finish[s, j])
-    sv.next_finish[s] = least
+        least = min(least, sv.slots.finish[s, j])
+    sv.one.next_finish[s] = least
     if due <= sv.min_due[s, k]:
         _refresh_due(rq, sv, s, k)
 
 
 @compiled
-def _refresh_due(rq: RequestArrays, sv: ServerArrays, s: int, k: int) -> None:
+def _refresh_due(rq: Records, sv: Servers, s: int, k: int) -> None:
     least = np.inf
-    for j in range(sv.decodes[s]):
-        if rq.tier[sv.slot_request[s, j]] == k:
-            least = min(least, sv.slot_due[s, j])
+    for j in range(sv.one.decodes[s]):
+        if rq.tier[sv.slots.request[s, j]] == k:
+            least = min(least, sv.slots.due[s, j])
     sv.min_due[s, k] = least
 
 
 @compiled
 def _judge(
-    rules: Rules, rq: RequestArrays, sv: ServerArrays, bd: Board, out: Results, s: int, t: float
+    rules: Rules, rq: Records, sv: Servers, bd: Board, out: Records, s: int, t: float
 ) -> None:
     """Note down which decodes were late with the token that the step ending at `t` gave them."""
-    steps = sv.steps[s]
-    seconds = t - bd.began[s]
+    steps = sv.one.steps[s]
+    seconds = t - bd.desk.began[s]
     is_long, is_late = False, False
-    for k in range(rules.tau.size):
+    for k in range(rules.means.size):
         if sv.min_due[s, k] < np.inf:
-            is_long = is_long or seconds > rules.tau[k] + EPS
-            is_late = is_late or t > sv.min_due[s, k] + rules.tau[k] * steps + EPS
-    if not (is_long or is_late or bd.fresh[s]):
+            is_long = is_long or seconds > rules.means.tau[k] + EPS
+            is_late = is_late or t > sv.min_due[s, k] + rules.means.tau[k] * steps + EPS
+    if not (is_long or is_late or bd.desk.fresh[s]):
         return
-    for i in range(sv.decodes[s]):
-        r = sv.slot_request[s, i]
+    for i in range(sv.one.decodes[s]):
+        r = sv.slots.request[s, i]
         k = rq.tier[r]
         gap = seconds
-        if bd.fresh[s] and out.last[r] >= 0:
+        if bd.desk.fresh[s] and out.last[r] >= 0:
             gap = t - out.last[r]
             out.last[r] = -1.0
         if gap > rq.tpot[r] + EPS:
             out.missed[r] |= LATE_GAP
         if is_late:
-            number = sv.slot_emitted[s, i] + steps - 1
+            number = sv.slots.emitted[s, i] + steps - 1
             if t > rq.due[r] + number * rq.tpot[r] + EPS:
                 out.missed[r] |= LATE_TOKEN
-            if t > sv.slot_due[s, i] + rules.tau[k] * steps + EPS:
-                sv.slot_due[s, i] = t - rules.tau[k] * steps
-    bd.fresh[s] = 0
+            if t > sv.slots.due[s, i] + rules.means.tau[k] * steps + EPS:
+                sv.slots.due[s, i] = t - rules.means.tau[k] * steps
+    bd.desk.fresh[s] = 0
     if is_late:
-        for k in range(rules.tau.size):
+        for k in range(rules.means.size):
             _refresh_due(rq, sv, s, k)
 
 
@@ -317,34 +313,34 @@ def _judge(
 def _settle(
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     bd: Board,
-    out: Results,
+    out: Records,
     s: int,
 ) -> bool:
     """End a server's step; returns whether somebody has ended, or has got some prompt computed."""
-    t = sv.end[s]
-    sv.steps[s] += 1
-    steps = sv.steps[s]
+    t = sv.one.end[s]
+    sv.one.steps[s] += 1
+    steps = sv.one.steps[s]
     bd.whole[STEPS] += 1
     changed = False
-    if sv.decodes[s]:
-        sv.context[s] += sv.decodes[s]
-        sv.kv[s] += sv.decodes[s]
+    if sv.one.decodes[s]:
+        sv.one.context[s] += sv.one.decodes[s]
+        sv.one.kv[s] += sv.one.decodes[s]
         _judge(rules, rq, sv, bd, out, s, t)
-        if steps >= sv.next_finish[s]:
+        if steps >= sv.one.next_finish[s]:
             changed = True
             i = 0
-            while i < sv.decodes[s]:
-                if sv.slot_finish[s, i] == steps:
-                    r = sv.slot_request[s, i]
-                    _unseat(rules, rq, sv, s, i)
+            while i < sv.one.decodes[s]:
+                if sv.slots.finish[s, i] == steps:
+                    r = sv.slots.request[s, i]
+                    _unseat(rq, sv, s, i)
                     out.server[r] = s
                     _end_request(rules, rq, bd, out, r, t)
                 else:
                     i += 1
-    before, r = NOBODY, sv.head[s]
+    before, r = NOBODY, sv.one.head[s]
     while r != NOBODY:
         following = rq.following[r]
         if rq.grant[r] == 0:
@@ -354,20 +350,20 @@ def _settle(
             continue
         changed = True
         rq.computed[r] += rq.grant[r]
-        sv.pending_tokens[s] -= rq.grant[r]
+        sv.one.pending_tokens[s] -= rq.grant[r]
         rq.grant[r] = 0
         if rq.computed[r] < rq.total[r]:
             before, r = r, following
             continue
         if before == NOBODY:
-            sv.head[s] = following
+            sv.one.head[s] = following
         else:
             rq.following[before] = following
         if following == NOBODY:
-            bd.tail[s] = before
+            bd.desk.tail[s] = before
         rq.following[r] = NOBODY
         rq.holds[r] = 0
-        sv.pending[s] -= 1
+        sv.one.pending[s] -= 1
         _first_token(rules, su, rq, sv, bd, out, s, r, t)
         r = following
     return changed
@@ -377,10 +373,10 @@ def _settle(
 def _first_token(
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     bd: Board,
-    out: Results,
+    out: Records,
     s: int,
     r: int,
     t: float,
@@ -400,10 +396,10 @@ def _first_token(
         out.last[r] = -1.0
     out.server[r] = s
     if rq.emitted[r] == rq.output[r]:
-        sv.kv[s] -= rq.total[r]
+        sv.one.kv[s] -= rq.total[r]
         _end_request(rules, rq, bd, out, r, t)
-    elif su.is_split and sv.stage[s] == PREFILL:
-        sv.kv[s] -= rq.total[r]
+    elif su.is_split and sv.one.stage[s] == PREFILL:
+        sv.one.kv[s] -= rq.total[r]
         out.last[r] = t
         rq.following[r] = bd.whole[HANDED]
         bd.whole[HANDED] = r
@@ -412,17 +408,17 @@ def _first_token(
 
 
 @compiled
-def _enqueue(rq: RequestArrays, bd: Board, row: int, r: int) -> None:
+def _enqueue(rq: Records, bd: Board, row: int, r: int) -> None:
     """Let a request wait at the router; whoever is due first is first."""
-    before, q = NOBODY, bd.queue[row]
+    before, q = NOBODY, bd.lines.queue[row]
     while q != NOBODY and rq.due[q] <= rq.due[r]:
         before, q = q, rq.following[q]
     rq.following[r] = q
     if before == NOBODY:
-        bd.queue[row] = r
+        bd.lines.queue[row] = r
     else:
         rq.following[before] = r
-    bd.waiting[row] += 1
+    bd.lines.waiting[row] += 1
 
 
 @compiled
@@ -430,11 +426,11 @@ def _offer(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     r: int,
     now: float,
     stage: int,
@@ -446,7 +442,7 @@ def _offer(
         s = rival(su.kind, times, rules, rq, sv, r, now, stage, bd.seed)
     if s == NOBODY:
         return False
-    if su.kind == POLYSERVE and stage != PREFILL and sv.label[s] != rq.tier[r]:
+    if su.kind == POLYSERVE and stage != PREFILL and sv.one.label[s] != rq.tier[r]:
         bd.whole[PROMOTED] += 1
     _put(times, rules, su, rq, sv, gr, bd, out, s, r, now)
     return True
@@ -457,11 +453,11 @@ def _put(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     s: int,
     r: int,
     now: float,
@@ -469,47 +465,47 @@ def _put(
     """Put a request on a server."""
     _advance(times, rules, su, rq, sv, bd, out, s, now)
     rq.following[r] = NOBODY
-    if su.is_split and sv.stage[s] == DECODE:
+    if su.is_split and sv.one.stage[s] == DECODE:
         rq.total[r] = rq.prompt[r] + rq.emitted[r] - 1
         rq.ready[r] = now + rules.transfer_base + rules.transfer_token * rq.total[r]
-        rq.following[r] = sv.join_head[s]
-        sv.join_head[s] = r
-        sv.joining[s] += 1
-        sv.joining_tokens[s] += rq.total[r]
+        rq.following[r] = sv.one.join_head[s]
+        sv.one.join_head[s] = r
+        sv.one.joining[s] += 1
+        sv.one.joining_tokens[s] += rq.total[r]
     else:
         _append(su, rq, sv, bd, s, r)
-    if sv.phase[s] == IDLE:
-        sv.phase[s] = BETWEEN
-        sv.end[s] = now
+    if sv.one.phase[s] == IDLE:
+        sv.one.phase[s] = BETWEEN
+        sv.one.end[s] = now
         _set_event(bd, s, now)
     else:  # the end of the step under way, or now
-        _set_event(bd, s, sv.end[s])
+        _set_event(bd, s, sv.one.end[s])
     _reload(times, rules, sv, gr, s)
 
 
 @compiled
-def _append(su: Setup, rq: RequestArrays, sv: ServerArrays, bd: Board, s: int, r: int) -> None:
+def _append(su: Setup, rq: Records, sv: Servers, bd: Board, s: int, r: int) -> None:
     """Put a prompt into a server's queue, by its deadline or behind the others."""
-    sv.pending[s] += 1
-    sv.pending_tokens[s] += rq.total[r] - rq.computed[r]
-    before, q = bd.tail[s], NOBODY
+    sv.one.pending[s] += 1
+    sv.one.pending_tokens[s] += rq.total[r] - rq.computed[r]
+    before, q = bd.desk.tail[s], NOBODY
     if su.by_deadline:
-        before, q = NOBODY, sv.head[s]
+        before, q = NOBODY, sv.one.head[s]
         while q != NOBODY and rq.due[q] <= rq.due[r]:
             before, q = q, rq.following[q]
     rq.following[r] = q
     if before == NOBODY:
-        sv.head[s] = r
+        sv.one.head[s] = r
     else:
         rq.following[before] = r
     if q == NOBODY:
-        bd.tail[s] = r
+        bd.desk.tail[s] = r
 
 
 @compiled
-def _reload(times: StepTimes, rules: Rules, sv: ServerArrays, gr: Gradient, s: int) -> None:
-    if gr.row[s] != NOBODY:
-        sv.load[s] = load_of(times, rules, sv, s)
+def _reload(times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, s: int) -> None:
+    if sv.one.row[s] != NOBODY:
+        sv.one.load[s] = load_of(times, rules, sv, s)
         move(gr, sv, s)
 
 
@@ -518,41 +514,41 @@ def _advance(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     bd: Board,
-    out: Results,
+    out: Records,
     s: int,
     now: float,
 ) -> bool:
     """Bring a server up to a time; a step that ends just then is followed by none yet."""
     changed = False
-    while sv.phase[s] == STEPPING and sv.end[s] <= now:
+    while sv.one.phase[s] == STEPPING and sv.one.end[s] <= now:
         changed = _settle(rules, su, rq, sv, bd, out, s) or changed
-        sv.phase[s] = BETWEEN
-        if sv.end[s] < now:
-            _begin(times, rules, su, rq, sv, bd, out, s, sv.end[s])
+        sv.one.phase[s] = BETWEEN
+        if sv.one.end[s] < now:
+            _begin(times, rules, su, rq, sv, bd, out, s, sv.one.end[s])
     return changed
 
 
 @compiled
-def _join(rules: Rules, rq: RequestArrays, sv: ServerArrays, bd: Board, s: int, t: float) -> None:
+def _join(rules: Rules, rq: Records, sv: Servers, bd: Board, s: int, t: float) -> None:
     """Let those decode whose keys and values have come."""
-    before, r = NOBODY, sv.join_head[s]
+    before, r = NOBODY, sv.one.join_head[s]
     while r != NOBODY:
         following = rq.following[r]
-        fits = sv.kv[s] + rq.total[r] <= rules.capacity and sv.decodes[s] < rules.seats
+        fits = sv.one.kv[s] + rq.total[r] <= rules.capacity and sv.one.decodes[s] < rules.seats
         if rq.ready[r] <= t and fits:
             if before == NOBODY:
-                sv.join_head[s] = following
+                sv.one.join_head[s] = following
             else:
                 rq.following[before] = following
             rq.following[r] = NOBODY
-            sv.joining[s] -= 1
-            sv.joining_tokens[s] -= rq.total[r]
-            sv.kv[s] += rq.total[r]
+            sv.one.joining[s] -= 1
+            sv.one.joining_tokens[s] -= rq.total[r]
+            sv.one.kv[s] += rq.total[r]
             _seat(rules, rq, sv, s, r, t)
-            bd.fresh[s] += 1
+            bd.desk.fresh[s] += 1
         else:
             before = r
         r = following
@@ -560,82 +556,82 @@ def _join(rules: Rules, rq: RequestArrays, sv: ServerArrays, bd: Board, s: int, 
 
 @compiled
 def _preempt(
-    su: Setup, rules: Rules, rq: RequestArrays, sv: ServerArrays, bd: Board, out: Results, s: int
+    su: Setup, rules: Rules, rq: Records, sv: Servers, bd: Board, out: Records, s: int
 ) -> None:
     """Take the cache of whoever came last, until there is room for a token each."""
-    while sv.kv[s] + sv.decodes[s] > rules.capacity and sv.decodes[s] > 1:
+    while sv.one.kv[s] + sv.one.decodes[s] > rules.capacity and sv.one.decodes[s] > 1:
         last = 0
-        for i in range(1, sv.decodes[s]):
-            r, other = sv.slot_request[s, i], sv.slot_request[s, last]
+        for i in range(1, sv.one.decodes[s]):
+            r, other = sv.slots.request[s, i], sv.slots.request[s, last]
             if (rq.arrival[r], r) > (rq.arrival[other], other):
                 last = i
-        r = sv.slot_request[s, last]
-        _unseat(rules, rq, sv, s, last)
+        r = sv.slots.request[s, last]
+        _unseat(rq, sv, s, last)
         out.preemptions[r] += 1
-        out.last[r] = sv.end[s]
+        out.last[r] = sv.one.end[s]
         rq.total[r] = rq.prompt[r] + rq.emitted[r]
         rq.computed[r] = 0
         if su.is_split:  # computed anew where it is; the servers of prompts are not asked again
-            rq.ready[r] = sv.end[s] + rules.transfer_base + rules.transfer_token * rq.total[r]
+            rq.ready[r] = sv.one.end[s] + rules.transfer_base + rules.transfer_token * rq.total[r]
             rq.total[r] -= 1
-            rq.following[r] = sv.join_head[s]
-            sv.join_head[s] = r
-            sv.joining[s] += 1
-            sv.joining_tokens[s] += rq.total[r]
+            rq.following[r] = sv.one.join_head[s]
+            sv.one.join_head[s] = r
+            sv.one.joining[s] += 1
+            sv.one.joining_tokens[s] += rq.total[r]
             continue
-        sv.pending[s] += 1
-        sv.pending_tokens[s] += rq.total[r]
-        rq.following[r] = sv.head[s]
-        if sv.head[s] == NOBODY:
-            bd.tail[s] = r
-        sv.head[s] = r
+        sv.one.pending[s] += 1
+        sv.one.pending_tokens[s] += rq.total[r]
+        rq.following[r] = sv.one.head[s]
+        if sv.one.head[s] == NOBODY:
+            bd.desk.tail[s] = r
+        sv.one.head[s] = r
 
 
 @compiled
-def _begin(
+def _begin(  # noqa: C901  parts of it would hand a dozen numbers back and forth
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     bd: Board,
-    out: Results,
+    out: Records,
     s: int,
     t: float,
 ) -> None:
     """Begin a server's next step, or let it idle if there is nothing to do."""
-    if sv.joining[s]:
+    if sv.one.joining[s]:
         _join(rules, rq, sv, bd, s, t)
-    if sv.kv[s] + sv.decodes[s] > rules.capacity:
+    if sv.one.kv[s] + sv.one.decodes[s] > rules.capacity:
         _preempt(su, rules, rq, sv, bd, out, s)
-    decodes = sv.decodes[s]
-    read = sv.context[s] + decodes
+    decodes = sv.one.decodes[s]
+    read = sv.one.context[s] + decodes
     prefill, pairs, prefills, before_chunks = 0, 0.0, 0, 0
-    if sv.pending[s]:
+    if sv.one.pending[s]:
         limit = min(slack_of(rules, sv, s, t), rules.max_step)
         budget = (su.budget or rules.max_tokens) - decodes
-        holders, r = 0, sv.head[s]
+        holders, r = 0, sv.one.head[s]
         while r != NOBODY and (rq.holds[r] or su.by_deadline):
             holders += rq.holds[r]
             r = rq.following[r]
-        before, r = NOBODY, sv.head[s]
+        before, r = NOBODY, sv.one.head[s]
         while r != NOBODY and prefill < budget:
             following = rq.following[r]
             if not rq.holds[r]:
                 if su.sheds and rq.emitted[r] == 0 and _is_lost(times, rq, r, t):
-                    sv.pending[s] -= 1
-                    sv.pending_tokens[s] -= rq.total[r]
+                    sv.one.pending[s] -= 1
+                    sv.one.pending_tokens[s] -= rq.total[r]
                     if before == NOBODY:
-                        sv.head[s] = following
+                        sv.one.head[s] = following
                     else:
                         rq.following[before] = following
                     if following == NOBODY:
-                        bd.tail[s] = before
+                        bd.desk.tail[s] = before
                     _decline(bd, out, r, t)
                     r = following
                     continue
                 is_full = decodes + holders >= rules.seats
-                if is_full or sv.kv[s] + rq.total[r] + decodes > rules.capacity:
+                if is_full or sv.one.kv[s] + rq.total[r] + decodes > rules.capacity:
                     break
             left, past = rq.total[r] - rq.computed[r], rq.computed[r]
             if su.budget:
@@ -649,7 +645,7 @@ def _begin(
                 break
             if not rq.holds[r]:
                 rq.holds[r] = 1
-                sv.kv[s] += rq.total[r]
+                sv.one.kv[s] += rq.total[r]
                 holders += 1
             rq.grant[r] = got
             prefill += got
@@ -658,40 +654,40 @@ def _begin(
             before_chunks += past
             before, r = r, following
     if decodes == 0 and prefill == 0:
-        sv.phase[s] = IDLE
+        sv.one.phase[s] = IDLE
         return
-    bd.began[s] = t
-    sv.end[s] = t + step_seconds(times, prefill, pairs, prefills, before_chunks, decodes, read)
-    sv.phase[s] = STEPPING
+    bd.desk.began[s] = t
+    sv.one.end[s] = t + step_seconds(times, prefill, pairs, prefills, before_chunks, decodes, read)
+    sv.one.phase[s] = STEPPING
 
 
 @compiled
-def _is_lost(times: StepTimes, rq: RequestArrays, r: int, now: float) -> bool:
+def _is_lost(times: StepTimes, rq: Records, r: int, now: float) -> bool:
     """Tell whether a prompt's first token would be late even if nobody else were there."""
     left = rq.total[r]
     return now + step_seconds(times, left, left * left / 2, 1, 0, 0, 0) > rq.due[r] + EPS
 
 
 @compiled
-def _schedule(su: Setup, rq: RequestArrays, sv: ServerArrays, bd: Board, s: int) -> None:
+def _schedule(su: Setup, rq: Records, sv: Servers, bd: Board, s: int) -> None:
     """Set a server's next event: the end of its step, or a time before which nobody ends."""
-    if sv.phase[s] == IDLE:
-        if sv.joining[s] == 0:
+    if sv.one.phase[s] == IDLE:
+        if sv.one.joining[s] == 0:
             _drop_event(bd, s)
             return
-        soonest, r = np.inf, sv.join_head[s]
+        soonest, r = np.inf, sv.one.join_head[s]
         while r != NOBODY:
             soonest = min(soonest, rq.ready[r])
             r = rq.following[r]
-        sv.phase[s] = BETWEEN
-        sv.end[s] = max(soonest, sv.end[s])
-        _set_event(bd, s, sv.end[s])
+        sv.one.phase[s] = BETWEEN
+        sv.one.end[s] = max(soonest, sv.one.end[s])
+        _set_event(bd, s, sv.one.end[s])
         return
-    time = sv.end[s]
-    steps = sv.next_finish[s] - sv.steps[s]
-    if su.jumps and steps > 1 and sv.pending[s] == 0 and sv.joining[s] == 0:
+    time = sv.one.end[s]
+    steps = sv.one.next_finish[s] - sv.one.steps[s]
+    if su.jumps and steps > 1 and sv.one.pending[s] == 0 and sv.one.joining[s] == 0:
         # Steps only grow longer while nobody comes or goes.
-        time += (steps - 1) * (time - bd.began[s]) * _ROUNDING
+        time += (steps - 1) * (time - bd.desk.began[s]) * _ROUNDING
     _set_event(bd, s, time)
 
 
@@ -700,34 +696,34 @@ def _pull(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     s: int,
     now: float,
 ) -> None:
     """Let a server that has got room take from the router's queues: its own tier's, then looser."""
-    tiers = rules.tau.size
-    if sv.state[s] != SERVING:
+    tiers = rules.means.size
+    if sv.one.state[s] != SERVING:
         return
-    own = tiers if sv.stage[s] == PREFILL else sv.label[s]
+    own = tiers if sv.one.stage[s] == PREFILL else sv.one.label[s]
     for row in range(own, tiers if own < tiers else tiers + 1):
         if row != own and not su.promotes:
             break
-        while bd.queue[row] != NOBODY:
-            r = bd.queue[row]
+        while bd.lines.queue[row] != NOBODY:
+            r = bd.lines.queue[row]
             if rq.emitted[r] == 0 and _is_lost(times, rq, r, now):
-                bd.queue[row] = rq.following[r]
-                bd.waiting[row] -= 1
+                bd.lines.queue[row] = rq.following[r]
+                bd.lines.waiting[row] -= 1
                 _decline(bd, out, r, now)
                 continue
             guard = 1.0 if row == own else rules.guard
             if admits(times, rules, rq, sv, s, r, now, guard) != TAKES:
                 break
-            bd.queue[row] = rq.following[r]
-            bd.waiting[row] -= 1
+            bd.lines.queue[row] = rq.following[r]
+            bd.lines.waiting[row] -= 1
             bd.whole[PROMOTED] += row != own
             _put(times, rules, su, rq, sv, gr, bd, out, s, r, now)
 
@@ -737,54 +733,49 @@ def _event(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     s: int,
 ) -> None:
     """Do what a server's event is about."""
-    now = bd.key[s]
+    now = bd.desk.key[s]
     bd.whole[EVENTS] += 1
     changed = _advance(times, rules, su, rq, sv, bd, out, s, now)
-    if sv.phase[s] == BETWEEN:
+    if sv.one.phase[s] == BETWEEN:
         if changed:
             _reload(times, rules, sv, gr, s)
             if su.kind == POLYSERVE:
                 _pull(times, rules, su, rq, sv, gr, bd, out, s, now)
         _begin(times, rules, su, rq, sv, bd, out, s, now)
-        is_empty = sv.decodes[s] + sv.pending[s] + sv.joining[s] == 0
-        if sv.state[s] == DRAINING and is_empty:
-            sv.state[s] = POOLED
-            sv.label[s] = NOBODY
+        is_empty = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] == 0
+        if sv.one.state[s] == DRAINING and is_empty:
+            sv.one.state[s] = POOLED
+            sv.one.label[s] = NOBODY
     _schedule(su, rq, sv, bd, s)
 
 
 @compiled
-def _tick(
+def _retry(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
-    watch: Watch,
+    out: Records,
     now: float,
-    timeline: np.ndarray,
 ) -> None:
-    """Check queues and sizes, and note down what the fleet looks like."""
-    tiers = rules.tau.size
-    for s in range(sv.state.size):
-        if sv.state[s] == STARTING and bd.up_at[s] <= now:
-            sv.state[s] = POOLED
+    """Offer those that wait at the router once more, first come in each queue."""
+    tiers = rules.means.size
     for row in range(tiers + 1):
-        while bd.queue[row] != NOBODY:
-            r = bd.queue[row]
-            bd.queue[row] = rq.following[r]
-            bd.waiting[row] -= 1
+        while bd.lines.queue[row] != NOBODY:
+            r = bd.lines.queue[row]
+            bd.lines.queue[row] = rq.following[r]
+            bd.lines.waiting[row] -= 1
             stage = WHOLE
             if su.is_split:
                 stage = PREFILL if row == tiers else DECODE
@@ -798,15 +789,36 @@ def _tick(
                 continue
             _enqueue(rq, bd, row, r)
             break
+
+
+@compiled
+def _tick(
+    times: StepTimes,
+    rules: Rules,
+    su: Setup,
+    rq: Records,
+    sv: Servers,
+    gr: Gradient,
+    bd: Board,
+    out: Records,
+    watch: Watch,
+    now: float,
+    timeline: np.ndarray,
+) -> None:
+    """Check queues and sizes, and note down what the fleet looks like."""
+    for s in range(sv.one.state.size):
+        if sv.one.state[s] == STARTING and bd.desk.up_at[s] <= now:
+            sv.one.state[s] = POOLED
+    _retry(times, rules, su, rq, sv, gr, bd, out, now)
     if su.scales:
         bd.whole[DRAINED] += scale_down(
             times, rules, sv, gr, watch, now, su.hold, su.cooldown, su.most, su.share
         )
-        for s in range(sv.state.size):
-            is_empty = sv.decodes[s] + sv.pending[s] + sv.joining[s] == 0
-            if sv.state[s] == DRAINING and is_empty:
-                sv.state[s] = POOLED
-                sv.label[s] = NOBODY
+        for s in range(sv.one.state.size):
+            is_empty = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] == 0
+            if sv.one.state[s] == DRAINING and is_empty:
+                sv.one.state[s] = POOLED
+                sv.one.label[s] = NOBODY
         if su.reserve >= 0:
             _resize(su, sv, bd, watch, now)
     _sample(sv, gr, bd, now, timeline)
@@ -817,11 +829,11 @@ def _force(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     r: int,
     now: float,
 ) -> bool:
@@ -840,11 +852,11 @@ def _hand_over(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     now: float,
 ) -> None:
     """Place those whose prompts have just been computed with servers of further tokens."""
@@ -856,24 +868,22 @@ def _hand_over(
 
 
 @compiled
-def _resize(su: Setup, sv: ServerArrays, bd: Board, watch: Watch, now: float) -> None:
-    count = resize_pool(sv, watch, su.reserve, su.hold, bd.scratch)
+def _resize(su: Setup, sv: Servers, bd: Board, watch: Watch, now: float) -> None:
+    count = resize_pool(sv, watch, su.reserve, su.hold, bd.desk.scratch)
     for i in range(abs(count)):
-        s = bd.scratch[i]
+        s = bd.desk.scratch[i]
         if count > 0:
-            sv.state[s] = STARTING
-            bd.up_at[s] = now + su.start
-            bd.on_since[s] = now
+            sv.one.state[s] = STARTING
+            bd.desk.up_at[s] = now + su.start
+            bd.desk.on_since[s] = now
             bd.whole[STARTED] += 1
         else:
-            sv.state[s] = OFF
-            bd.real[0] += now - bd.on_since[s]
+            sv.one.state[s] = OFF
+            bd.real[0] += now - bd.desk.on_since[s]
 
 
 @compiled
-def _sample(
-    sv: ServerArrays, gr: Gradient, bd: Board, now: float, timeline: np.ndarray
-) -> None:
+def _sample(sv: Servers, gr: Gradient, bd: Board, now: float, timeline: np.ndarray) -> None:
     """Write a row of the timeline: time; servers per row, draining, pooled, starting; waiting."""
     at = bd.whole[TICKS]
     bd.whole[TICKS] += 1
@@ -883,13 +893,13 @@ def _sample(
     timeline[at, 0] = now
     for row in range(rows):
         timeline[at, 1 + row] = gr.count[row]
-    for s in range(sv.state.size):
-        state = sv.state[s]
+    for s in range(sv.one.state.size):
+        state = sv.one.state[s]
         timeline[at, 1 + rows] += state == DRAINING
         timeline[at, 2 + rows] += state == POOLED
         timeline[at, 3 + rows] += state == STARTING
     for row in range(rows):
-        timeline[at, 4 + rows] += bd.waiting[row]
+        timeline[at, 4 + rows] += bd.lines.waiting[row]
 
 
 @compiled
@@ -897,25 +907,25 @@ def _arrive(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     watch: Watch,
     r: int,
 ) -> None:
     """Let a request in: it is refused, placed, or waits."""
     now, k = rq.arrival[r], rq.tier[r]
-    rules.arrived[k] += 1
-    rules.prompts[k] += (rq.prompt[r] - rules.prompts[k]) / rules.arrived[k]
-    tiers = rules.tau.size
+    rules.means.arrived[k] += 1
+    rules.means.prompt[k] += (rq.prompt[r] - rules.means.prompt[k]) / rules.means.arrived[k]
+    tiers = rules.means.size
     if _is_lost(times, rq, r, now):  # not even an idle server could
         _decline(bd, out, r, now)
         return
     stage, row = (PREFILL, tiers) if su.is_split else (WHOLE, k)
     # Nobody overtakes those of its own queue.
-    if bd.queue[row] == NOBODY or rq.due[r] < rq.due[bd.queue[row]]:
+    if bd.lines.queue[row] == NOBODY or rq.due[r] < rq.due[bd.lines.queue[row]]:
         if _offer(times, rules, su, rq, sv, gr, bd, out, r, now, stage):
             return
         watch.refused[row] += 1
@@ -927,11 +937,11 @@ def run(
     times: StepTimes,
     rules: Rules,
     su: Setup,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     bd: Board,
-    out: Results,
+    out: Records,
     watch: Watch,
     timeline: np.ndarray,
 ) -> int:
@@ -954,7 +964,7 @@ def run(
     next_tick, idle_ticks, seen = 0.0, 0, 0
     while bd.whole[DONE] < count:
         arrival = rq.arrival[arrived] if arrived < count else np.inf
-        event = bd.key[bd.heap[0]] if bd.whole[SIZE] else np.inf
+        event = bd.desk.key[bd.desk.heap[0]] if bd.whole[SIZE] else np.inf
         if next_tick <= min(arrival, event):
             _tick(times, rules, su, rq, sv, gr, bd, out, watch, next_tick, timeline)
             bd.real[1] = max(bd.real[1], next_tick)
@@ -966,7 +976,7 @@ def run(
                     break
         elif event < arrival:
             bd.real[1] = event
-            _event(times, rules, su, rq, sv, gr, bd, out, bd.heap[0])
+            _event(times, rules, su, rq, sv, gr, bd, out, bd.desk.heap[0])
             if bd.whole[HANDED] != NOBODY:
                 _hand_over(times, rules, su, rq, sv, gr, bd, out, event)
         else:
@@ -975,13 +985,13 @@ def run(
             arrived += 1
             if bd.whole[HANDED] != NOBODY:
                 _hand_over(times, rules, su, rq, sv, gr, bd, out, arrival)
-    for s in range(sv.state.size):
-        if sv.state[s] != OFF:
-            bd.real[0] += bd.real[1] - bd.on_since[s]
+    for s in range(sv.one.state.size):
+        if sv.one.state[s] != OFF:
+            bd.real[0] += bd.real[1] - bd.desk.on_since[s]
     return count - bd.whole[DONE]
 
 
-def start_rivals(sv: ServerArrays, gr: Gradient, labels: np.ndarray, tiers: int) -> None:
+def start_rivals(sv: Servers, gr: Gradient, labels: np.ndarray, tiers: int) -> None:
     """Put servers to work before anybody arrives.
 
     Args:
@@ -990,9 +1000,9 @@ def start_rivals(sv: ServerArrays, gr: Gradient, labels: np.ndarray, tiers: int)
         labels: `[servers]`: tier of each, `tiers` for prompts, or `NOBODY` for none.
         tiers: How many tiers there are.
     """
-    for s in range(sv.state.size):
+    for s in range(sv.one.state.size):
         if labels[s] == NOBODY:
-            sv.state[s] = SERVING
+            sv.one.state[s] = SERVING
         else:
-            leave(gr, s)
+            leave(gr, sv, s)
             label(gr, sv, s, int(labels[s]), tiers)

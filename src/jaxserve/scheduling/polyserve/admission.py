@@ -18,9 +18,9 @@ from jaxserve.scheduling.polyserve.state import (
     PREFILL,
     STEPPING,
     WHOLE,
-    RequestArrays,
+    Records,
     Rules,
-    ServerArrays,
+    Servers,
 )
 from jaxserve.scheduling.step_times import StepTimes, longest_chunk, step_seconds
 
@@ -36,18 +36,18 @@ _LEAST_LEFT = 0.25
 
 
 @compiled
-def slack_of(rules: Rules, sv: ServerArrays, s: int, begin: float) -> float:
+def slack_of(rules: Rules, sv: Servers, s: int, begin: float) -> float:
     """Return how long a step that begins now may take, so that no decode on the server is late.
 
     Infinite without decodes. Where every gap counts, early tokens make no difference.
     """
     slack = np.inf
-    for k in range(rules.tau.size):
+    for k in range(rules.means.size):
         if sv.min_due[s, k] < np.inf:
-            due = sv.min_due[s, k] + rules.tau[k] * (sv.steps[s] + 1)
+            due = sv.min_due[s, k] + rules.means.tau[k] * (sv.one.steps[s] + 1)
             slack = min(slack, due - begin)
             if rules.is_gap:
-                slack = min(slack, rules.tau[k])
+                slack = min(slack, rules.means.tau[k])
     return slack
 
 
@@ -81,14 +81,14 @@ def chunk(
 
 
 @compiled
-def tier_seconds(rules: Rules, sv: ServerArrays, s: int, tier: int) -> float:
+def tier_seconds(rules: Rules, sv: Servers, s: int, tier: int) -> float:
     """Return the shortest seconds per token of a server's label, its decodes and a tier."""
-    tau = rules.tau[tier]
-    if sv.label[s] >= 0:
-        tau = min(tau, rules.tau[sv.label[s]])
-    for k in range(rules.tau.size):
+    tau = rules.means.tau[tier]
+    if sv.one.label[s] >= 0:
+        tau = min(tau, rules.means.tau[sv.one.label[s]])
+    for k in range(rules.means.size):
         if sv.min_due[s, k] < np.inf:
-            tau = min(tau, rules.tau[k])
+            tau = min(tau, rules.means.tau[k])
             break
     return tau
 
@@ -112,15 +112,15 @@ def steady_seconds(
     """
     tokens = 0
     if share > 0:
-        tokens = int(share * many * rules.prompts[tier] / rules.outputs[tier])
+        tokens = int(share * many * rules.means.prompt[tier] / rules.means.output[tier])
     if tokens == 0:
         return step_seconds(times, 0, 0.0, 0, 0, many, context)
-    pairs = tokens * rules.prompts[tier] / 2
+    pairs = tokens * rules.means.prompt[tier] / 2
     return step_seconds(times, tokens, pairs, 1, 0, many, context)
 
 
 @compiled
-def peak_kv(rules: Rules, rq: RequestArrays, sv: ServerArrays, s: int, r: int, tokens: int) -> int:
+def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int) -> int:
     """Return the most tokens that will be in the cache at once if a request is taken.
 
     Residents grow by a token per step and leave at their tier's mean output. Time is cut into bins
@@ -135,41 +135,41 @@ def peak_kv(rules: Rules, rq: RequestArrays, sv: ServerArrays, s: int, r: int, t
         tokens: Tokens of the request when it begins to decode.
     """
     horizon = 1.0
-    for k in range(rules.tau.size):
-        horizon = max(horizon, rules.outputs[k])
+    for k in range(rules.means.size):
+        horizon = max(horizon, rules.means.output[k])
     width = int(horizon / _BINS) + 1
     leaving = np.zeros(_BINS + 1, np.int64)
     leaving_tokens = np.zeros(_BINS + 1, np.int64)
-    steps = sv.steps[s]
+    steps = sv.one.steps[s]
     many, total = 0, 0
-    for i in range(sv.decodes[s]):
-        q = sv.slot_request[s, i]
-        mean = rules.outputs[rq.tier[q]]
-        left = max(mean - (sv.slot_emitted[s, i] + steps), _LEAST_LEFT * mean)
-        held = sv.slot_context[s, i] + steps
+    for i in range(sv.one.decodes[s]):
+        q = sv.slots.request[s, i]
+        mean = rules.means.output[rq.tier[q]]
+        left = max(mean - (sv.slots.emitted[s, i] + steps), _LEAST_LEFT * mean)
+        held = sv.slots.context[s, i] + steps
         at = min(_BINS, int(left) // width + 1)
         leaving[at] += 1
         leaving_tokens[at] += held
         many += 1
         total += held
-    q = sv.head[s]
+    q = sv.one.head[s]
     while q != NOBODY:
-        at = min(_BINS, int(rules.outputs[rq.tier[q]]) // width + 1)
+        at = min(_BINS, int(rules.means.output[rq.tier[q]]) // width + 1)
         leaving[at] += 1
         leaving_tokens[at] += rq.total[q]
         many += 1
         total += rq.total[q]
         q = rq.following[q]
-    q = sv.join_head[s]
+    q = sv.one.join_head[s]
     while q != NOBODY:
-        at = min(_BINS, int(rules.outputs[rq.tier[q]]) // width + 1)
+        at = min(_BINS, int(rules.means.output[rq.tier[q]]) // width + 1)
         leaving[at] += 1
         leaving_tokens[at] += rq.total[q]
         many += 1
         total += rq.total[q]
         q = rq.following[q]
     if r != NOBODY:
-        at = min(_BINS, int(rules.outputs[rq.tier[r]]) // width + 1)
+        at = min(_BINS, int(rules.means.output[rq.tier[r]]) // width + 1)
         leaving[at] += 1
         leaving_tokens[at] += tokens
         many += 1
@@ -186,8 +186,8 @@ def peak_kv(rules: Rules, rq: RequestArrays, sv: ServerArrays, s: int, r: int, t
 def admits(
     times: StepTimes,
     rules: Rules,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     s: int,
     r: int,
     now: float,
@@ -208,20 +208,22 @@ def admits(
     Returns:
         `TAKES`, or what stands against it.
     """
-    if sv.decodes[s] + sv.pending[s] + sv.joining[s] >= rules.seats:
+    if sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] >= rules.seats:
         return SEATS
     checks = rules.checks
     tokens = rq.total[r]
-    if checks & _LATER_BIT and sv.stage[s] != PREFILL:
+    if checks & _LATER_BIT and sv.one.stage[s] != PREFILL:
         peak = peak_kv(rules, rq, sv, s, r, tokens)
         if peak > rules.capacity:
             return MEMORY
-        many = sv.decodes[s] + sv.pending[s] + sv.joining[s] + 1
+        many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] + 1
         pace = guard * tier_seconds(rules, sv, s, rq.tier[r])
-        share = rules.interference if sv.stage[s] == WHOLE else 0.0
+        share = rules.interference if sv.one.stage[s] == WHOLE else 0.0
         if steady_seconds(times, rules, rq.tier[r], many, peak, share) > pace:
             return LATER
-    elif sv.kv[s] + sv.joining_tokens[s] + sv.pending_tokens[s] + tokens > rules.capacity:
+    elif (
+        sv.one.kv[s] + sv.one.joining_tokens[s] + sv.one.pending_tokens[s] + tokens > rules.capacity
+    ):
         return MEMORY
     if not checks & (_FIRST_BIT | _SECOND_BIT):
         return TAKES
@@ -229,24 +231,24 @@ def admits(
 
 
 @compiled
-def _walk(
+def _walk(  # noqa: C901  parts of it would hand a dozen numbers back and forth
     times: StepTimes,
     rules: Rules,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     s: int,
     r: int,
     now: float,
 ) -> int:
     """Follow all prompts of a server, and the request's in its place, to their first tokens."""
-    tiers = rules.tau.size
+    tiers = rules.means.size
     dues = np.empty(tiers)  # when each tier's next token is due
-    decodes, context, steps = sv.decodes[s], sv.context[s], sv.steps[s]
-    time = max(now, sv.end[s])
-    under_way = sv.phase[s] == STEPPING
+    decodes, context, steps = sv.one.decodes[s], sv.one.context[s], sv.one.steps[s]
+    time = max(now, sv.one.end[s])
+    under_way = sv.one.phase[s] == STEPPING
     if under_way:
         # The step under way; those that repeat it have begun without being noted down.
-        time = sv.end[s]
+        time = sv.one.end[s]
         steps += 1
         context += decodes
         while time < now:
@@ -256,45 +258,49 @@ def _walk(
     for k in range(tiers):
         dues[k] = np.inf
         if sv.min_due[s, k] < np.inf:
-            dues[k] = sv.min_due[s, k] + rules.tau[k] * (steps + 1)
+            dues[k] = sv.min_due[s, k] + rules.means.tau[k] * (steps + 1)
     # Prompts that end with the step under way join; who is on its way here is taken to be here.
-    q = sv.head[s]
+    q = sv.one.head[s]
     while under_way and q != NOBODY:
-        if rq.grant[q] and rq.computed[q] + rq.grant[q] == rq.total[q] and sv.stage[s] != PREFILL:
+        if (
+            rq.grant[q]
+            and rq.computed[q] + rq.grant[q] == rq.total[q]
+            and sv.one.stage[s] != PREFILL
+        ):
             decodes += 1
             context += rq.total[q]
             k = rq.tier[q]
-            dues[k] = min(dues[k], rq.due[q] + rules.tau[k] * (rq.emitted[q] + 1))
+            dues[k] = min(dues[k], rq.due[q] + rules.means.tau[k] * (rq.emitted[q] + 1))
         q = rq.following[q]
-    q = sv.join_head[s]
+    q = sv.one.join_head[s]
     while q != NOBODY:
         decodes += 1
         context += rq.total[q]
         k = rq.tier[q]
-        dues[k] = min(dues[k], rq.due[q] + rules.tau[k] * rq.emitted[q])
+        dues[k] = min(dues[k], rq.due[q] + rules.means.tau[k] * rq.emitted[q])
         q = rq.following[q]
-    if sv.stage[s] == DECODE:
+    if sv.one.stage[s] == DECODE:
         k = rq.tier[r]
         arrives = now + rules.transfer_base + rules.transfer_token * rq.total[r]
-        if decodes == 0 or sv.phase[s] == IDLE:
+        if decodes == 0 or sv.one.phase[s] == IDLE:
             time = max(time, arrives)
         while time < arrives:
             time += step_seconds(times, 0, 0.0, 0, 0, decodes, context + decodes)
             context += decodes
             for j in range(tiers):
-                dues[j] += rules.tau[j]
-        own = rq.due[r] + rules.tau[k] * rq.emitted[r]
-        dues[k] = min(dues[k], max(own, time + rules.tau[k]) if own < time else own)
+                dues[j] += rules.means.tau[j]
+        own = rq.due[r] + rules.means.tau[k] * rq.emitted[r]
+        dues[k] = min(dues[k], max(own, time + rules.means.tau[k]) if own < time else own)
         return _next_step(times, rules, dues, decodes + 1, context + rq.total[r], time)
     is_in = False
-    following = _unfinished(rq, sv.head[s], under_way)
+    following = _unfinished(rq, sv.one.head[s], under_way)
     q, left, done = NOBODY, 0, 0
     for _ in range(rules.walk):
         slack = np.inf
         for k in range(tiers):
             slack = min(slack, dues[k] - time)
             if rules.is_gap and dues[k] < np.inf:
-                slack = min(slack, rules.tau[k])
+                slack = min(slack, rules.means.tau[k])
         limit = min(slack, rules.max_step)
         prefill, pairs, prefills, before = 0, 0.0, 0, 0
         must_end = np.inf
@@ -327,12 +333,12 @@ def _walk(
                 break
             if rq.emitted[q] == 0:
                 must_end = min(must_end, rq.due[q])
-            if sv.stage[s] != PREFILL:
+            if sv.one.stage[s] != PREFILL:
                 joined += 1
                 joined_context += rq.total[q]
                 k = rq.tier[q]
                 # As if it had been due in this step, so that all dues move on together.
-                dues[k] = min(dues[k], rq.due[q] + rules.tau[k] * rq.emitted[q])
+                dues[k] = min(dues[k], rq.due[q] + rules.means.tau[k] * rq.emitted[q])
         seconds = step_seconds(times, prefill, pairs, prefills, before, decodes, read)
         if seconds > slack + EPS and decodes > 0 and rules.checks & _FIRST_BIT:
             return SECOND
@@ -340,11 +346,11 @@ def _walk(
         if time > must_end + EPS and rules.checks & _FIRST_BIT:
             return FIRST
         for k in range(tiers):
-            dues[k] += rules.tau[k]
+            dues[k] += rules.means.tau[k]
         context += decodes + joined_context
         decodes += joined
         if left == 0 and is_in and following == NOBODY:
-            if sv.stage[s] == PREFILL:
+            if sv.one.stage[s] == PREFILL:
                 return TAKES
             return _next_step(times, rules, dues, decodes, context, time)
         if time > rq.due[r] and left > 0 and q == r and rules.checks & _FIRST_BIT:
@@ -353,7 +359,7 @@ def _walk(
 
 
 @compiled
-def _unfinished(rq: RequestArrays, q: int, under_way: bool) -> int:  # noqa: FBT001  as compiled
+def _unfinished(rq: Records, q: int, under_way: bool) -> int:  # noqa: FBT001  as compiled
     """Return the first prompt from `q` on that is not done with the step under way."""
     while under_way and q != NOBODY and rq.computed[q] + rq.grant[q] >= rq.total[q]:
         q = rq.following[q]
@@ -369,6 +375,8 @@ def _next_step(
         return TAKES
     end = time + step_seconds(times, 0, 0.0, 0, 0, decodes, context + decodes)
     for k in range(dues.size):
-        if end > dues[k] + EPS or (rules.is_gap and dues[k] < np.inf and end - time > rules.tau[k]):
+        if end > dues[k] + EPS or (
+            rules.is_gap and dues[k] < np.inf and end - time > rules.means.tau[k]
+        ):
             return SECOND
     return TAKES

@@ -1,5 +1,6 @@
 """Settings of the tier router and the scaler."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ def check_tiers(tiers: tuple[float, ...]) -> None:
         ConfigError: If they are not numbers of seconds, each longer than the one before.
     """
     are_times = all(math.isfinite(tau) and tau > 0 for tau in tiers)
-    if not (tiers and are_times and all(a < b for a, b in zip(tiers, tiers[1:], strict=False))):
+    if not (tiers and are_times and all(a < b for a, b in itertools.pairwise(tiers))):
         raise ConfigError(
             f"tiers must be seconds per token, above zero and ascending, got {tiers!r}."
         )

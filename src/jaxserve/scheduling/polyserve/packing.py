@@ -18,9 +18,9 @@ from jaxserve.scheduling.polyserve.state import (
     PREFILL,
     SERVING,
     WHOLE,
-    RequestArrays,
+    Records,
     Rules,
-    ServerArrays,
+    Servers,
 )
 from jaxserve.scheduling.step_times import StepTimes, step_seconds
 
@@ -31,93 +31,86 @@ class Gradient(NamedTuple):
     Attributes:
         order: `[tiers + 1, servers]`: the last row has those that compute prompts only.
         count: `[tiers + 1]`: how many of a row are in use.
-        place: `[servers]`: where a server stands in its row.
-        row: `[servers]`: its row, or `NOBODY`.
     """
 
     order: np.ndarray
     count: np.ndarray
-    place: np.ndarray
-    row: np.ndarray
 
 
 def empty_gradient(servers: int, tiers: int) -> Gradient:
     """Return a gradient without servers."""
-    return Gradient(
-        np.full((tiers + 1, servers), NOBODY), np.zeros(tiers + 1, np.int64),
-        np.full(servers, NOBODY), np.full(servers, NOBODY),
-    )  # fmt: skip
+    return Gradient(np.full((tiers + 1, servers), NOBODY), np.zeros(tiers + 1, np.int64))
 
 
 @compiled
-def load_of(times: StepTimes, rules: Rules, sv: ServerArrays, s: int) -> float:
+def load_of(times: StepTimes, rules: Rules, sv: Servers, s: int) -> float:
     """Return how full a server is: the largest of its shares of pace, cache and seats.
 
     A prompt that is not computed counts as a sequence that decodes, and its tokens as read; the
     share of pace holds the prompts that come with as many decodes in the long run.
     """
-    many = sv.decodes[s] + sv.pending[s] + sv.joining[s]
-    if sv.stage[s] == PREFILL:
-        return sv.pending_tokens[s] / rules.max_tokens
-    context = sv.context[s] + sv.pending_tokens[s] + sv.joining_tokens[s]
+    many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s]
+    if sv.one.stage[s] == PREFILL:
+        return sv.one.pending_tokens[s] / rules.max_tokens
+    context = sv.one.context[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s]
     if many == 0:
         return 0.0
-    tier = sv.label[s] if sv.label[s] >= 0 else rules.tau.size - 1
-    share = 1.0 if sv.stage[s] == WHOLE else 0.0
-    load = steady_seconds(times, rules, tier, many, context, share) / rules.tau[tier]
+    tier = sv.one.label[s] if sv.one.label[s] >= 0 else rules.means.size - 1
+    share = 1.0 if sv.one.stage[s] == WHOLE else 0.0
+    load = steady_seconds(times, rules, tier, many, context, share) / rules.means.tau[tier]
     return max(load, context / rules.capacity, many / rules.seats)
 
 
 @compiled
-def enter(gr: Gradient, sv: ServerArrays, s: int, row: int) -> None:
+def enter(gr: Gradient, sv: Servers, s: int, row: int) -> None:
     """Put a server into a row, behind those that are as full."""
-    gr.row[s] = row
-    gr.place[s] = gr.count[row]
+    sv.one.row[s] = row
+    sv.one.place[s] = gr.count[row]
     gr.order[row, gr.count[row]] = s
     gr.count[row] += 1
     move(gr, sv, s)
 
 
 @compiled
-def leave(gr: Gradient, s: int) -> None:
+def leave(gr: Gradient, sv: Servers, s: int) -> None:
     """Take a server out of its row."""
-    row = gr.row[s]
+    row = sv.one.row[s]
     if row == NOBODY:
         return
-    for i in range(gr.place[s], gr.count[row] - 1):
+    for i in range(sv.one.place[s], gr.count[row] - 1):
         other = gr.order[row, i + 1]
         gr.order[row, i] = other
-        gr.place[other] = i
+        sv.one.place[other] = i
     gr.count[row] -= 1
-    gr.row[s] = NOBODY
+    sv.one.row[s] = NOBODY
 
 
 @compiled
-def move(gr: Gradient, sv: ServerArrays, s: int) -> None:
+def move(gr: Gradient, sv: Servers, s: int) -> None:
     """Move a server to where its load belongs; loads change little at a time."""
-    row = gr.row[s]
+    row = sv.one.row[s]
     if row == NOBODY:
         return
-    i, load = gr.place[s], sv.load[s]
-    while i > 0 and sv.load[gr.order[row, i - 1]] < load:
+    i, load = sv.one.place[s], sv.one.load[s]
+    while i > 0 and sv.one.load[gr.order[row, i - 1]] < load:
         other = gr.order[row, i - 1]
         gr.order[row, i] = other
-        gr.place[other] = i
+        sv.one.place[other] = i
         i -= 1
-    while i < gr.count[row] - 1 and sv.load[gr.order[row, i + 1]] > load:
+    while i < gr.count[row] - 1 and sv.one.load[gr.order[row, i + 1]] > load:
         other = gr.order[row, i + 1]
         gr.order[row, i] = other
-        gr.place[other] = i
+        sv.one.place[other] = i
         i += 1
     gr.order[row, i] = s
-    gr.place[s] = i
+    sv.one.place[s] = i
 
 
 @compiled
-def label(gr: Gradient, sv: ServerArrays, s: int, row: int, tiers: int) -> None:
+def label(gr: Gradient, sv: Servers, s: int, row: int, tiers: int) -> None:
     """Take a server out of the pool for a tier, or for prompts."""
-    sv.state[s] = SERVING
-    sv.label[s] = row if row < tiers else NOBODY
+    sv.one.state[s] = SERVING
+    sv.one.label[s] = row if row < tiers else NOBODY
     enter(gr, sv, s, row)
 
 
@@ -125,8 +118,8 @@ def label(gr: Gradient, sv: ServerArrays, s: int, row: int, tiers: int) -> None:
 def probe(
     times: StepTimes,
     rules: Rules,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     row: int,
     r: int,
@@ -140,11 +133,11 @@ def probe(
     """
     count = gr.count[row]
     asked, i, stride = 0, 0, 1
-    pace = np.inf if row >= rules.tau.size else guard * rules.tau[row]
+    pace = np.inf if row >= rules.means.size else guard * rules.means.tau[row]
     while i < count:
         s = gr.order[row, i if rules.packs else count - 1 - i]
-        many = sv.decodes[s] + sv.pending[s] + sv.joining[s] + 1
-        context = sv.context[s] + sv.pending_tokens[s] + rq.total[r]
+        many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] + 1
+        context = sv.one.context[s] + sv.one.pending_tokens[s] + rq.total[r]
         if many <= rules.seats and (
             pace == np.inf or step_seconds(times, 0, 0.0, 0, 0, many, context) <= pace
         ):
@@ -161,16 +154,16 @@ def probe(
 
 
 @compiled
-def take_pooled(sv: ServerArrays, stage: int) -> int:
+def take_pooled(sv: Servers, stage: int) -> int:
     """Return an idle warm server of a stage, or `NOBODY`."""
-    for s in range(sv.state.size):
-        if sv.state[s] == POOLED and sv.stage[s] == stage:
+    for s in range(sv.one.state.size):
+        if sv.one.state[s] == POOLED and sv.one.stage[s] == stage:
             return s
     return NOBODY
 
 
 @compiled
-def take_spare(sv: ServerArrays, gr: Gradient, row: int, stage: int) -> int:
+def take_spare(sv: Servers, gr: Gradient, row: int, stage: int) -> int:
     """Return a server that can be had at once, or `NOBODY`; it is not in any row.
 
     From the pool; or one that the row itself lets drain; or one without work from another row, if
@@ -179,16 +172,16 @@ def take_spare(sv: ServerArrays, gr: Gradient, row: int, stage: int) -> int:
     s = take_pooled(sv, stage)
     if s != NOBODY:
         return s
-    for i in range(sv.state.size):
-        if sv.state[i] == DRAINING and sv.stage[i] == stage and sv.label[i] == row:
+    for i in range(sv.one.state.size):
+        if sv.one.state[i] == DRAINING and sv.one.stage[i] == stage and sv.one.label[i] == row:
             return i
     for other in range(gr.count.size):
         count = gr.count[other]
         if other != row and count > 1:
             s = gr.order[other, count - 1]
-            is_free = sv.decodes[s] + sv.pending[s] + sv.joining[s] == 0
-            if is_free and sv.stage[s] == stage:
-                leave(gr, s)
+            is_free = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] == 0
+            if is_free and sv.one.stage[s] == stage:
+                leave(gr, sv, s)
                 return s
     return NOBODY
 
@@ -197,8 +190,8 @@ def take_spare(sv: ServerArrays, gr: Gradient, row: int, stage: int) -> int:
 def route(
     times: StepTimes,
     rules: Rules,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     gr: Gradient,
     r: int,
     now: float,
@@ -221,7 +214,7 @@ def route(
     Returns:
         The server, or `NOBODY` if none takes it now.
     """
-    tiers = rules.tau.size
+    tiers = rules.means.size
     row = tiers if stage == PREFILL else rq.tier[r]
     s = probe(times, rules, rq, sv, gr, row, r, now, 1.0)
     if s != NOBODY:
@@ -253,12 +246,12 @@ def draw(seed: np.ndarray) -> int:
 
 
 @compiled
-def rival(
+def rival(  # noqa: C901  a line or two for each rule
     kind: int,
     times: StepTimes,
     rules: Rules,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     r: int,
     now: float,
     stage: int,
@@ -278,11 +271,11 @@ def rival(
         stage: Which servers are wanted.
         seed: `[2]`: state of the random numbers, and whose turn it is.
     """
-    count = sv.state.size
+    count = sv.one.state.size
     if kind in (RANDOM, POWER_OF_TWO):
         here = 0
         for s in range(count):
-            here += sv.state[s] == SERVING and sv.stage[s] == stage
+            here += sv.one.state[s] == SERVING and sv.one.stage[s] == stage
         if here == 0:
             return NOBODY
         first = _nth(sv, stage, draw(seed) % here)
@@ -293,41 +286,43 @@ def rival(
     if kind == ROUND_ROBIN:
         for i in range(1, count + 1):
             s = (seed[1] + i) % count
-            if sv.state[s] == SERVING and sv.stage[s] == stage:
+            if sv.one.state[s] == SERVING and sv.one.stage[s] == stage:
                 seed[1] = s
                 return s
         return NOBODY
     best, least = NOBODY, np.inf
     for s in range(count):
-        if sv.state[s] != SERVING or sv.stage[s] != stage:
+        if sv.one.state[s] != SERVING or sv.one.stage[s] != stage:
             continue
-        if kind == STATIC and stage != PREFILL and sv.label[s] != rq.tier[r]:
+        if kind == STATIC and stage != PREFILL and sv.one.label[s] != rq.tier[r]:
             continue
         if kind in (LEAST_REQUESTS, STATIC):
             value = float(_requests(sv, s))
             if stage == PREFILL:
-                value = float(sv.pending_tokens[s])
+                value = float(sv.one.pending_tokens[s])
         elif kind == LEAST_KV:
-            value = float(sv.kv[s] + sv.pending_tokens[s] + sv.joining_tokens[s])
+            value = float(sv.one.kv[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s])
         elif kind == FREENESS:
-            free = rules.capacity - sv.kv[s] - sv.pending_tokens[s] - sv.joining_tokens[s]
+            free = (
+                rules.capacity - sv.one.kv[s] - sv.one.pending_tokens[s] - sv.one.joining_tokens[s]
+            )
             value = -free / (1 + _requests(sv, s))
         else:
-            value = -_headroom(times, rules, rq, sv, s, r, now)
+            value = -_headroom(times, rq, sv, s, r, now)
         if value < least:
             best, least = s, value
     return best
 
 
 @compiled
-def _requests(sv: ServerArrays, s: int) -> int:
-    return sv.decodes[s] + sv.pending[s] + sv.joining[s]
+def _requests(sv: Servers, s: int) -> int:
+    return sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s]
 
 
 @compiled
-def _nth(sv: ServerArrays, stage: int, n: int) -> int:
-    for s in range(sv.state.size):
-        if sv.state[s] == SERVING and sv.stage[s] == stage:
+def _nth(sv: Servers, stage: int, n: int) -> int:
+    for s in range(sv.one.state.size):
+        if sv.one.state[s] == SERVING and sv.one.stage[s] == stage:
             if n == 0:
                 return s
             n -= 1
@@ -337,9 +332,8 @@ def _nth(sv: ServerArrays, stage: int, n: int) -> int:
 @compiled
 def _headroom(
     times: StepTimes,
-    rules: Rules,
-    rq: RequestArrays,
-    sv: ServerArrays,
+    rq: Records,
+    sv: Servers,
     s: int,
     r: int,
     now: float,
@@ -348,12 +342,20 @@ def _headroom(
 
     Source: the weights with which llm-d combines predicted latencies.
     """
-    waiting = sv.pending_tokens[s] + rq.total[r]
+    waiting = sv.one.pending_tokens[s] + rq.total[r]
     first = now + step_seconds(
-        times, waiting, waiting * waiting / 2, sv.pending[s] + 1, 0, sv.decodes[s], sv.context[s]
+        times,
+        waiting,
+        waiting * waiting / 2,
+        sv.one.pending[s] + 1,
+        0,
+        sv.one.decodes[s],
+        sv.one.context[s],
     )
     many = _requests(sv, s) + 1
-    gap = step_seconds(times, 0, 0.0, 0, 0, many, sv.context[s] + waiting + sv.joining_tokens[s])
+    gap = step_seconds(
+        times, 0, 0.0, 0, 0, many, sv.one.context[s] + waiting + sv.one.joining_tokens[s]
+    )
     return 0.8 * (rq.due[r] - first) / (rq.due[r] - rq.arrival[r]) + 0.2 * (1 - gap / rq.tpot[r])
 
 

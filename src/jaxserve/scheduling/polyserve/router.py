@@ -26,12 +26,13 @@ from jaxserve.scheduling.polyserve.scaling import empty_watch, resize_pool, scal
 from jaxserve.scheduling.polyserve.state import (
     BETWEEN,
     DRAINING,
+    MEANS,
     NEVER,
     NOBODY,
     SERVING,
-    RequestArrays,
+    Records,
     Rules,
-    ServerArrays,
+    Servers,
     empty_requests,
     empty_servers,
 )
@@ -84,10 +85,12 @@ def rules_for(
     """
     many = len(config.tiers)
     checks = config.check_first + 2 * config.check_second + 4 * config.check_later
+    means = np.zeros(many, MEANS).view(np.recarray)
+    means.tau[:] = config.tiers
+    means.output[:], means.prompt[:] = config.initial_output, config.initial_prompt
+    means.finished[:] = means.arrived[:] = _PRIOR
     return Rules(
-        tau=np.array(config.tiers), outputs=np.full(many, config.initial_output),
-        finished=np.full(many, _PRIOR), prompts=np.full(many, config.initial_prompt),
-        arrived=np.full(many, _PRIOR), interference=float(config.interference),
+        means=means, interference=float(config.interference),
         guard=float(config.guard), max_step=float(config.max_step_s),
         is_gap=int(config.pace == "tpot_gap"), packs=int(config.packs), capacity=capacity,
         seats=seats, max_tokens=max_tokens, max_probes=config.max_probes, walk=400,
@@ -111,15 +114,15 @@ class _Arrays:
             )
         self._tiers = config.tiers
         total = sum(len(r.running) + len(r.waiting) for r in replicas)
-        self.rq: RequestArrays = empty_requests(total + (new is not None))
-        self.sv: ServerArrays = empty_servers(len(replicas), rules.seats, len(config.tiers))
+        self.rq: Records = empty_requests(total + (new is not None))
+        self.sv: Servers = empty_servers(len(replicas), rules.seats, len(config.tiers))
         self._used = 0
         for s, (replica, role) in enumerate(zip(replicas, roles, strict=True)):
-            self.sv.state[s] = _STATES.index(role.state)
-            self.sv.stage[s] = _STAGES.index(role.stage)
-            self.sv.label[s] = self._label(role)
-            self.sv.phase[s] = BETWEEN
-            self.sv.end[s] = replica.now
+            self.sv.one.state[s] = _STATES.index(role.state)
+            self.sv.one.stage[s] = _STAGES.index(role.stage)
+            self.sv.one.label[s] = self._label(role)
+            self.sv.one.phase[s] = BETWEEN
+            self.sv.one.end[s] = replica.now
             pending: list[int] = []
             for sequence in (*replica.running, *replica.waiting):
                 r = self._request(sequence)
@@ -130,18 +133,18 @@ class _Arrays:
             pending.sort(key=lambda r: (float(self.rq.due[r]), r))
             for r, following in zip(pending, [*pending[1:], NOBODY], strict=True):
                 self.rq.following[r] = following
-                self.sv.pending_tokens[s] += self.rq.total[r] - self.rq.computed[r]
-            self.sv.pending[s] = len(pending)
-            self.sv.head[s] = pending[0] if pending else NOBODY
+                self.sv.one.pending_tokens[s] += self.rq.total[r] - self.rq.computed[r]
+            self.sv.one.pending[s] = len(pending)
+            self.sv.one.head[s] = pending[0] if pending else NOBODY
         self.new = NOBODY if new is None else self._request(new)
 
     def gradient(self, rules: Rules, times: Any) -> Gradient:  # noqa: ANN401  arrays or a fit
         """Return the servers that serve, in their rows."""
-        gr = empty_gradient(len(self.sv.state), len(self._tiers))
-        for s in range(len(self.sv.state)):
-            if self.sv.state[s] == SERVING:
-                row = self.sv.label[s]
-                self.sv.load[s] = load_of(times, rules, self.sv, s)
+        gr = empty_gradient(len(self.sv.one.state), len(self._tiers))
+        for s in range(len(self.sv.one.state)):
+            if self.sv.one.state[s] == SERVING:
+                row = self.sv.one.label[s]
+                self.sv.one.load[s] = load_of(times, rules, self.sv, s)
                 enter(gr, self.sv, s, len(self._tiers) if row == NOBODY else int(row))
         return gr
 
@@ -173,19 +176,21 @@ class _Arrays:
         return r
 
     def _decode(self, rules: Rules, s: int, r: int, sequence: SequenceView) -> None:
-        sv, rq, i = self.sv, self.rq, int(self.sv.decodes[s])
+        sv, rq, i = self.sv, self.rq, int(self.sv.one.decodes[s])
         k = int(rq.tier[r])
-        tau = float(rules.tau[k])
-        sv.slot_request[s, i] = r
-        sv.slot_context[s, i] = sequence.num_computed
-        sv.slot_emitted[s, i] = rq.emitted[r]
-        sv.slot_finish[s, i] = NEVER
-        due = max(rq.due[r] + tau * rq.emitted[r], sv.end[s] + tau * (rq.due[r] < sv.end[s]))
-        sv.slot_due[s, i] = due - tau
+        tau = float(rules.means.tau[k])
+        sv.slots.request[s, i] = r
+        sv.slots.context[s, i] = sequence.num_computed
+        sv.slots.emitted[s, i] = rq.emitted[r]
+        sv.slots.finish[s, i] = NEVER
+        due = max(
+            rq.due[r] + tau * rq.emitted[r], sv.one.end[s] + tau * (rq.due[r] < sv.one.end[s])
+        )
+        sv.slots.due[s, i] = due - tau
         sv.min_due[s, k] = min(sv.min_due[s, k], due - tau)
-        sv.decodes[s] += 1
-        sv.context[s] += sequence.num_computed
-        sv.kv[s] += sequence.num_computed
+        sv.one.decodes[s] += 1
+        sv.one.context[s] += sequence.num_computed
+        sv.one.kv[s] += sequence.num_computed
 
 
 class TierRouter:
@@ -195,6 +200,9 @@ class TierRouter:
         cost: How long the replicas' steps take.
         config: The settings.
 
+    Attributes:
+        means: What it goes by, with the mean lengths that it has seen.
+
     Raises:
         ConfigError: For a cost model that compiled loops cannot read.
     """
@@ -203,7 +211,7 @@ class TierRouter:
         """Start without having seen any request."""
         self.config = config or PolyServeConfig()
         self._times = step_times(cost, margin=self.config.margin)
-        self._means = rules_for(self.config, capacity=1, seats=1, max_tokens=1)
+        self.means = rules_for(self.config, capacity=1, seats=1, max_tokens=1)
 
     def plan(self, sequence: SequenceView, fleet: FleetView) -> RoutePlan:
         """Decide about a request: where it goes, or that it waits.
@@ -211,18 +219,18 @@ class TierRouter:
         Raises:
             ConfigError: If the view has no replicas, or tiers that the router does not know.
         """
-        rules = self._rules(fleet)
+        rules = _sized(self.means, fleet)
         arrays = _Arrays(fleet, self.config, rules, sequence)
         rq, r = arrays.rq, arrays.new
         reason = self._at_the_door(sequence, rq, r, fleet.now)
         if reason is not None:
             return RoutePlan(route=None, reason=reason)
-        before = arrays.sv.state.copy(), arrays.sv.label.copy()
+        before = arrays.sv.one.state.copy(), arrays.sv.one.label.copy()
         gr = arrays.gradient(rules, self._times)
         s = route(
             self._times, rules, rq, arrays.sv, gr, r, fleet.now, 0, self.config.promotes
         )  # fmt: skip
-        actions = self._actions(before, arrays.sv, "the tier has no room")
+        actions = _actions(self.config, before, arrays.sv, "the tier has no room")
         if s != NOBODY:
             return RoutePlan(route=Route(replica=int(s)), actions=actions)
         return RoutePlan(route=None, actions=actions, reason=self._why(rules, arrays, fleet.now))
@@ -249,33 +257,24 @@ class TierRouter:
         slo = sequence.slo
         tpot = self.config.tiers[-1] if slo is None or slo.tpot_ms is None else slo.tpot_ms / 1000
         k = int(tier_of(np.array([tpot]), self.config.tiers)[0])
-        means, output = self._means, sequence.num_tokens - sequence.prompt_len
+        means, output = self.means.means, sequence.num_tokens - sequence.prompt_len
         means.finished[k] += 1
-        means.outputs[k] += (output - means.outputs[k]) / means.finished[k]
+        means.output[k] += (output - means.output[k]) / means.finished[k]
         means.arrived[k] += 1
-        means.prompts[k] += (sequence.prompt_len - means.prompts[k]) / means.arrived[k]
+        means.prompt[k] += (sequence.prompt_len - means.prompt[k]) / means.arrived[k]
 
     def dump(self) -> dict[str, list[float]]:
         """Return what has been learned, as JSON has it."""
-        names = ("outputs", "finished", "prompts", "arrived")
-        return {name: getattr(self._means, name).tolist() for name in names}
+        names = ("output", "finished", "prompt", "arrived")
+        return {name: self.means.means[name].tolist() for name in names}
 
     def restore(self, state: Mapping[str, list[float]]) -> None:
         """Go on from what `dump` has returned."""
         for name, values in state.items():
-            getattr(self._means, name)[:] = values
-
-    def _rules(self, fleet: FleetView) -> Rules:
-        if not fleet.replicas:
-            raise ConfigError("a fleet needs replicas, got none.")
-        first = fleet.replicas[0]
-        return self._means._replace(
-            capacity=first.num_pages * first.page_size, seats=first.max_num_seqs,
-            max_tokens=first.max_num_batched_tokens,
-        )  # fmt: skip
+            self.means.means[name] = values
 
     def _at_the_door(
-        self, sequence: SequenceView, rq: RequestArrays, r: int, now: float
+        self, sequence: SequenceView, rq: Records, r: int, now: float
     ) -> DeclineReason | None:
         """Say what stands against a request that not even an idle server could serve in time."""
         if rq.tpot[r] < self.config.tiers[0] * (1 - 1e-9):
@@ -292,24 +291,11 @@ class TierRouter:
         sv = arrays.sv
         verdicts = [
             admits(self._times, rules, arrays.rq, sv, s, arrays.new, now, 1.0)
-            for s in range(len(sv.state))
-            if sv.state[s] == SERVING and sv.label[s] == arrays.rq.tier[arrays.new]
+            for s in range(len(sv.one))
+            if sv.one.state[s] == SERVING and sv.one.label[s] == arrays.rq.tier[arrays.new]
         ]
         is_memory = verdicts and all(v in (MEMORY, SEATS) for v in verdicts if v != TAKES)
         return "memory" if is_memory else "compute"
-
-    def _actions(
-        self, before: tuple[np.ndarray, np.ndarray], sv: ServerArrays, reason: str
-    ) -> tuple[ScaleAction, ...]:
-        states, labels = before
-        changed = np.flatnonzero((states != sv.state) | (labels != sv.label))
-        return tuple(
-            ScaleAction(
-                replica=int(s), state=_STATES[int(sv.state[s])], reason=reason,
-                tier=None if sv.label[s] == NOBODY else self.config.tiers[int(sv.label[s])],
-            )
-            for s in changed
-        )  # fmt: skip
 
 
 class TierScaler:
@@ -335,22 +321,22 @@ class TierScaler:
 
     def plan(self, fleet: FleetView) -> ScalePlan:
         """Answer one view with the roles that change."""
-        config, rules = self.config, self._router._rules(fleet)
+        config, rules = self.config, _sized(self._router.means, fleet)
         arrays = _Arrays(fleet, config, rules, None)
         sv = arrays.sv
-        before = sv.state.copy(), sv.label.copy()
+        before = sv.one.state.copy(), sv.one.label.copy()
         gr = arrays.gradient(rules, self._times)
-        for s in range(len(sv.state)):
-            if sv.state[s] == DRAINING and sv.decodes[s] + sv.pending[s] == 0:
-                sv.state[s] = _STATES.index("pooled")
-                sv.label[s] = NOBODY
+        for s in range(len(sv.one)):
+            if sv.one.state[s] == DRAINING and sv.one.decodes[s] + sv.one.pending[s] == 0:
+                sv.one.state[s] = _STATES.index("pooled")
+                sv.one.label[s] = NOBODY
         scale_down(
             self._times, rules, sv, gr, self._watch, fleet.now, config.hold_checks,
             config.cooldown_s, config.down_load, config.drain_share,
         )  # fmt: skip
-        actions = self._router._actions(before, sv, "the others have room")
-        reserve = max(1, math.ceil(config.reserve_share * len(sv.state)))
-        change = np.zeros(len(sv.state), np.int64)
+        actions = _actions(config, before, sv, "the others have room")
+        reserve = max(1, math.ceil(config.reserve_share * len(sv.one)))
+        change = np.zeros(len(sv.one), np.int64)
         count = int(resize_pool(sv, self._watch, reserve, config.hold_checks, change))
         state: ReplicaState = "starting" if count > 0 else "off"
         resized = tuple(
@@ -358,3 +344,29 @@ class TierScaler:
             for s in change[: abs(count)]
         )
         return ScalePlan(actions=actions + resized)
+
+
+def _sized(rules: Rules, fleet: FleetView) -> Rules:
+    """Return rules with the sizes of a fleet's replicas."""
+    if not fleet.replicas:
+        raise ConfigError("a fleet needs replicas, got none.")
+    first = fleet.replicas[0]
+    return rules._replace(
+        capacity=first.num_pages * first.page_size, seats=first.max_num_seqs,
+        max_tokens=first.max_num_batched_tokens,
+    )  # fmt: skip
+
+
+def _actions(
+    config: PolyServeConfig, before: tuple[np.ndarray, np.ndarray], sv: Servers, reason: str
+) -> tuple[ScaleAction, ...]:
+    """Return the roles that have changed."""
+    states, labels = before
+    changed = np.flatnonzero((states != sv.one.state) | (labels != sv.one.label))
+    return tuple(
+        ScaleAction(
+            replica=int(s), state=_STATES[int(sv.one.state[s])], reason=reason,
+            tier=None if sv.one.label[s] == NOBODY else config.tiers[int(sv.one.label[s])],
+        )
+        for s in changed
+    )  # fmt: skip

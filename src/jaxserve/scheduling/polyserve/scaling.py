@@ -22,7 +22,7 @@ from jaxserve.scheduling.polyserve.state import (
     STARTING,
     WHOLE,
     Rules,
-    ServerArrays,
+    Servers,
 )
 from jaxserve.scheduling.step_times import StepTimes
 
@@ -50,7 +50,7 @@ def empty_watch(tiers: int) -> Watch:
 
 @compiled
 def spares_tail(
-    times: StepTimes, rules: Rules, sv: ServerArrays, gr: Gradient, row: int, most: float
+    times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, row: int, most: float
 ) -> bool:
     """Tell whether the others of a row can do without its last server.
 
@@ -75,18 +75,20 @@ def spares_tail(
         total += load_of(times, rules, sv, gr.order[row, i])
     if total / (count - 1) > most:
         return False
-    moving = sv.decodes[tail] + sv.pending[tail] + sv.joining[tail]
-    if sv.stage[tail] == PREFILL:
+    moving = sv.one.decodes[tail] + sv.one.pending[tail] + sv.one.joining[tail]
+    if sv.one.stage[tail] == PREFILL:
         return True
     if moving == 0:
         return True
-    tokens = (sv.context[tail] + sv.pending_tokens[tail] + sv.joining_tokens[tail]) // moving
-    share = 1.0 if sv.stage[tail] == WHOLE else 0.0
-    tau = rules.tau[row]
+    tokens = (
+        sv.one.context[tail] + sv.one.pending_tokens[tail] + sv.one.joining_tokens[tail]
+    ) // moving
+    share = 1.0 if sv.one.stage[tail] == WHOLE else 0.0
+    tau = rules.means.tau[row]
     for i in range(count - 1):
         s = gr.order[row, i]
-        many = sv.decodes[s] + sv.pending[s] + sv.joining[s]
-        context = sv.context[s] + sv.pending_tokens[s] + sv.joining_tokens[s]
+        many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s]
+        context = sv.one.context[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s]
         while moving > 0 and many < rules.seats and context + tokens <= rules.capacity:
             many += 1
             context += tokens
@@ -102,7 +104,7 @@ def spares_tail(
 def scale_down(
     times: StepTimes,
     rules: Rules,
-    sv: ServerArrays,
+    sv: Servers,
     gr: Gradient,
     watch: Watch,
     now: float,
@@ -141,8 +143,8 @@ def scale_down(
         allowed = max(1, int(share * gr.count[row]))
         while allowed > 0 and spares_tail(times, rules, sv, gr, row, most):
             tail = gr.order[row, gr.count[row] - 1]
-            leave(gr, tail)
-            sv.state[tail] = DRAINING
+            leave(gr, sv, tail)
+            sv.one.state[tail] = DRAINING
             drained += 1
             allowed -= 1
         watch.held[row] = 0
@@ -151,7 +153,7 @@ def scale_down(
 
 
 @compiled
-def resize_pool(sv: ServerArrays, watch: Watch, reserve: int, hold: int, change: np.ndarray) -> int:
+def resize_pool(sv: Servers, watch: Watch, reserve: int, hold: int, change: np.ndarray) -> int:
     """Choose servers to start, or to turn off, so that `reserve` are warm and idle.
 
     Args:
@@ -165,10 +167,10 @@ def resize_pool(sv: ServerArrays, watch: Watch, reserve: int, hold: int, change:
         How many are to start; or less than zero, how many are to be turned off.
     """
     pooled, coming, absent = 0, 0, 0
-    for s in range(sv.state.size):
-        pooled += sv.state[s] == POOLED
-        coming += sv.state[s] == STARTING
-        absent += sv.state[s] == OFF
+    for s in range(sv.one.state.size):
+        pooled += sv.one.state[s] == POOLED
+        coming += sv.one.state[s] == STARTING
+        absent += sv.one.state[s] == OFF
     last = watch.held.size - 1
     wanted = min(absent, reserve - pooled - coming)
     if wanted > 0:
@@ -184,11 +186,11 @@ def resize_pool(sv: ServerArrays, watch: Watch, reserve: int, hold: int, change:
 
 
 @compiled
-def _collect(sv: ServerArrays, state: int, count: int, change: np.ndarray) -> int:
+def _collect(sv: Servers, state: int, count: int, change: np.ndarray) -> int:
     found = 0
-    for i in range(sv.state.size):
-        s = i if state == OFF else sv.state.size - 1 - i
-        if found < count and sv.state[s] == state:
+    for i in range(sv.one.state.size):
+        s = i if state == OFF else sv.one.state.size - 1 - i
+        if found < count and sv.one.state[s] == state:
             change[found] = s
             found += 1
     return found

@@ -21,92 +21,88 @@ IDLE, STEPPING, BETWEEN = range(3)
 """Phases of a server: without work, in a step, at the end of one."""
 
 
-class RequestArrays(NamedTuple):
-    """Requests; every array is `[requests]`, times in seconds of the clock.
+type Records = np.recarray
+"""An array of records with named fields, of which each is an array."""
+
+REQUEST = np.dtype(
+    [
+        ("arrival", "f8"), ("due", "f8"), ("tpot", "f8"), ("ready", "f8"), ("prompt", "i8"),
+        ("output", "i8"), ("tier", "i8"), ("total", "i8"), ("computed", "i8"), ("grant", "i8"),
+        ("emitted", "i8"), ("holds", "i8"), ("following", "i8"),
+    ]
+)  # fmt: skip
+"""A request; times in seconds of the clock.
+
+* `arrival`: when it arrived; `due`: when its first token is due; `tpot`: seconds per further token.
+* `ready`: when its keys and values have come to the server that decodes it.
+* `prompt`: tokens of the prompt; `output`: tokens that it will generate, which no policy reads.
+* `tier`: position of its tier; 0 is the tightest.
+* `total`: tokens that must be computed before its next token can be drawn; `computed`: how many of
+  them are; `grant`: how many more the step under way computes.
+* `emitted`: output tokens so far.
+* `holds`: 1 if it has a seat and pages while its prompt is computed.
+* `following`: the next in its queue, or `NOBODY`.
+"""
+
+SERVER = np.dtype(
+    [
+        ("state", "i8"), ("stage", "i8"), ("label", "i8"), ("phase", "i8"), ("end", "f8"),
+        ("steps", "i8"), ("decodes", "i8"), ("context", "i8"), ("pending", "i8"),
+        ("pending_tokens", "i8"), ("joining", "i8"), ("joining_tokens", "i8"), ("kv", "i8"),
+        ("load", "f8"), ("head", "i8"), ("join_head", "i8"), ("next_finish", "i8"),
+        ("place", "i8"), ("row", "i8"),
+    ]
+)  # fmt: skip
+"""A server.
+
+* `state`: `OFF` to `DRAINING`; `stage`: `WHOLE`, `PREFILL` or `DECODE`.
+* `label`: tier at whose pace it runs, or `NOBODY`.
+* `phase`: `IDLE`, `STEPPING` or `BETWEEN`; `end`: when the step under way ends, or the last ended.
+* `steps`: steps done; a step under way is not.
+* `decodes`: sequences that decode; `context`: tokens that are in the cache for them.
+* `pending`: requests whose prompts are not computed; `pending_tokens`: what those have left, the
+  step under way included; `head`: the first of their queue, or `NOBODY`.
+* `joining`: requests whose keys and values are on their way to it; `joining_tokens`: their tokens;
+  `join_head`: the first of them, or `NOBODY`.
+* `kv`: tokens in the cache; prompts count whole from the time at which they are begun.
+* `load`: what servers are ordered by; 1 is full.
+* `next_finish`: the step that ends with somebody's last token, which no policy reads.
+* `place`: where it stands in its row of the gradient; `row`: which row, or `NOBODY`.
+"""
+
+SLOT = np.dtype(
+    [("request", "i8"), ("context", "i8"), ("emitted", "i8"), ("due", "f8"), ("finish", "i8")]
+)
+"""A seat; the first `decodes` of a server are in use.
+
+* `request`: who decodes there.
+* `context`: tokens in the cache, less `steps`; `emitted`: output tokens, less `steps`.
+* `due`: the token that step j ends with is due at this plus j times the seconds of its tier.
+* `finish`: step that ends with the last token.
+"""
+
+MEANS = np.dtype(
+    [("tau", "f8"), ("output", "f8"), ("finished", "i8"), ("prompt", "f8"), ("arrived", "i8")]
+)
+"""A tier.
+
+* `tau`: seconds per token.
+* `output`: mean output tokens, as far as they have been seen; `finished`: of how many requests.
+* `prompt`: mean tokens of prompts that have arrived; `arrived`: of how many.
+"""
+
+
+class Servers(NamedTuple):
+    """Servers and who is on them.
 
     Attributes:
-        arrival: When it arrived.
-        prompt: Tokens of the prompt.
-        output: Tokens that it will generate, which no policy reads.
-        tier: Position of its tier; 0 is the tightest.
-        due: When the first token is due.
-        tpot: Seconds per further token.
-        total: Tokens that must be computed before its next token can be drawn.
-        computed: How many of them are.
-        grant: How many more the step under way computes.
-        emitted: Output tokens so far.
-        holds: 1 if it has a seat and pages while its prompt is computed.
-        ready: When its keys and values have come to the server that decodes it.
-        following: The next in its queue, or `NOBODY`.
+        one: `[servers]` of `SERVER`.
+        slots: `[servers, seats]` of `SLOT`.
+        min_due: `[servers, tiers]`: the least `due` of the slots of a tier; infinite without any.
     """
 
-    arrival: np.ndarray
-    prompt: np.ndarray
-    output: np.ndarray
-    tier: np.ndarray
-    due: np.ndarray
-    tpot: np.ndarray
-    total: np.ndarray
-    computed: np.ndarray
-    grant: np.ndarray
-    emitted: np.ndarray
-    holds: np.ndarray
-    ready: np.ndarray
-    following: np.ndarray
-
-
-class ServerArrays(NamedTuple):
-    """Servers; arrays are `[servers]` if nothing else is said.
-
-    Attributes:
-        state: `OFF` to `DRAINING`.
-        stage: `WHOLE`, `PREFILL` or `DECODE`.
-        label: Tier at whose pace it runs, or `NOBODY`.
-        phase: `IDLE`, `STEPPING` or `BETWEEN`.
-        end: When the step under way ends, or the last one ended.
-        steps: Steps done; a step under way is not.
-        decodes: Sequences that decode.
-        context: Tokens that are in the cache for them.
-        pending: Requests whose prompts are not computed.
-        pending_tokens: Tokens that those have left, the step under way included.
-        joining: Requests whose keys and values are on their way to it.
-        joining_tokens: Tokens of those.
-        kv: Tokens in the cache; prompts count whole from the time at which they are begun.
-        load: What servers are ordered by; 1 is full.
-        head: First request in the queue of prompts, or `NOBODY`.
-        join_head: First request that is on its way, or `NOBODY`.
-        slot_request: `[servers, seats]`: who decodes; the first `decodes` are in use.
-        slot_context: `[servers, seats]`: tokens in the cache, less `steps`.
-        slot_emitted: `[servers, seats]`: output tokens, less `steps`.
-        slot_due: `[servers, seats]`: the token that step j ends with is due at this plus j times
-            the seconds per token of the request's tier.
-        slot_finish: `[servers, seats]`: step that ends with the last token.
-        next_finish: The least of those.
-        min_due: `[servers, tiers]`: the least `slot_due` of each tier; infinite without any.
-    """
-
-    state: np.ndarray
-    stage: np.ndarray
-    label: np.ndarray
-    phase: np.ndarray
-    end: np.ndarray
-    steps: np.ndarray
-    decodes: np.ndarray
-    context: np.ndarray
-    pending: np.ndarray
-    pending_tokens: np.ndarray
-    joining: np.ndarray
-    joining_tokens: np.ndarray
-    kv: np.ndarray
-    load: np.ndarray
-    head: np.ndarray
-    join_head: np.ndarray
-    slot_request: np.ndarray
-    slot_context: np.ndarray
-    slot_emitted: np.ndarray
-    slot_due: np.ndarray
-    slot_finish: np.ndarray
-    next_finish: np.ndarray
+    one: Records
+    slots: Records
     min_due: np.ndarray
 
 
@@ -114,11 +110,7 @@ class Rules(NamedTuple):
     """What a policy goes by, and the sizes of a server.
 
     Attributes:
-        tau: `[tiers]`: seconds per token, ascending.
-        outputs: `[tiers]`: mean output tokens, as far as they have been seen; written as they are.
-        finished: `[tiers]`: how many requests that mean is over.
-        prompts: `[tiers]`: mean tokens of prompts that have arrived; written as they do.
-        arrived: `[tiers]`: how many requests that mean is over.
+        means: `[tiers]` of `MEANS`; what has been seen is written as it is.
         interference: Share of the prompts that a batch will bring with it in the long run, which
             count when the pace of later tokens is checked.
         guard: Share of its pace that a server keeps when it hosts a looser tier's requests.
@@ -135,11 +127,7 @@ class Rules(NamedTuple):
         checks: Bit 1: the first token is checked, 2: the second, 4: the later ones.
     """
 
-    tau: np.ndarray
-    outputs: np.ndarray
-    finished: np.ndarray
-    prompts: np.ndarray
-    arrived: np.ndarray
+    means: Records
     interference: float
     guard: float
     max_step: float
@@ -155,36 +143,19 @@ class Rules(NamedTuple):
     checks: int
 
 
-def empty_requests(count: int) -> RequestArrays:
-    """Return arrays for a number of requests that have not arrived."""
-
-    def whole() -> np.ndarray:
-        return np.zeros(count, np.int64)
-
-    def real() -> np.ndarray:
-        return np.zeros(count)
-
-    return RequestArrays(
-        arrival=real(), prompt=whole(), output=whole(), tier=whole(), due=real(), tpot=real(),
-        total=whole(), computed=whole(), grant=whole(), emitted=whole(), holds=whole(),
-        ready=real(), following=np.full(count, NOBODY),
-    )  # fmt: skip
+def empty_requests(count: int) -> Records:
+    """Return a number of requests that have not arrived."""
+    found = np.zeros(count, REQUEST).view(np.recarray)
+    found.following[:] = NOBODY
+    return found
 
 
-def empty_servers(count: int, seats: int, tiers: int) -> ServerArrays:
-    """Return arrays for a number of servers that are idle, warm and without a label."""
-
-    def whole(value: int = 0) -> np.ndarray:
-        return np.full(count, value, np.int64)
-
-    def slots() -> np.ndarray:
-        return np.zeros((count, seats), np.int64)
-
-    return ServerArrays(
-        state=whole(POOLED), stage=whole(WHOLE), label=whole(NOBODY), phase=whole(IDLE),
-        end=np.zeros(count), steps=whole(), decodes=whole(), context=whole(), pending=whole(),
-        pending_tokens=whole(), joining=whole(), joining_tokens=whole(), kv=whole(),
-        load=np.zeros(count), head=whole(NOBODY), join_head=whole(NOBODY), slot_request=slots(),
-        slot_context=slots(), slot_emitted=slots(), slot_due=np.zeros((count, seats)),
-        slot_finish=slots(), next_finish=whole(NEVER), min_due=np.full((count, tiers), np.inf),
-    )  # fmt: skip
+def empty_servers(count: int, seats: int, tiers: int) -> Servers:
+    """Return a number of servers that are idle, warm and without a label."""
+    one = np.zeros(count, SERVER).view(np.recarray)
+    one.state[:], one.stage[:], one.phase[:] = POOLED, WHOLE, IDLE
+    for name in ("label", "head", "join_head", "place", "row"):
+        one[name] = NOBODY
+    one.next_finish[:] = NEVER
+    slots = np.zeros((count, seats), SLOT).view(np.recarray)
+    return Servers(one, slots, np.full((count, tiers), np.inf))
