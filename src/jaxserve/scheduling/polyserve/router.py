@@ -131,7 +131,7 @@ class _Arrays:
                 else:
                     pending.append(r)
             pending.sort(key=lambda r: (float(self.rq.due[r]), r))
-            for r, following in zip(pending, [*pending[1:], NOBODY], strict=True):
+            for r, following in zip(pending, [*pending[1:], NOBODY], strict=False):
                 self.rq.following[r] = following
                 self.sv.one.pending_tokens[s] += self.rq.total[r] - self.rq.computed[r]
             self.sv.one.pending[s] = len(pending)
