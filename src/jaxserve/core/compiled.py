@@ -23,10 +23,23 @@ except ImportError:
 
 def compiled[F: Callable[..., Any]](function: F) -> F:
     """Compile a function at its first call; what was compiled is kept on disk where that can be."""
+    return _jit(function)
+
+
+def inlined[F: Callable[..., Any]](function: F) -> F:
+    """Compile a function into its callers; for what is called in one place.
+
+    Each compiled function is compiled again as a part of whoever calls it, so that deep towers of
+    calls take minutes.
+    """
+    return _jit(function, inline="always")
+
+
+def _jit[F: Callable[..., Any]](function: F, **options: str) -> F:
     if numba is None:
         return function
     jit = cast("Any", numba).njit
     try:
-        return jit(function, cache=True, nogil=True)
+        return jit(function, cache=True, nogil=True, **options)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-        return jit(function, nogil=True)
+        return jit(function, nogil=True, **options)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled
+from jaxserve.core.compiled import compiled, inlined
 from jaxserve.scheduling.polyserve.admission import EPS, TAKES, admits, chunk, slack_of
 from jaxserve.scheduling.polyserve.packing import (
     LEAST_REQUESTS,
@@ -190,7 +190,7 @@ def _set_event(bd: Board, s: int, time: float) -> None:
     _sift(bd, bd.desk.spot[s])
 
 
-@compiled
+@inlined
 def _drop_event(bd: Board, s: int) -> None:
     at = bd.desk.spot[s]
     if at == NOBODY:
@@ -274,7 +274,7 @@ def _refresh_due(rq: Records, sv: Servers, s: int, k: int) -> None:
     sv.min_due[s, k] = least
 
 
-@compiled
+@inlined
 def _judge(
     rules: Rules, rq: Records, sv: Servers, bd: Board, out: Records, s: int, t: float
 ) -> None:
@@ -369,7 +369,7 @@ def _settle(
     return changed
 
 
-@compiled
+@inlined
 def _first_token(
     rules: Rules,
     su: Setup,
@@ -483,7 +483,7 @@ def _put(
     _reload(times, rules, sv, gr, s)
 
 
-@compiled
+@inlined
 def _append(su: Setup, rq: Records, sv: Servers, bd: Board, s: int, r: int) -> None:
     """Put a prompt into a server's queue, by its deadline or behind the others."""
     sv.one.pending[s] += 1
@@ -504,6 +504,7 @@ def _append(su: Setup, rq: Records, sv: Servers, bd: Board, s: int, r: int) -> N
 
 @compiled
 def _reload(times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, s: int) -> None:
+    sv.one.known[s], sv.one.known_kv[s] = sv.one.context[s], sv.one.kv[s]
     if sv.one.row[s] != NOBODY:
         sv.one.load[s] = load_of(times, rules, sv, s)
         move(gr, sv, s)
@@ -531,7 +532,7 @@ def _advance(
     return changed
 
 
-@compiled
+@inlined
 def _join(rules: Rules, rq: Records, sv: Servers, bd: Board, s: int, t: float) -> None:
     """Let those decode whose keys and values have come."""
     before, r = NOBODY, sv.one.join_head[s]
@@ -554,7 +555,7 @@ def _join(rules: Rules, rq: Records, sv: Servers, bd: Board, s: int, t: float) -
         r = following
 
 
-@compiled
+@inlined
 def _preempt(
     su: Setup, rules: Rules, rq: Records, sv: Servers, bd: Board, out: Records, s: int
 ) -> None:
@@ -668,7 +669,7 @@ def _is_lost(times: StepTimes, rq: Records, r: int, now: float) -> bool:
     return now + step_seconds(times, left, left * left / 2, 1, 0, 0, 0) > rq.due[r] + EPS
 
 
-@compiled
+@inlined
 def _schedule(su: Setup, rq: Records, sv: Servers, bd: Board, s: int) -> None:
     """Set a server's next event: the end of its step, or a time before which nobody ends."""
     if sv.one.phase[s] == IDLE:
@@ -691,7 +692,7 @@ def _schedule(su: Setup, rq: Records, sv: Servers, bd: Board, s: int) -> None:
     _set_event(bd, s, time)
 
 
-@compiled
+@inlined
 def _pull(
     times: StepTimes,
     rules: Rules,
@@ -728,7 +729,7 @@ def _pull(
             _put(times, rules, su, rq, sv, gr, bd, out, s, r, now)
 
 
-@compiled
+@inlined
 def _event(
     times: StepTimes,
     rules: Rules,
@@ -757,7 +758,7 @@ def _event(
     _schedule(su, rq, sv, bd, s)
 
 
-@compiled
+@inlined
 def _retry(
     times: StepTimes,
     rules: Rules,
@@ -791,7 +792,7 @@ def _retry(
             break
 
 
-@compiled
+@inlined
 def _tick(
     times: StepTimes,
     rules: Rules,
@@ -847,7 +848,7 @@ def _force(
     return True
 
 
-@compiled
+@inlined
 def _hand_over(
     times: StepTimes,
     rules: Rules,
@@ -867,7 +868,7 @@ def _hand_over(
             _enqueue(rq, bd, rq.tier[r], r)
 
 
-@compiled
+@inlined
 def _resize(su: Setup, sv: Servers, bd: Board, watch: Watch, now: float) -> None:
     count = resize_pool(sv, watch, su.reserve, su.hold, bd.desk.scratch)
     for i in range(abs(count)):
@@ -882,7 +883,7 @@ def _resize(su: Setup, sv: Servers, bd: Board, watch: Watch, now: float) -> None
             bd.real[0] += now - bd.desk.on_since[s]
 
 
-@compiled
+@inlined
 def _sample(sv: Servers, gr: Gradient, bd: Board, now: float, timeline: np.ndarray) -> None:
     """Write a row of the timeline: time; servers per row, draining, pooled, starting; waiting."""
     at = bd.whole[TICKS]
@@ -902,7 +903,7 @@ def _sample(sv: Servers, gr: Gradient, bd: Board, now: float, timeline: np.ndarr
         timeline[at, 4 + rows] += bd.lines.waiting[row]
 
 
-@compiled
+@inlined
 def _arrive(
     times: StepTimes,
     rules: Rules,

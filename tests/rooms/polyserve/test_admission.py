@@ -111,7 +111,7 @@ def test_chunks_are_predicted_as_they_come(members, max_step):
 def test_the_peak_is_never_underestimated(members):
     config = PolyServeConfig(initial_output=150.0)
     rules, rq, sv = build(members, config)
-    got = peak_kv(rules, rq, sv, 0, len(members) - 1, members[-1].total)
+    got = peak_kv(rules, rq, sv, 0, len(members) - 1, members[-1].total, 0)
 
     def left(one):
         return int(max(150.0 - one.emitted, 0.25 * 150.0)) if one.emitted else 150

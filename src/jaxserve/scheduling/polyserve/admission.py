@@ -10,7 +10,7 @@ Source: PolyServe (arXiv 2507.17769). Chunks follow from the slack of who decode
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled
+from jaxserve.core.compiled import compiled, inlined
 from jaxserve.scheduling.polyserve.state import (
     DECODE,
     IDLE,
@@ -120,7 +120,7 @@ def steady_seconds(
 
 
 @compiled
-def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int) -> int:
+def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int, ahead: int) -> int:
     """Return the most tokens that will be in the cache at once if a request is taken.
 
     Residents grow by a token per step and leave at their tier's mean output. Time is cut into bins
@@ -133,6 +133,7 @@ def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int)
         s: The server.
         r: The request, or `NOBODY`.
         tokens: Tokens of the request when it begins to decode.
+        ahead: Steps that decodes are ahead of what is noted down.
     """
     horizon = 1.0
     for k in range(rules.means.size):
@@ -140,7 +141,7 @@ def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int)
     width = int(horizon / _BINS) + 1
     leaving = np.zeros(_BINS + 1, np.int64)
     leaving_tokens = np.zeros(_BINS + 1, np.int64)
-    steps = sv.one.steps[s]
+    steps = sv.one.steps[s] + ahead
     many, total = 0, 0
     for i in range(sv.one.decodes[s]):
         q = sv.slots.request[s, i]
@@ -212,8 +213,9 @@ def admits(
         return SEATS
     checks = rules.checks
     tokens = rq.total[r]
+    time, ahead = _roll(times, sv, s, now)
     if checks & _LATER_BIT and sv.one.stage[s] != PREFILL:
-        peak = peak_kv(rules, rq, sv, s, r, tokens)
+        peak = peak_kv(rules, rq, sv, s, r, tokens, ahead)
         if peak > rules.capacity:
             return MEMORY
         many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] + 1
@@ -227,10 +229,28 @@ def admits(
         return MEMORY
     if not checks & (_FIRST_BIT | _SECOND_BIT):
         return TAKES
-    return _walk(times, rules, rq, sv, s, r, now)
+    return _walk(times, rules, rq, sv, s, r, now, time, ahead)
 
 
-@compiled
+@inlined
+def _roll(times: StepTimes, sv: Servers, s: int, now: float) -> tuple[float, int]:
+    """Return when the step ends that a server is at, and how many steps that is ahead.
+
+    Steps of decodes alone repeat the one that is noted down, so that they need not be.
+    """
+    time = max(now, sv.one.end[s])
+    if sv.one.phase[s] != STEPPING:
+        return time, 0
+    decodes, context, ahead = sv.one.decodes[s], sv.one.context[s] + sv.one.decodes[s], 1
+    time = sv.one.end[s]
+    while time < now:
+        time += step_seconds(times, 0, 0.0, 0, 0, decodes, context + decodes)
+        context += decodes
+        ahead += 1
+    return time, ahead
+
+
+@inlined
 def _walk(  # noqa: C901  parts of it would hand a dozen numbers back and forth
     times: StepTimes,
     rules: Rules,
@@ -239,22 +259,15 @@ def _walk(  # noqa: C901  parts of it would hand a dozen numbers back and forth
     s: int,
     r: int,
     now: float,
+    time: float,
+    ahead: int,
 ) -> int:
     """Follow all prompts of a server, and the request's in its place, to their first tokens."""
     tiers = rules.means.size
     dues = np.empty(tiers)  # when each tier's next token is due
-    decodes, context, steps = sv.one.decodes[s], sv.one.context[s], sv.one.steps[s]
-    time = max(now, sv.one.end[s])
-    under_way = sv.one.phase[s] == STEPPING
-    if under_way:
-        # The step under way; those that repeat it have begun without being noted down.
-        time = sv.one.end[s]
-        steps += 1
-        context += decodes
-        while time < now:
-            time += step_seconds(times, 0, 0.0, 0, 0, decodes, context + decodes)
-            steps += 1
-            context += decodes
+    decodes, steps = sv.one.decodes[s], sv.one.steps[s] + ahead
+    context = sv.one.context[s] + ahead * decodes
+    under_way = ahead > 0
     for k in range(tiers):
         dues[k] = np.inf
         if sv.min_due[s, k] < np.inf:

@@ -52,7 +52,7 @@ def load_of(times: StepTimes, rules: Rules, sv: Servers, s: int) -> float:
     many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s]
     if sv.one.stage[s] == PREFILL:
         return sv.one.pending_tokens[s] / rules.max_tokens
-    context = sv.one.context[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s]
+    context = sv.one.known[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s]
     if many == 0:
         return 0.0
     tier = sv.one.label[s] if sv.one.label[s] >= 0 else rules.means.size - 1
@@ -137,7 +137,7 @@ def probe(
     while i < count:
         s = gr.order[row, i if rules.packs else count - 1 - i]
         many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] + 1
-        context = sv.one.context[s] + sv.one.pending_tokens[s] + rq.total[r]
+        context = sv.one.known[s] + sv.one.pending_tokens[s] + rq.total[r]
         if many <= rules.seats and (
             pace == np.inf or step_seconds(times, 0, 0.0, 0, 0, many, context) <= pace
         ):
@@ -301,10 +301,13 @@ def rival(  # noqa: C901  a line or two for each rule
             if stage == PREFILL:
                 value = float(sv.one.pending_tokens[s])
         elif kind == LEAST_KV:
-            value = float(sv.one.kv[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s])
+            value = float(sv.one.known_kv[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s])
         elif kind == FREENESS:
             free = (
-                rules.capacity - sv.one.kv[s] - sv.one.pending_tokens[s] - sv.one.joining_tokens[s]
+                rules.capacity
+                - sv.one.known_kv[s]
+                - sv.one.pending_tokens[s]
+                - sv.one.joining_tokens[s]
             )
             value = -free / (1 + _requests(sv, s))
         else:
@@ -350,11 +353,11 @@ def _headroom(
         sv.one.pending[s] + 1,
         0,
         sv.one.decodes[s],
-        sv.one.context[s],
+        sv.one.known[s],
     )
     many = _requests(sv, s) + 1
     gap = step_seconds(
-        times, 0, 0.0, 0, 0, many, sv.one.context[s] + waiting + sv.one.joining_tokens[s]
+        times, 0, 0.0, 0, 0, many, sv.one.known[s] + waiting + sv.one.joining_tokens[s]
     )
     return 0.8 * (rq.due[r] - first) / (rq.due[r] - rq.arrival[r]) + 0.2 * (1 - gap / rq.tpot[r])
 

@@ -135,6 +135,10 @@ class _Arrays:
                 self.rq.following[r] = following
                 self.sv.one.pending_tokens[s] += self.rq.total[r] - self.rq.computed[r]
             self.sv.one.pending[s] = len(pending)
+            self.sv.one.known[s], self.sv.one.known_kv[s] = (
+                self.sv.one.context[s],
+                self.sv.one.kv[s],
+            )
             self.sv.one.head[s] = pending[0] if pending else NOBODY
         self.new = NOBODY if new is None else self._request(new)
 

@@ -81,14 +81,14 @@ def spares_tail(
     if moving == 0:
         return True
     tokens = (
-        sv.one.context[tail] + sv.one.pending_tokens[tail] + sv.one.joining_tokens[tail]
+        sv.one.known[tail] + sv.one.pending_tokens[tail] + sv.one.joining_tokens[tail]
     ) // moving
     share = 1.0 if sv.one.stage[tail] == WHOLE else 0.0
     tau = rules.means.tau[row]
     for i in range(count - 1):
         s = gr.order[row, i]
         many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s]
-        context = sv.one.context[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s]
+        context = sv.one.known[s] + sv.one.pending_tokens[s] + sv.one.joining_tokens[s]
         while moving > 0 and many < rules.seats and context + tokens <= rules.capacity:
             many += 1
             context += tokens

@@ -50,7 +50,7 @@ SERVER = np.dtype(
         ("steps", "i8"), ("decodes", "i8"), ("context", "i8"), ("pending", "i8"),
         ("pending_tokens", "i8"), ("joining", "i8"), ("joining_tokens", "i8"), ("kv", "i8"),
         ("load", "f8"), ("head", "i8"), ("join_head", "i8"), ("next_finish", "i8"),
-        ("place", "i8"), ("row", "i8"),
+        ("place", "i8"), ("row", "i8"), ("known", "i8"), ("known_kv", "i8"),
     ]
 )  # fmt: skip
 """A server.
@@ -67,6 +67,7 @@ SERVER = np.dtype(
 * `kv`: tokens in the cache; prompts count whole from the time at which they are begun.
 * `load`: what servers are ordered by; 1 is full.
 * `next_finish`: the step that ends with somebody's last token, which no policy reads.
+* `known`: `context` as of its latest event, and `known_kv`: `kv`; steps of decodes are no events.
 * `place`: where it stands in its row of the gradient; `row`: which row, or `NOBODY`.
 """
 
