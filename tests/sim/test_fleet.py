@@ -1,4 +1,4 @@
-"""Simulated fleets: the same as the replica by replica simulation, whole, and the same every time."""
+"""Simulated fleets: as replica by replica, with nothing lost, and the same every time."""
 
 import random
 
@@ -173,7 +173,10 @@ def test_memory_and_seats_bound_as_well():
     ("change", "message"),
     [
         ({"arrival": np.array([1.0, 0.5])}, "must not decrease"),
-        ({"ttft": np.array([1.0, np.nan])}, "ttft must be a finite number above zero, but request 1"),
+        (
+            {"ttft": np.array([1.0, np.nan])},
+            "ttft must be a finite number above zero, but request 1",
+        ),
         ({"prompt": np.array([0, 5])}, "prompt must be a finite number above zero, but request 0"),
         ({"tpot": np.array([0.1])}, "tpot has 1 values for 2 requests"),
     ],

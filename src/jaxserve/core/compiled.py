@@ -20,6 +20,9 @@ except ImportError:
         "hours; install numba."
     )
 
+is_compiled = numba is not None and not cast("Any", numba).config.DISABLE_JIT
+"""Whether loops are compiled here; numba's own NUMBA_DISABLE_JIT turns that off."""
+
 
 def compiled[F: Callable[..., Any]](function: F) -> F:
     """Compile a function at its first call; what was compiled is kept on disk where that can be."""

@@ -100,7 +100,8 @@ class ReplicaRole:
 
     Attributes:
         state: Whether it is there and takes requests.
-        tier: Seconds per token of the tier that it serves; None if it serves none, or any.
+        tier: Seconds per token of the tier that it serves; None if it serves none, or whichever its
+            requests are of.
         stage: What it does of a request.
     """
 

@@ -26,6 +26,7 @@ from jaxserve.scheduling.polyserve.state import (
     PREFILL,
     empty_requests,
     empty_servers,
+    records,
 )
 from jaxserve.scheduling.step_times import step_times
 from jaxserve.sim import fleet_loop
@@ -325,7 +326,7 @@ def simulate_fleet(
         most=config.down_load, share=config.drain_share, reserve=reserve, start=config.start_s,
     )  # fmt: skip
     board = _board(spec.servers, many, rival.seed if rival else 0)
-    out = np.zeros(count, fleet_loop.RESULT).view(np.recarray)
+    out = records(fleet_loop.RESULT, count)
     out.first[:], out.finish[:], out.last[:], out.server[:] = np.nan, np.nan, -1.0, NOBODY
     length = float(trace.arrival[-1]) if count else 0.0
     timeline = np.zeros((int(length / config.check_s) + 500, 6 + many))
@@ -373,9 +374,9 @@ def _labels(rival: FleetRival, spec: FleetSpec, tiers: int) -> np.ndarray:
 
 
 def _board(servers: int, tiers: int, seed: int) -> Board:
-    desk = np.zeros(servers, fleet_loop.DESK).view(np.recarray)
+    desk = records(fleet_loop.DESK, servers)
     desk.tail[:] = desk.spot[:] = NOBODY
-    lines = np.zeros(tiers + 1, fleet_loop.LINE).view(np.recarray)
+    lines = records(fleet_loop.LINE, tiers + 1)
     lines.queue[:] = NOBODY
     return Board(
         desk, lines, np.array([(seed * 7919 + 12345) % (1 << 31), -1]),

@@ -50,6 +50,8 @@ from jaxserve.scheduling.step_times import StepTimes, step_seconds
 LATE_FIRST, LATE_TOKEN, LATE_GAP, DECLINED = 1, 2, 4, 8
 """Bits of what a request missed: its first token's deadline, a later one's, a gap, everything."""
 _ROUNDING = 1 - 1e-9
+_ASKED = 6
+"""Requests of a queue that a server is asked about before it goes on; some are shorter."""
 
 
 class Setup(NamedTuple):
@@ -713,20 +715,26 @@ def _pull(
     for row in range(own, tiers if own < tiers else tiers + 1):
         if row != own and not su.promotes:
             break
-        while bd.lines.queue[row] != NOBODY:
-            r = bd.lines.queue[row]
-            if rq.emitted[r] == 0 and _is_lost(times, rq, r, now):
-                bd.lines.queue[row] = rq.following[r]
-                bd.lines.waiting[row] -= 1
-                _decline(bd, out, r, now)
+        guard = 1.0 if row == own else rules.guard
+        before, r, asked = NOBODY, bd.lines.queue[row], 0
+        while r != NOBODY and asked < _ASKED:
+            following = rq.following[r]
+            is_lost = rq.emitted[r] == 0 and _is_lost(times, rq, r, now)
+            if not is_lost and admits(times, rules, rq, sv, s, r, now, guard) != TAKES:
+                asked += 1
+                before, r = r, following
                 continue
-            guard = 1.0 if row == own else rules.guard
-            if admits(times, rules, rq, sv, s, r, now, guard) != TAKES:
-                break
-            bd.lines.queue[row] = rq.following[r]
+            if before == NOBODY:
+                bd.lines.queue[row] = following
+            else:
+                rq.following[before] = following
             bd.lines.waiting[row] -= 1
-            bd.whole[PROMOTED] += row != own
-            _put(times, rules, su, rq, sv, gr, bd, out, s, r, now)
+            if is_lost:
+                _decline(bd, out, r, now)
+            else:
+                bd.whole[PROMOTED] += row != own
+                _put(times, rules, su, rq, sv, gr, bd, out, s, r, now)
+            r = following
 
 
 @inlined
@@ -925,11 +933,10 @@ def _arrive(
         _decline(bd, out, r, now)
         return
     stage, row = (PREFILL, tiers) if su.is_split else (WHOLE, k)
-    # Nobody overtakes those of its own queue.
-    if bd.lines.queue[row] == NOBODY or rq.due[r] < rq.due[bd.lines.queue[row]]:
-        if _offer(times, rules, su, rq, sv, gr, bd, out, r, now, stage):
-            return
-        watch.refused[row] += 1
+    # Whoever waits has been asked about; somebody shorter may find room where it does not.
+    if _offer(times, rules, su, rq, sv, gr, bd, out, r, now, stage):
+        return
+    watch.refused[row] += 1
     _enqueue(rq, bd, row, r)
 
 

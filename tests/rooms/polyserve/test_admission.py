@@ -37,7 +37,7 @@ TIERS = (0.02, 0.03, 0.05, 0.1)
 
 
 def build(members, config, now=1.0, **sizes):
-    """Put members on one server: those with tokens decode, the others' prompts wait; last is new."""
+    """Put members on one server: those with tokens decode, others wait; the last is new."""
     sizes = {"capacity": 10**6, "seats": 64, "max_tokens": 4096, **sizes}
     rules = rules_for(config, **sizes)
     rq, sv = empty_requests(len(members)), empty_servers(1, sizes["seats"], len(config.tiers))

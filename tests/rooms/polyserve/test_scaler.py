@@ -1,4 +1,4 @@
-"""The scaler: the tail is the signal, survivors are tested again, and nothing goes back and forth."""
+"""The scaler: the tail is the signal, survivors are tested again, nothing goes back and forth."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_the_pool_is_kept_at_its_reserve():
     view = FleetView(now=0.0, replicas=(replica(3), replica(), replica()), roles=roles)
     (action,) = scaler.plan(view).actions
     assert (action.replica, action.state) == (1, "starting")
-    with pytest.raises(ConfigError, match="no tier of 0.3 seconds"):
+    with pytest.raises(ConfigError, match=r"no tier of 0\.3 sec"):
         scaler.refused(0.3)
 
 

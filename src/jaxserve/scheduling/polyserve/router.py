@@ -29,12 +29,14 @@ from jaxserve.scheduling.polyserve.state import (
     MEANS,
     NEVER,
     NOBODY,
+    POOLED,
     SERVING,
     Records,
     Rules,
     Servers,
     empty_requests,
     empty_servers,
+    records,
 )
 from jaxserve.scheduling.step_times import step_seconds, step_times
 
@@ -85,7 +87,7 @@ def rules_for(
     """
     many = len(config.tiers)
     checks = config.check_first + 2 * config.check_second + 4 * config.check_later
-    means = np.zeros(many, MEANS).view(np.recarray)
+    means = records(MEANS, many)
     means.tau[:] = config.tiers
     means.output[:], means.prompt[:] = config.initial_output, config.initial_prompt
     means.finished[:] = means.arrived[:] = _PRIOR
@@ -123,6 +125,7 @@ class _Arrays:
             self.sv.one.label[s] = self._label(role)
             self.sv.one.phase[s] = BETWEEN
             self.sv.one.end[s] = replica.now
+            first = self._used
             pending: list[int] = []
             for sequence in (*replica.running, *replica.waiting):
                 r = self._request(sequence)
@@ -135,6 +138,8 @@ class _Arrays:
                 self.rq.following[r] = following
                 self.sv.one.pending_tokens[s] += self.rq.total[r] - self.rq.computed[r]
             self.sv.one.pending[s] = len(pending)
+            if self.sv.one.state[s] == SERVING and role.tier is None and role.stage == "whole":
+                self._relabel(s, range(first, self._used))
             self.sv.one.known[s], self.sv.one.known_kv[s] = (
                 self.sv.one.context[s],
                 self.sv.one.kv[s],
@@ -162,6 +167,13 @@ class _Arrays:
                 "per token; give both the same tiers."
             )
         return self._tiers.index(role.tier)
+
+    def _relabel(self, s: int, members: range) -> None:
+        """Give a replica without a role that of those it serves; to the pool if it serves none."""
+        if members:
+            self.sv.one.label[s] = min(int(self.rq.tier[r]) for r in members)
+        else:
+            self.sv.one.state[s] = POOLED
 
     def _request(self, sequence: SequenceView) -> int:
         r, rq, slo = self._used, self.rq, sequence.slo
