@@ -42,9 +42,9 @@ def test_the_tail_drains_once_it_has_been_dispensable_for_three_checks():
 
 def test_survivors_are_tested_with_the_load_that_they_would_have():
     # The tail's one request has a place elsewhere; but two shares of what comes make one too many.
-    full = [(replica(60), 0.1), (replica(55), 0.1), (replica(50), 0.1), POOL]
+    full = [(replica(250), 0.1), (replica(240), 0.1), (replica(225), 0.1), POOL]
     assert all(not actions for actions in watch(full, 5))
-    assert watch([(replica(60), 0.1), (replica(1), 0.1), POOL], 3)[-1] == [(1, "draining")]
+    assert watch([(replica(225), 0.1), (replica(1), 0.1), POOL], 3)[-1] == [(1, "draining")]
 
 
 def test_the_last_server_of_a_tier_stays():

@@ -47,7 +47,8 @@ def load_of(times: StepTimes, rules: Rules, sv: Servers, s: int) -> float:
     """Return how full a server is: the largest of its shares of pace, cache and seats.
 
     A prompt that is not computed counts as a sequence that decodes, and its tokens as read; the
-    share of pace holds the prompts that come with as many decodes in the long run.
+    share of pace is that of what an empty step leaves, and holds the prompts that come with as many
+    decodes in the long run.
     """
     many = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s]
     if sv.one.stage[s] == PREFILL:
@@ -57,7 +58,9 @@ def load_of(times: StepTimes, rules: Rules, sv: Servers, s: int) -> float:
         return 0.0
     tier = sv.one.label[s] if sv.one.label[s] >= 0 else rules.means.size - 1
     share = 1.0 if sv.one.stage[s] == WHOLE else 0.0
-    load = steady_seconds(times, rules, tier, many, context, share) / rules.means.tau[tier]
+    empty = step_seconds(times, 0, 0.0, 0, 0, 0, 0)
+    used = steady_seconds(times, rules, tier, many, context, share) - empty
+    load = used / max(rules.means.tau[tier] - empty, 1e-6)
     return max(load, context / rules.capacity, many / rules.seats)
 
 
