@@ -161,13 +161,13 @@ class Case:
         return fleet(self.servers, self.prefill_servers)
 
 
-def contenders(case: Case, pool: Lengths) -> dict[str, list[Policy]]:
+def contenders(case: Case, pool: Lengths, budgets: Sequence[int]) -> dict[str, list[Policy]]:
     """Return policies with the variants from which each one's best is taken."""
     is_split = case.pool == "split"
     own = case.servers - case.prefill_servers
     sizes = tier_sizes(pool, MIXES[case.mix], own, is_split=is_split)
     # On servers that do one thing only, a budget would do nothing but limit prompts.
-    budgets = (0,) if is_split else (0, 512, 1024)
+    budgets = (0,) if is_split else budgets
     found: dict[str, list[Policy]] = {"polyserve": [PolyServeConfig(tiers=TIERS)]}
     names = (
         "random", "round_robin", "least_requests", "least_kv", "power_of_two", "slo_headroom",
@@ -249,7 +249,7 @@ def _measure_case(
     optimum = fleet_bound(sample, case.spec, TIERS) / case.servers
     bound = fleet_bound(sample, case.spec, TIERS, level=LEVEL, is_banked=True) / case.servers
     rates: dict[str, float] = {}
-    for name, policies in contenders(case, pool).items():
+    for name, policies in contenders(case, pool, args.budgets).items():
         if args.policies and name not in args.policies:
             continue
         key = (case.pool, case.mix, name)
@@ -491,6 +491,10 @@ def main() -> None:
     parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=list(MIXES))
     parser.add_argument("--policies", nargs="+", default=[], help="only these")
     parser.add_argument(
+        "--budgets", nargs="+", type=int, default=[0, 512, 1024],
+        help="tokens of a step that rivals try in shared pools; 0 follows slack",
+    )  # fmt: skip
+    parser.add_argument(
         "--only", nargs="+", default=["speed", "diurnal", "goodput"],
         choices=["speed", "diurnal", "goodput"], help="parts to measure",
     )  # fmt: skip
@@ -502,7 +506,7 @@ def main() -> None:
         parser.error(f"a fleet needs 8 servers for its tiers and pools, got {min(args.servers)}")
     if not args.traces.is_dir():
         parser.error(f"there are no traces in {args.traces.name}; name their folder with --traces")
-    is_whole = args.servers == [100, 1000] or args.only != ["speed", "diurnal", "goodput"]
+    is_whole = min(args.servers) >= 100
     recorder = Recorder("polyserve" if is_whole else "polyserve_quick")
     if args.tables:
         report(recorder.path)
