@@ -291,7 +291,7 @@ def _measure_case(
 
 def measure_diurnal(args: argparse.Namespace, pool: Lengths, recorder: Recorder) -> None:
     """Compare the server-seconds of a fleet with the scaler to those of fleets of one size."""
-    servers = min(args.servers)
+    servers = min(50, *args.servers)
     seconds = 60 * args.minutes * 5
     sample = steady(pool, 1000.0, 20.0, MIXES["loose"], 99)
     peak = 0.8 * fleet_bound(sample, fleet(servers), TIERS)

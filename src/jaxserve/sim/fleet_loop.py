@@ -878,7 +878,8 @@ def _hand_over(
 
 @inlined
 def _resize(su: Setup, sv: Servers, bd: Board, watch: Watch, now: float) -> None:
-    count = resize_pool(sv, watch, su.reserve, su.hold, bd.desk.scratch)
+    keep = max(0.0, 1 - su.tick / max(su.start, su.tick))
+    count = resize_pool(sv, watch, su.reserve, su.hold, keep, bd.desk.scratch)
     for i in range(abs(count)):
         s = bd.desk.scratch[i]
         if count > 0:

@@ -353,7 +353,8 @@ class TierScaler:
         actions = _actions(config, before, sv, "the others have room")
         reserve = max(1, math.ceil(config.reserve_share * len(sv.one)))
         change = np.zeros(len(sv.one), np.int64)
-        count = int(resize_pool(sv, self._watch, reserve, config.hold_checks, change))
+        keep = max(0.0, 1 - config.check_s / max(config.start_s, config.check_s))
+        count = int(resize_pool(sv, self._watch, reserve, config.hold_checks, keep, change))
         state: ReplicaState = "starting" if count > 0 else "off"
         resized = tuple(
             ScaleAction(replica=int(s), state=state, reason=f"the pool should hold {reserve}")

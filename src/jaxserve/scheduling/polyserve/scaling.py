@@ -19,6 +19,7 @@ from jaxserve.scheduling.polyserve.state import (
     OFF,
     POOLED,
     PREFILL,
+    SERVING,
     STARTING,
     WHOLE,
     Rules,
@@ -34,18 +35,22 @@ class Watch(NamedTuple):
         held: `[rows + 1]`: checks in a row at which a server could be spared; the last is the pool.
         changed: `[rows]`: when the row last let a server drain.
         refused: `[rows]`: requests that found no room in their row since the last check.
+        trend: `[2]`: servers with a label at the last check, and how many more there have been of
+            late: the sum over about as long as a server takes to start.
     """
 
     held: np.ndarray
     changed: np.ndarray
     refused: np.ndarray
+    trend: np.ndarray
 
 
 def empty_watch(tiers: int) -> Watch:
     """Return the memory of a scaler that has seen nothing."""
     return Watch(
-        np.zeros(tiers + 2, np.int64), np.full(tiers + 1, -np.inf), np.zeros(tiers + 1, np.int64)
-    )
+        np.zeros(tiers + 2, np.int64), np.full(tiers + 1, -np.inf), np.zeros(tiers + 1, np.int64),
+        np.array([-1.0, 0.0]),
+    )  # fmt: skip
 
 
 @compiled
@@ -153,24 +158,34 @@ def scale_down(
 
 
 @compiled
-def resize_pool(sv: Servers, watch: Watch, reserve: int, hold: int, change: np.ndarray) -> int:
-    """Choose servers to start, or to turn off, so that `reserve` are warm and idle.
+def resize_pool(
+    sv: Servers, watch: Watch, reserve: int, hold: int, keep: float, change: np.ndarray
+) -> int:
+    """Choose servers to start, or to turn off, so that enough are warm and idle.
+
+    Enough are `reserve`, and as many as have been needed of late while one takes to start.
 
     Args:
         sv: Servers; states are left as they are.
         watch: The scaler's memory.
         reserve: Servers that the pool should hold.
         hold: Checks in a row at which there must be too many before any is turned off.
+        keep: Share of the recent growth that still counts at the next check.
         change: `[servers]`: written with the servers that change.
 
     Returns:
         How many are to start; or less than zero, how many are to be turned off.
     """
-    pooled, coming, absent = 0, 0, 0
+    pooled, coming, absent, serving = 0, 0, 0, 0
     for s in range(sv.one.state.size):
         pooled += sv.one.state[s] == POOLED
         coming += sv.one.state[s] == STARTING
         absent += sv.one.state[s] == OFF
+        serving += sv.one.state[s] == SERVING
+    growth = max(0.0, serving - watch.trend[0]) if watch.trend[0] >= 0 else 0.0
+    watch.trend[0] = serving
+    watch.trend[1] = keep * watch.trend[1] + growth
+    reserve += int(watch.trend[1])
     last = watch.held.size - 1
     wanted = min(absent, reserve - pooled - coming)
     if wanted > 0:
