@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.core import compiled
 from jaxserve.pallas_kernels import planner, planner_loops, variant
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import Item, ItemFlag, Plan, PlanSpec
@@ -247,6 +248,13 @@ def test_padding_is_empty_and_safe():
     assert len(plan.kv_indices) >= 64 + spec.tile_kv // spec.page_size
 
 
+def load(name, file):
+    source = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_without_a_compiler_plans_are_the_same(mode, monkeypatch, caplog):
     q_len, kv_len = np.array([1, 0, 30, 7]), [900, 5, 64, 400]
@@ -255,9 +263,8 @@ def test_without_a_compiler_plans_are_the_same(mode, monkeypatch, caplog):
     spec = spec_for(q_len, kv_len, num_ctas=5, cascade_levels=1, **mode)
     wanted = make_plan(spec, q_len, table, shared=shared).buffer
     monkeypatch.setitem(sys.modules, "numba", None)
-    source = importlib.util.spec_from_file_location("plain_loops", planner_loops.__file__)
-    plain = importlib.util.module_from_spec(source)
-    source.loader.exec_module(plain)
+    monkeypatch.setitem(sys.modules, "jaxserve.core.compiled", load("door", compiled.__file__))
+    plain = load("plain_loops", planner_loops.__file__)
     assert "install numba" in caplog.text
     monkeypatch.setattr(planner, "_loops", lambda: plain)
     assert (make_plan(spec, q_len, table, shared=shared).buffer == wanted).all()

@@ -118,6 +118,21 @@ class TableCost:
         """Return the arguments that make this model, for a file."""
         return {"rows": [list(row) for row in self._rows], "composition": self._composition}
 
+    @property
+    def axes(self) -> tuple[tuple[float, ...], ...]:
+        """Values of the four axes."""
+        return tuple(map(tuple, self._axes))
+
+    @property
+    def grid(self) -> np.ndarray:
+        """Seconds of every cell after the envelope; the axes in their order."""
+        return np.array(self._flat).reshape([len(axis) for axis in self._axes])
+
+    @property
+    def composition(self) -> Composition:
+        """How a step with prefill and decode is read."""
+        return self._composition
+
     def step_time(self, load: StepLoad) -> float:
         """Return the seconds that a step takes."""
         prefill, pairs = load.prefill, load.pairs

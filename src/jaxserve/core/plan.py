@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxserve.core.view import ReplicaState
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -82,4 +84,45 @@ class Route:
 
     replica: int
     is_promised: bool = True
+    reason: DeclineReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleAction:
+    """A replica that gets another role.
+
+    Attributes:
+        replica: Position in the fleet's view.
+        state: What it becomes: `serving` takes it out of the pool, `draining` lets it finish,
+            `pooled` gives it back, `starting` brings one up, and `off` turns it off.
+        tier: Seconds per token of the tier that it serves from now on; None for none.
+        reason: Why, in a few words.
+    """
+
+    replica: int
+    state: ReplicaState
+    tier: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalePlan:
+    """What a scaler answers: the roles that change, in this order."""
+
+    actions: tuple[ScaleAction, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutePlan:
+    """What a router with a queue of its own answers about one request.
+
+    Attributes:
+        route: Where it goes; None lets it wait at the router, to be asked about again after the
+            next event of a replica.
+        actions: Roles that change before it goes there.
+        reason: Why it waits, if it does; `idle_server` means that waiting will not help.
+    """
+
+    route: Route | None
+    actions: tuple[ScaleAction, ...] = ()
     reason: DeclineReason | None = None

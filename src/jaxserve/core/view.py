@@ -1,6 +1,7 @@
 """Frozen snapshots that policies see. No policy ever sees a device array."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxserve.core.request import Slo
 
@@ -86,6 +87,29 @@ class ReplicaView:
     draft_sizes: tuple[int, ...] = ()
 
 
+ReplicaState = Literal["off", "starting", "pooled", "serving", "draining"]
+"""Whether a replica is there: not at all, on its way, warm without a tier, at work, or finishing
+what it has without taking more."""
+ReplicaStage = Literal["whole", "prefill", "decode"]
+"""What a replica does of a request: all of it, its prompt only, or its tokens after the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRole:
+    """What a replica is for in its fleet.
+
+    Attributes:
+        state: Whether it is there and takes requests.
+        tier: Seconds per token of the tier that it serves; None if it serves none, or whichever its
+            requests are of.
+        stage: What it does of a request.
+    """
+
+    state: ReplicaState = "serving"
+    tier: float | None = None
+    stage: ReplicaStage = "whole"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetView:
     """Several engines, as a router sees them.
@@ -93,7 +117,9 @@ class FleetView:
     Attributes:
         now: Clock time in seconds.
         replicas: Each as of the end of the step that it is at; its `now` is when that will be.
+        roles: What each is for; empty in a fleet where all are alike.
     """
 
     now: float
     replicas: tuple[ReplicaView, ...]
+    roles: tuple[ReplicaRole, ...] = ()

@@ -9,21 +9,11 @@ another, as a function around them all would be compiled as long again as all of
 """
 
 import enum
-import logging
-from collections.abc import Callable
-from typing import Any, cast
 
 import numpy as np
 
+from jaxserve.core.compiled import compiled
 from jaxserve.pallas_kernels.plan import CTA_BITS, Item, ItemFlag
-
-try:
-    import numba
-except ImportError:
-    numba = None
-    logging.getLogger(__name__).warning(
-        "numba is not installed, so plans of attention take milliseconds; install numba."
-    )
 
 
 class Tile(enum.IntEnum):
@@ -165,17 +155,6 @@ PARTS = (
 _FIELDS = len(Item)
 _DECODE = int(ItemFlag.DECODE)
 _CTA_BITS = CTA_BITS
-
-
-def compiled[F: Callable[..., Any]](function: F) -> F:
-    """Compile a function at its first call; what was compiled is kept on disk where that can be."""
-    if numba is None:
-        return function
-    jit = cast("Any", numba).njit
-    try:
-        return jit(function, cache=True, nogil=True)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-        return jit(function, nogil=True)
 
 
 @compiled

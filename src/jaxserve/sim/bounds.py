@@ -1,13 +1,16 @@
 """How many requests could keep their objectives at best, if the whole future were known."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linprog
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 
-from jaxserve.core.cost import LinearCost, StepLoad
+from jaxserve.core.cost import CostModel, LinearCost, StepLoad
 from jaxserve.core.errors import ConfigError
+from jaxserve.scheduling.polyserve.router import tier_of
+from jaxserve.sim.fleet import FleetSpec, FleetTrace
 from jaxserve.sim.request import SimRequest
 
 _PER_SECOND = 1000
@@ -110,3 +113,200 @@ def _prefill_work(cost: LinearCost, request: SimRequest) -> float:
     left = request.prompt_len - request.cached_len
     whole = cost.step_time(StepLoad().with_chunk(left, request.cached_len))
     return whole - cost.step_time(StepLoad())
+
+
+def class_rate(
+    cost: CostModel,
+    *,
+    prompt: float,
+    output: float,
+    tau: float,
+    capacity: int,
+    seats: int,
+    has_prompts: bool = True,
+) -> float:
+    """Return the best steady rate of a server that serves one class of requests only.
+
+    Lengths are exactly the means, arrivals are smooth, and every step holds as many tokens of
+    prompts as the decodes that end in it have had.
+
+    Args:
+        cost: Times of steps.
+        prompt: Mean tokens of prompts.
+        output: Mean output tokens.
+        tau: Seconds per token.
+        capacity: Tokens that the cache holds.
+        seats: Most sequences.
+        has_prompts: Whether prompts are computed on the same server.
+
+    Returns:
+        Requests per second; 0 if not even one sequence can be served at that pace.
+
+    Source: the optimum that PolyServe (arXiv 2507.17769) compares with, in our words.
+    """
+    mean = prompt + output / 2
+    best = 0.0
+    for count in range(1, min(seats, int(capacity / mean)) + 1):
+        load = StepLoad(decodes=count, context=round(count * mean))
+        if has_prompts:
+            chunk = prompt * count / output
+            load = load._replace(prefill=round(chunk), pairs=chunk * prompt / 2, prefills=1)
+        seconds = cost.step_time(load)
+        if seconds > tau:
+            break
+        best = max(best, count / (output * seconds))
+    return best
+
+
+def fleet_bound(
+    trace: FleetTrace,
+    spec: FleetSpec,
+    tiers: tuple[float, ...],
+    *,
+    level: float = 1.0,
+    is_banked: bool = False,
+    buckets: int = 6,
+) -> float:
+    """Return an upper bound of the rate at which a share of a fleet's requests keep objectives.
+
+    A linear programme: servers are divisible and each runs at one pace; requests of a tier and of
+    like lengths are a class, whose requests may go to servers at any pace that they allow. Time,
+    cache and seats of the servers must be enough. Arrivals are as smooth as can be.
+
+    Args:
+        trace: The requests; only how their lengths, tiers and objectives are distributed counts.
+        spec: The servers; their cost model has one plane.
+        tiers: Seconds per token, ascending.
+        level: Share of requests that must keep their objectives. The programme chooses which.
+        is_banked: Whether a request may be served more slowly than its tier, by what its first
+            token can come earlier than it is due. Only that bounds the reading as deadlines;
+            without it the answer is the optimum G* that others compare with.
+        buckets: Classes by output length of a tier, and of each of those by prompt length.
+
+    Returns:
+        Requests per second that may arrive.
+
+    Raises:
+        ConfigError: For a cost model with several planes, or an empty trace.
+    """
+    if not isinstance(spec.cost, LinearCost) or len(spec.cost.planes) != 1 or not len(trace):
+        raise ConfigError("a bound needs requests, and a linear cost model with one plane.")
+    if not 0 < level <= 1:
+        raise ConfigError(f"level must be above 0 and at most 1, got {level}.")
+    plane = spec.cost.planes[0]
+    tier = tier_of(trace.tpot, tiers)
+    steps = trace.output - 1.0
+    context = steps * trace.prompt + steps * (steps + 1) / 2
+    decode = steps * (plane.token + plane.request) + plane.context * context
+    prefill = plane.token * trace.prompt + plane.request
+    spare = trace.ttft - prefill - plane.base
+    longest = np.array(tiers)[tier]
+    if is_banked:
+        longest = trace.tpot + np.maximum(0.0, spare) / np.maximum(steps, 1.0)
+    label = _bucket(tier, trace.output, trace.prompt, buckets)
+    paces = np.unique(np.append(np.geomspace(tiers[0], tiers[-1] * 2, 48), tiers))
+    return _solve_fleet(
+        spec, plane.base, paces, level,
+        _Classes(
+            weight=_per_class(label, np.ones(len(trace))) / len(trace),
+            decode=_mean(label, decode), prefill=_mean(label, prefill),
+            steps=_mean(label, steps), context=_mean(label, context),
+            whole_steps=_mean(label, trace.prompt / spec.max_tokens),
+            longest=np.array([longest[label == c].max() for c in range(label.max() + 1)]),
+        ),
+    )  # fmt: skip
+
+
+class _Classes(NamedTuple):
+    """Classes of requests: share, and means of what they take; all `[classes]`.
+
+    Attributes:
+        weight: Share of all requests.
+        decode: Seconds of their tokens after the first, without what a step costs.
+        prefill: The same of prompts.
+        steps: Steps in which they decode.
+        context: Tokens in the cache, summed over those.
+        whole_steps: Steps that a server of prompts takes for them at the least.
+        longest: Slowest pace that any of them allows, in seconds.
+    """
+
+    weight: np.ndarray
+    decode: np.ndarray
+    prefill: np.ndarray
+    steps: np.ndarray
+    context: np.ndarray
+    whole_steps: np.ndarray
+    longest: np.ndarray
+
+
+def _per_class(label: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.bincount(label, values)
+
+
+def _mean(label: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.bincount(label, values) / np.bincount(label)
+
+
+def _bucket(tier: np.ndarray, outer: np.ndarray, inner: np.ndarray, count: int) -> np.ndarray:
+    """Number classes: tiers, cut by quantiles of one length, each cut by those of the other."""
+
+    def cut(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(groups), np.int64)
+        for group in np.unique(groups):
+            own = groups == group
+            edges = np.quantile(values[own], np.linspace(0, 1, count + 1)[1:-1])
+            found[own] = group * count + np.searchsorted(edges, values[own])
+        return found
+
+    return np.unique(cut(cut(tier, outer), inner), return_inverse=True)[1]
+
+
+def _solve_fleet(
+    spec: FleetSpec, base: float, paces: np.ndarray, level: float, classes: _Classes
+) -> float:
+    """Solve the programme: how much of each class at each pace, servers at each pace, the rate."""
+    many, count = len(classes.weight), len(paces)
+    is_split = spec.prefill_servers > 0
+    # A pace counts as allowed if the next faster one is; the bound may only become looser.
+    faster = np.concatenate([[0.0], paces[:-1]])
+    allowed = (faster[:, None] < classes.longest) & (paces[:, None] > base)
+    allowed[0] |= classes.longest >= paces[0]
+    width = count * many + count + 1
+    work = classes.decode if is_split else classes.decode + classes.prefill
+    rows: list[np.ndarray] = []
+    limits: list[float] = []
+    for p, pace in enumerate(paces):
+        for amounts, limit in (
+            (work, (pace - base) / pace),
+            (classes.context * pace, float(spec.capacity)),
+            (classes.steps * pace, float(spec.seats)),
+        ):
+            row = np.zeros(width)
+            row[p * many : (p + 1) * many] = amounts
+            row[count * many + p] = -max(0.0, limit)
+            rows.append(row)
+            limits.append(0.0)
+    row = np.zeros(width)
+    row[count * many : -1] = 1.0
+    rows.append(row)
+    limits.append(float(spec.servers - spec.prefill_servers))
+    shares = np.tile(np.eye(many), count)
+    for c in range(many):
+        rows.append(np.concatenate([shares[c], np.zeros(count), [-classes.weight[c]]]))
+        limits.append(0.0)
+    total = np.concatenate([np.ones(count * many), np.zeros(count)])
+    rows.append(np.append(-total, level))
+    limits.append(0.0)
+    if is_split:
+        seconds = classes.prefill + base * classes.whole_steps
+        rows.append(np.concatenate([np.tile(seconds, count), np.zeros(count + 1)]))
+        limits.append(float(spec.prefill_servers))
+    goal = np.zeros(width)
+    goal[-1] = -1.0
+    bounds = [(0.0, None if ok else 0.0) for ok in allowed.ravel()] + [(0.0, None)] * (count + 1)
+    found = linprog(
+        goal, A_ub=csr_array(np.array(rows)), b_ub=np.array(limits), bounds=bounds, method="highs"
+    )
+    if not found.success:
+        raise ConfigError(f"the linear programme has no answer: {found.message}")
+    return float(found.x[-1])
