@@ -283,7 +283,7 @@ def _build(
         "cascade" if cascade_levels else "",
         _words_of(variant),
         f"-> {chosen.stages} stages of {chosen.tile_kv}",
-        "" if getattr(chosen, "schedule_barrier", True) else "no turns",
+        "no turns" if "2 warpgroups" in words and not chosen.schedule_barrier else "",
     ]
     return Build(
         kernel=kernel,

@@ -148,11 +148,12 @@ def tuning_table() -> dict[TuningKey, tuple[TuningConfig, ...]]:
         wide = most == 128 and warpgroups == 1 and itemsize == 2 and not changes
         tries = [(128, 3), (128, 2)] if wide else []
         tries += [(64, 4), (64, 3), (64, 2)]
-        width = 32 if warpgroups == 1 else 16
         found: list[TuningConfig] = []
         for (keys, stages), columns, turns in itertools.product(
-            tries, (width, 16), (True, False) if warpgroups == 2 else (False,)
+            tries, (32, 16), (True, False) if warpgroups == 2 else (False,)
         ):
+            if columns == 32 and (warpgroups == 2 or (keys == 128 and dim == 128)):
+                continue  # spills
             config = TuningConfig(
                 tile_kv=keys,
                 stages=stages,
