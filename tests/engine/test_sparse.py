@@ -10,7 +10,7 @@ from jaxserve.core.errors import ConfigError, RequestError
 from jaxserve.core.request import SamplingParams
 from jaxserve.engine.llm import LLM
 from tests.cases import slow
-from tests.tiny import Bench, tiny_module
+from tests.tiny import Bench, tiny_module, write_tiny_model
 
 SEGMENT, WINDOW = 64, 16
 SETTINGS = (
@@ -261,6 +261,22 @@ def test_speculation_with_and_without_shares(module, plain):
     read, there, _, measured, missed, *_ = figures(bench) - before
     assert len(tokens(found)) == 60
     assert bench.metrics.num_draft_tokens > bench.metrics.num_accepted_tokens > 0
+    assert 0 < read < there
+    assert missed <= 0.05 * measured
+    bench.assert_idle()
+
+
+@pytest.mark.slow
+def test_a_model_that_drafts_may_stand_beside_it(tmp_path):
+    folder = write_tiny_model(tmp_path / "tiny")
+    config = {"model": str(folder), "num_speculative_tokens": 3}
+    bench = sparse_bench(folder, speculative_config=config)
+    prompt = prompt_of(200, seed=26)
+    whole = bench.complete(prompt, **GREEDY, attention_mass=1.0)
+    assert tokens(whole) == tokens(Bench(folder, max_num_seqs=2).complete(prompt, **GREEDY))
+    before = figures(bench)
+    assert len(tokens(bench.complete(prompt, **GREEDY))) == 40
+    read, there, _, measured, missed, *_ = figures(bench) - before
     assert 0 < read < there
     assert missed <= 0.05 * measured
     bench.assert_idle()
