@@ -257,12 +257,12 @@ def compare(
 ) -> bool:
     """Run one scenario through both and judge; tell whether everything is within its limit."""
     base = simulated_capacity(machine, workload, args.requests)
-    rates = [share * base for share in RATES]
+    rates = [share * base for share in args.rates]
     lines: list[list[str]] = []
     found: dict[tuple[str, str], list[float]] = {}
     medians_ok: list[bool] = []
     for policy in args.policies:
-        for share, rate in zip(RATES, rates, strict=True):
+        for share, rate in zip(args.rates, rates, strict=True):
             requests = workload.offer(rate, args.requests, machine.cost)
             ours = machine.simulated(policy, requests).figures()
             real = machine.served(policy, requests).figures()
@@ -337,6 +337,10 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=10, help="steps per shape when measuring")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=list(RATES),
+        help="shares of the planner's simulated capacity",
+    )  # fmt: skip
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the traces")
     parser.add_argument("--out", type=Path, help="folder of the result lines")
     args = parser.parse_args()

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from jaxserve.cli import main as cli
 from jaxserve.core.config import EngineConfig, SchedulerOptions
 from jaxserve.core.cost import LinearCost, Plane, StepLoad
 from jaxserve.core.cost_buckets import BucketCost
@@ -22,7 +23,7 @@ from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.scheduling.guard import GuardedScheduler, find_fault
 from jaxserve.scheduling.policies import NEED_COST, POLICIES, PolicySettings
 from jaxserve.sim.replay import replay
-from tests.tiny import Bench, tiny_module
+from tests.tiny import Bench, tiny_module, write_tiny_model
 
 PROMPT = [*range(40, 71)]
 PROMPTS = [PROMPT, [*range(100, 230)], [5], [*range(3, 60)], [9] * 40, [*range(200, 290)]]
@@ -357,6 +358,24 @@ def test_views_are_as_of_the_end_of_the_step_on_the_device(make, monkeypatch):
     ahead = [view.now - now for now, view in views]
     assert ahead[0] == pytest.approx(0, abs=0.5)
     assert max(ahead) > 2  # a step of "five seconds" is on the device
+
+
+def test_the_command_writes_a_file_that_an_engine_takes(tmp_path, capsys):
+    folder, out = write_tiny_model(tmp_path / "tiny"), tmp_path / "cost.json"
+    sizes = {"max_model_len": 128, "max_num_seqs": 2, "max_num_batched_tokens": 32}
+    sizes |= {"num_gpu_blocks_override": 64}
+    flags = [w for k, v in sizes.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    assert cli.main(["profile", str(folder), "--quick", "--output", str(out), *flags]) == 0
+    assert "with it, 95 % of the steps took no longer" in capsys.readouterr().out
+    facts = read_cost(out).facts
+    assert facts["engine"]["max_num_seqs"] == 2
+    assert facts["model"]
+    bench = Bench(folder, scheduling_policy="slo", cost_model=str(out), **sizes)
+    name = offer(bench, EASY, prompt=[5, 6, 7])
+    bench.run()
+    assert bench.outputs[name].slo.attained
+    with pytest.raises(SystemExit):
+        cli.main(["profile", "--repeats", "0"])
 
 
 # The log ---------------------------------------------------------------------------------------

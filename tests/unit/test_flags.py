@@ -277,3 +277,18 @@ def test_single_keys_of_json_flags():
     assert merged == config | {"enable_in_reasoning": True}
     assert parse(["--grammar-backend", "llguidance"], {}).engine.structured.backend == "llguidance"
     assert parse(["m"], {}).engine.structured.backend == "auto"
+
+
+def test_policies_are_chosen_by_name_with_their_times_budget_and_log(capsys):
+    words = ["--scheduling-policy", "slo", "--cost-model", "c.json", "--policy-budget-ms", "5"]
+    made = parse([*words, "--decision-log", "d.jsonl", "--slo-pace", "tpot_gap"], {}).engine
+    found = made.scheduler
+    assert (found.scheduling_policy, found.cost_model, found.policy_budget_ms) == (
+        "slo",
+        "c.json",
+        5.0,
+    )
+    assert (found.decision_log, found.slo_pace) == ("d.jsonl", "tpot_gap")
+    with pytest.raises(SystemExit):
+        parse(["--scheduling-policy", "slow"], {})
+    assert "Did you mean 'slo'?" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Times of steps of an engine whose shapes are fixed: every step is padded to a bucket."""
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -92,6 +92,8 @@ class BucketCost:
         self._decode = _grid("decode", decode, None, raised, name)
         self._mixed = _grid("mixed", mixed, self._decode, raised, name)
         self._drafted = _grid("drafted", drafted, self._decode, raised, name) if drafted else None
+        self._decode_rows = self._decode.rows
+        self._decode_seconds = tuple(line[0] for line in self._decode.seconds)
         self.enveloped = tuple(raised)
         self._context = context
         self._pair = pair
@@ -168,7 +170,22 @@ class BucketCost:
 
     def step_time(self, load: StepLoad) -> float:
         """Return the seconds that a step takes."""
-        return self._base(load) + self._pair * load[1] + self._context * load[5]
+        prefill, pairs, prefills, _, decodes, context, drafts, draft_steps = load
+        if not (prefill or drafts):
+            rows, table = self._decode_rows, self._decode_seconds
+            at = bisect_left(rows, decodes)
+            base = table[at] if at < len(table) else self._decode.time(decodes, 0)
+        elif prefill and not draft_steps:
+            grid = self._mixed
+            at = bisect_left(grid.rows, decodes + prefills)
+            column = bisect_left(grid.tokens, prefill)
+            if at < len(grid.rows) and column < len(grid.tokens):
+                base = grid.seconds[at][column]
+            else:
+                base = grid.time(decodes + prefills, prefill)
+        else:
+            base = self._base(load)
+        return base + self._pair * pairs + self._context * context
 
     def decode_times(self, load: StepLoad, count: int) -> Sequence[float]:
         """Return the seconds of `count` steps of decodes, each a token longer than the last."""
@@ -189,13 +206,17 @@ class BucketCost:
         most = self._solve(seconds - fixed - base + slope * (last - before), slope, past)
         if most >= least:
             return self._settle(seconds, load, past, most, least)
-        for column in range(len(grid.tokens) - 1, -1, -1):
+        at = bisect_left(grid.rows, rows)
+        if at < len(grid.rows):
+            times = grid.seconds[at]
+        else:
+            times = tuple(grid.time(rows, size) for size in grid.tokens)
+        for column in range(bisect_right(times, seconds - fixed) - 1, -1, -1):
             size = grid.tokens[column]
             least = 1 if column == 0 else max(1, grid.tokens[column - 1] - before + 1)
             if size - before < least:
                 continue
-            left = seconds - fixed - grid.time(rows, size)
-            most = min(size - before, self._solve(left, 0.0, past))
+            most = min(size - before, self._solve(seconds - fixed - times[column], 0.0, past))
             if most >= least:
                 found = self._settle(seconds, load, past, most, least)
                 if found:

@@ -12,6 +12,7 @@ LOWEST, HIGHEST = 0.7, 1.5
 """Corrections go no further than this: beyond, the model is not wrong but for another machine."""
 ALARM_LOW, ALARM_HIGH = 0.8, 1.25
 ALARM_AFTER_S = 30.0
+_TRIES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +120,25 @@ class LearnedCost:
         """
         if self.step_time(load.with_chunk(1, past)) > seconds:
             return 0
-        guess = self._cost.prefill_within(seconds / self._correction(load), load, past)
+        guess = found = 1
+        for _ in range(_TRIES):
+            correction = self._of_bucket(_number(load.tokens + guess, is_prefill=True))
+            found = self._cost.prefill_within(seconds / correction, load, past)
+            if found == guess or not found:
+                break
+            guess = found
+        if guess == found and self.step_time(load.with_chunk(guess, past)) <= seconds:
+            after = self.step_time(load.with_chunk(guess + 1, past))
+            if after > seconds:
+                return guess
         return longest_chunk(self, seconds, load, past, guess)
 
     def _correction(self, load: StepLoad) -> float:
-        return min(max(self._ratios.get(_bucket(load), 1.0), LOWEST), HIGHEST)
+        return self._of_bucket(_bucket(load))
+
+    def _of_bucket(self, bucket: int) -> float:
+        ratio = self._ratios.get(bucket, 1.0)
+        return LOWEST if ratio < LOWEST else min(ratio, HIGHEST)
 
     def _mean(self) -> float:
         total = sum(self._weights.values())
@@ -135,8 +150,14 @@ class LearnedCost:
 
 
 def _bucket(load: StepLoad) -> int:
+    """Number the kind of a step, as `_number` does."""
+    prefill, _, _, _, decodes, _, drafts, _ = load
+    return 2 * (((prefill + decodes + drafts).bit_length() + 1) // 2) + (prefill > 0)
+
+
+def _number(tokens: int, *, is_prefill: bool) -> int:
     """Number the kind of a step: twice the power of four of its tokens, plus one with prefill."""
-    return 2 * ((load.tokens.bit_length() + 1) // 2) + (load.prefill > 0)
+    return 2 * ((tokens.bit_length() + 1) // 2) + is_prefill
 
 
 def _name(bucket: int) -> str:
