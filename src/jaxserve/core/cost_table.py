@@ -78,7 +78,7 @@ class TableCost:
             raised = np.maximum.accumulate(raised, axis=axis)
         places = (tuple(axes[a][i] for a, i in enumerate(at)) for at in np.argwhere(raised > grid))
         self.enveloped = tuple(dict.fromkeys(_cell_name(_key(*place)) for place in places))
-        self._composition = composition
+        self._composition: Composition = composition
         self._axes = [[float(value) for value in axis] for axis in axes]
         self._flat: list[float] = raised.ravel().tolist()
         shape = raised.shape

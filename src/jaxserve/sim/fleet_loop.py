@@ -900,10 +900,10 @@ def _sample(sv: Servers, gr: Gradient, bd: Board, now: float, timeline: np.ndarr
     bd.whole[TICKS] += 1
     if at >= timeline.shape[0]:
         return
-    rows = gr.count.size
+    rows = gr.filled.size
     timeline[at, 0] = now
     for row in range(rows):
-        timeline[at, 1 + row] = gr.count[row]
+        timeline[at, 1 + row] = gr.filled[row]
     for s in range(sv.one.state.size):
         state = sv.one.state[s]
         timeline[at, 1 + rows] += state == DRAINING
