@@ -248,7 +248,6 @@ def _measure_case(
 ) -> None:
     optimum = fleet_bound(sample, case.spec, TIERS) / case.servers
     bound = fleet_bound(sample, case.spec, TIERS, level=LEVEL, is_banked=True) / case.servers
-    rates: dict[str, float] = {}
     for name, policies in contenders(case, pool, args.budgets).items():
         if args.policies and name not in args.policies:
             continue
@@ -264,7 +263,6 @@ def _measure_case(
                 continue
         policy, found, seconds = goodput(case, pool, policies, guess)
         tuned[key] = policy, found.rate
-        rates[name] = found.rate
         recorder.write(
             "goodput", servers=case.servers, pool=case.pool, mix=case.mix, policy=name,
             level=LEVEL, reading="tpot", requests_per_second_per_server=found.rate,
@@ -277,16 +275,13 @@ def _measure_case(
             f"({found.low:.3f}-{found.high:.3f}), G* {optimum:.3f}, bound {bound:.3f} "
             f"{describe(policy)} ({seconds:.0f} s)", flush=True,
         )  # fmt: skip
-    rivals = {name: rate for name, rate in rates.items() if name != "polyserve"}
-    if "polyserve" in rates and rivals:
-        best = max(rivals, key=lambda name: rivals[name])
-        recorder.write(
-            "ratio", servers=case.servers, pool=case.pool, mix=case.mix, best_rival=best,
-            over_best_rival=rates["polyserve"] / rivals[best], target=TARGETS[case.pool],
-            over_optimum=rates["polyserve"] / optimum, target_optimum=OPTIMUM,
-            attained_over_optimum=LEVEL * rates["polyserve"] / optimum,
-            over_bound=rates["polyserve"] / bound,
-        )  # fmt: skip
+    for at, best, ratio, over in ratios(recorder.path):
+        if at == (case.servers, case.pool, case.mix):
+            recorder.write(
+                "ratio", servers=case.servers, pool=case.pool, mix=case.mix, best_rival=best,
+                over_best_rival=ratio, target=TARGETS[case.pool], over_optimum=over,
+                target_optimum=OPTIMUM, over_bound=over * optimum / bound,
+            )  # fmt: skip
 
 
 def measure_diurnal(args: argparse.Namespace, pool: Lengths, recorder: Recorder) -> None:
@@ -389,12 +384,28 @@ def report(path: Path) -> None:
     print(table(["fleet", "policy", "requests/s per server", "over G*", "over bound"], lines))
     lines = [
         [
-            f"{row['servers']} {row['pool']} {row['mix']}", row["best_rival"],
-            f"{row['over_best_rival']:.3f}", f"{row['target']}", f"{row['over_optimum']:.3f}",
-        ] for row in rows_of(path, "ratio")
+            f"{servers} {pool} {mix}", best, f"{ratio:.3f}", f"{TARGETS[pool]}", f"{optimum:.3f}",
+        ] for (servers, pool, mix), best, ratio, optimum in ratios(path)
     ]  # fmt: skip
     print()
     print(table(["fleet", "best rival", "polyserve over it", "target", "over G*"], lines))
+
+
+def ratios(path: Path) -> list[tuple[tuple[Any, ...], str, float, float]]:
+    """Return each fleet, its best rival, and PolyServe's goodput over that one's and over G*."""
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows_of(path, "goodput"):
+        case = (row["servers"], row["pool"], row["mix"])
+        cases.setdefault(case, {})[row["policy"]] = row
+    name = "requests_per_second_per_server"
+    found: list[tuple[tuple[Any, ...], str, float, float]] = []
+    for case, rows in cases.items():
+        rivals = {policy: row[name] for policy, row in rows.items() if policy != "polyserve"}
+        if "polyserve" in rows and rivals:
+            best = max(rivals, key=lambda policy: rivals[policy])
+            own = rows["polyserve"]
+            found.append((case, best, own[name] / rivals[best], own[name] / own["optimum"]))
+    return found
 
 
 def plot(path: Path) -> None:

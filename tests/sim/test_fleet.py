@@ -123,8 +123,8 @@ def test_idle_fleets_and_nobody_at_all():
 
 def test_polyserve_keeps_what_it_takes():
     """With times known exactly, hardly anybody who is taken misses a token's deadline."""
-    trace = draw(3000, 60.0, 1, output=120)
-    report = simulate_fleet(trace, spec(10, capacity=300_000), PolyServeConfig())
+    trace = draw(3000, 120.0, 1, output=120)
+    report = simulate_fleet(trace, spec(8, capacity=300_000), PolyServeConfig())
     taken = ~report.declined()
     assert report.attained()[taken].mean() > 0.98
     assert 0.3 < taken.mean() < 1.0, "so many that some have to be declined"

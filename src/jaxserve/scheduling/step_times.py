@@ -57,10 +57,10 @@ def step_times(cost: CostModel, *, margin: float = 0.0) -> StepTimes:
         return StepTimes(scale * np.array(rows), none, 0, 0, 0, 0, none, 0)
     if isinstance(cost, TableCost):
         axes = np.concatenate([np.array(axis) for axis in cost.axes])
-        sizes = [len(axis) for axis in cost.axes]
+        batches, contexts, chunks, pasts = map(len, cost.axes)
         grid = scale * cost.grid.ravel()
         is_summed = int(cost.composition == "summed")
-        return StepTimes(np.zeros((0, 4)), axes, *sizes, grid, is_summed)
+        return StepTimes(np.zeros((0, 4)), axes, batches, contexts, chunks, pasts, grid, is_summed)
     raise ConfigError(
         f"compiled loops read a LinearCost or a TableCost, got {type(cost).__name__}; give the "
         "model that it was made from, and a margin."

@@ -50,8 +50,8 @@ from jaxserve.scheduling.step_times import StepTimes, step_seconds
 LATE_FIRST, LATE_TOKEN, LATE_GAP, DECLINED = 1, 2, 4, 8
 """Bits of what a request missed: its first token's deadline, a later one's, a gap, everything."""
 _ROUNDING = 1 - 1e-9
-_ASKED = 6
-"""Requests of a queue that a server is asked about before it goes on; some are shorter."""
+_ASKED = 4
+"""Waiting requests that a server is asked about in vain before it goes on."""
 
 
 class Setup(NamedTuple):
@@ -712,11 +712,12 @@ def _pull(
     if sv.one.state[s] != SERVING:
         return
     own = tiers if sv.one.stage[s] == PREFILL else sv.one.label[s]
+    asked = 0
     for row in range(own, tiers if own < tiers else tiers + 1):
         if row != own and not su.promotes:
             break
         guard = 1.0 if row == own else rules.guard
-        before, r, asked = NOBODY, bd.lines.queue[row], 0
+        before, r = NOBODY, bd.lines.queue[row]
         while r != NOBODY and asked < _ASKED:
             following = rq.following[r]
             is_lost = rq.emitted[r] == 0 and _is_lost(times, rq, r, now)
@@ -899,10 +900,10 @@ def _sample(sv: Servers, gr: Gradient, bd: Board, now: float, timeline: np.ndarr
     bd.whole[TICKS] += 1
     if at >= timeline.shape[0]:
         return
-    rows = gr.count.size
+    rows = gr.filled.size
     timeline[at, 0] = now
     for row in range(rows):
-        timeline[at, 1 + row] = gr.count[row]
+        timeline[at, 1 + row] = gr.filled[row]
     for s in range(sv.one.state.size):
         state = sv.one.state[s]
         timeline[at, 1 + rows] += state == DRAINING

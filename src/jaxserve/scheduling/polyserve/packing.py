@@ -30,11 +30,11 @@ class Gradient(NamedTuple):
 
     Attributes:
         order: `[tiers + 1, servers]`: the last row has those that compute prompts only.
-        count: `[tiers + 1]`: how many of a row are in use.
+        filled: `[tiers + 1]`: how many of a row are in use.
     """
 
     order: np.ndarray
-    count: np.ndarray
+    filled: np.ndarray
 
 
 def empty_gradient(servers: int, tiers: int) -> Gradient:
@@ -68,9 +68,9 @@ def load_of(times: StepTimes, rules: Rules, sv: Servers, s: int) -> float:
 def enter(gr: Gradient, sv: Servers, s: int, row: int) -> None:
     """Put a server into a row, behind those that are as full."""
     sv.one.row[s] = row
-    sv.one.place[s] = gr.count[row]
-    gr.order[row, gr.count[row]] = s
-    gr.count[row] += 1
+    sv.one.place[s] = gr.filled[row]
+    gr.order[row, gr.filled[row]] = s
+    gr.filled[row] += 1
     move(gr, sv, s)
 
 
@@ -80,11 +80,11 @@ def leave(gr: Gradient, sv: Servers, s: int) -> None:
     row = sv.one.row[s]
     if row == NOBODY:
         return
-    for i in range(sv.one.place[s], gr.count[row] - 1):
+    for i in range(sv.one.place[s], gr.filled[row] - 1):
         other = gr.order[row, i + 1]
         gr.order[row, i] = other
         sv.one.place[other] = i
-    gr.count[row] -= 1
+    gr.filled[row] -= 1
     sv.one.row[s] = NOBODY
 
 
@@ -100,7 +100,7 @@ def move(gr: Gradient, sv: Servers, s: int) -> None:
         gr.order[row, i] = other
         sv.one.place[other] = i
         i -= 1
-    while i < gr.count[row] - 1 and sv.one.load[gr.order[row, i + 1]] > load:
+    while i < gr.filled[row] - 1 and sv.one.load[gr.order[row, i + 1]] > load:
         other = gr.order[row, i + 1]
         gr.order[row, i] = other
         sv.one.place[other] = i
@@ -134,7 +134,7 @@ def probe(
     Whoever has no room for one more decode is passed over at the cost of a multiplication. The next
     `max_probes` are asked in turn; further down steps grow, and the last is always asked.
     """
-    count = gr.count[row]
+    count = gr.filled[row]
     asked, i, stride = 0, 0, 1
     pace = np.inf if row >= rules.means.size else guard * rules.means.tau[row]
     while i < count:
@@ -178,8 +178,8 @@ def take_spare(sv: Servers, gr: Gradient, row: int, stage: int) -> int:
     for i in range(sv.one.state.size):
         if sv.one.state[i] == DRAINING and sv.one.stage[i] == stage and sv.one.label[i] == row:
             return i
-    for other in range(gr.count.size):
-        count = gr.count[other]
+    for other in range(gr.filled.size):
+        count = gr.filled[other]
         if other != row and count > 1:
             s = gr.order[other, count - 1]
             is_free = sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s] == 0

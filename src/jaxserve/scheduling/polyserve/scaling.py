@@ -71,7 +71,7 @@ def spares_tail(
         row: Which row.
         most: Load of the survivors, between 0 and 1.
     """
-    count = gr.count[row]
+    count = gr.filled[row]
     if count < 2:
         return False
     tail = gr.order[row, count - 1]
@@ -136,7 +136,7 @@ def scale_down(
         How many were.
     """
     drained = 0
-    for row in range(gr.count.size):
+    for row in range(gr.filled.size):
         is_calm = watch.refused[row] == 0
         watch.refused[row] = 0
         if not (is_calm and spares_tail(times, rules, sv, gr, row, most)):
@@ -145,9 +145,9 @@ def scale_down(
         watch.held[row] += 1
         if watch.held[row] < hold or now - watch.changed[row] < cooldown:
             continue
-        allowed = max(1, int(share * gr.count[row]))
+        allowed = max(1, int(share * gr.filled[row]))
         while allowed > 0 and spares_tail(times, rules, sv, gr, row, most):
-            tail = gr.order[row, gr.count[row] - 1]
+            tail = gr.order[row, gr.filled[row] - 1]
             leave(gr, sv, tail)
             sv.one.state[tail] = DRAINING
             drained += 1

@@ -33,7 +33,7 @@ class Columns:
 
     def __init__(self, dtype: np.dtype, shape: int | tuple[int, ...]) -> None:
         """Fill with zeros."""
-        self._names = dtype.names or ()
+        self._names: tuple[str, ...] = dtype.names or ()
         for name in self._names:
             setattr(self, name, np.zeros(shape, dtype[name]))
 
