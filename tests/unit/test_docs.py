@@ -122,7 +122,7 @@ def test_flags_and_variables_that_documents_name_exist(document):
 
 
 def test_metrics_that_pages_name_exist():
-    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1)
+    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
     made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
     page = made.render("m")
     known = set(re.findall(r"# HELP (\S+)", page))

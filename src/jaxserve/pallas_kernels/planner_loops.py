@@ -437,13 +437,13 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
         for block in range(blocks):
             for i in range(run, stop):
                 order[done + block * (stop - run) + i - run] = block * of_block + longest[i]
-        price, count = price << _CTA_BITS, blocks * (stop - run)
+        step, count = int(price) << _CTA_BITS, blocks * (stop - run)
         if count < ctas:
             for i in range(done, done + count):
                 cta[i] = heap[0] & mask
-                _replace_least(heap, heap[0] + price)
+                _replace_least(heap, heap[0] + step)
         else:
-            _share_out(heap, price, cta[done : done + count], raised)
+            _share_out(heap, step, cta[done : done + count], raised)
         done += count
         run = stop
     for i in range(num):
