@@ -423,21 +423,15 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
         but the first begins.
     """
     of_block, num = cost.size, cost.size * blocks
-    longest = np.argsort(-cost, kind="mergesort")
-    cta, order = np.empty(num, np.int64), np.empty(num, np.int64)
+    longest = _longest_first(cost)
+    cta = np.empty(num, np.int64)
     heap = np.arange(ctas)  # loads, and in the low bits whose they are: no two are equal
     raised = np.empty(num, np.int64)
     mask = (1 << _CTA_BITS) - 1
-    begins = np.zeros(ctas + 1, np.int64)
     done, run = 0, 0
     while run < of_block:
-        stop, price = run + 1, cost[longest[run]]
-        while stop < of_block and cost[longest[stop]] == price:
-            stop += 1
-        for block in range(blocks):
-            for i in range(run, stop):
-                order[done + block * (stop - run) + i - run] = block * of_block + longest[i]
-        step, count = int(price) << _CTA_BITS, blocks * (stop - run)
+        stop = _end_of_run(cost, longest, run)
+        step, count = int(cost[longest[run]]) << _CTA_BITS, blocks * (stop - run)
         if count < ctas:
             for i in range(done, done + count):
                 cta[i] = heap[0] & mask
@@ -446,15 +440,69 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
             _share_out(heap, step, cta[done : done + count], raised)
         done += count
         run = stop
+    begins = np.zeros(ctas + 1, np.int64)
     for i in range(num):
         begins[cta[i] + 1] += 1
     for i in range(ctas):
         begins[i + 1] += begins[i]
     place, until = np.empty(num, np.int64), begins.copy()
-    for i in range(num):
-        place[order[i]] = until[cta[i]]
-        until[cta[i]] += 1
+    done, run = 0, 0
+    while run < of_block:
+        stop = _end_of_run(cost, longest, run)
+        for block in range(blocks):
+            for i in range(run, stop):
+                place[block * of_block + longest[i]] = until[cta[done]]
+                until[cta[done]] += 1
+                done += 1
+        run = stop
     return place, begins[1:ctas]
+
+
+@compiled
+def _end_of_run(cost: np.ndarray, longest: np.ndarray, run: int) -> int:
+    """Return where pieces of another cost begin, in the order of `longest`."""
+    stop = run + 1
+    while stop < longest.size and cost[longest[stop]] == cost[longest[run]]:
+        stop += 1
+    return stop
+
+
+@compiled
+def _longest_first(cost: np.ndarray) -> np.ndarray:
+    """Return the indices that sort costs in descending order; equal ones keep theirs."""
+    high = cost.max()
+    spread = high - cost.min() + 1
+    if spread > 4 * cost.size + 1024:
+        return np.argsort(-cost, kind="mergesort")
+    # Counting how often each cost occurs takes a fraction of the time.
+    begins = np.zeros(spread + 1, np.int64)
+    for i in range(cost.size):
+        begins[high - cost[i] + 1] += 1
+    for i in range(spread):
+        begins[i + 1] += begins[i]
+    order = np.empty(cost.size, np.int64)
+    for i in range(cost.size):
+        at = high - cost[i]
+        order[begins[at]] = i
+        begins[at] += 1
+    return order
+
+
+@compiled
+def _replace_least(heap: np.ndarray, value: int) -> None:
+    """Put a value in the place of the heap's least one."""
+    at, size = 0, heap.size
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= value:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
 
 
 @compiled
@@ -491,23 +539,6 @@ def _share_out(heap: np.ndarray, price: int, cta: np.ndarray, raised: np.ndarray
         else:
             heap[i] = raised[new]
             new += 1
-
-
-@compiled
-def _replace_least(heap: np.ndarray, value: int) -> None:
-    """Put a value in the place of the heap's least one."""
-    at, size = 0, heap.size
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= value:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = value
 
 
 @compiled
