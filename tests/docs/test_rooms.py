@@ -6,7 +6,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ROOMS = {"tactic": ("src/jaxserve/attention/tactic", "03_sparse_attention")}
+ROOMS = {
+    "tactic": ("src/jaxserve/attention/tactic", "03_sparse_attention"),
+    "slos_serve": ("src/jaxserve/scheduling/slos_serve", "04_slo_scheduling"),
+}
 """Rooms, where each lies, and its notebook."""
 
 
