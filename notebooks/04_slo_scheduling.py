@@ -93,6 +93,7 @@ plt.figure(figsize=(7, 3.5))
 for offset, (policy, label) in enumerate(LABELS.items()):
     shares = [attainment(done[policy, rate], reading) for reading in READINGS]
     plt.bar(np.arange(3) + width * (offset - 1), shares, width, label=label)
+    assert shares[0] >= shares[2], "who keeps every gap keeps every deadline"
 plt.xticks(np.arange(3), list(READINGS.values()))
 plt.ylabel(f"kept at {rate} requests/s")
 plt.legend()
