@@ -419,7 +419,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("path", [EMBEDDINGS, SCORE, RERANK])
 @hypothesis.settings(
-    max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(body=st.fixed_dictionaries({}, optional=FIELDS))
 def test_no_body_breaks_it(ask_any: Ask, path: str, body: dict[str, Any]) -> None:
