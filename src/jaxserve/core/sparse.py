@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from jaxserve.core.errors import ConfigError, did_you_mean
 
@@ -128,7 +128,7 @@ def _read(key: str, value: object) -> object:
     is_fit = isinstance(value, int | kind) and not isinstance(value, bool)
     if is_text or is_fit:
         try:
-            return kind(value)  # type: ignore[arg-type]
+            return kind(cast("str | float", value))
         except ValueError:
             pass
     raise _wrong(key, name, value)
