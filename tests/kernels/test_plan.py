@@ -20,6 +20,13 @@ from tests.kernels.plans import items_of, lengths, loads, page_table, seen, spec
 MODES = ({}, {"fixed_split_size": 128}, {"disable_split": True})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled():
+    """Compile the planner's loops, or it looks as if examples were slow to draw."""
+    spec = spec_for([1], [5])
+    make_plan(spec, np.array([1]), page_table([5], 16)[0])
+
+
 @st.composite
 def plans(draw, *, cascade: bool = False):
     page_size = draw(st.sampled_from([1, 2, 8, 16, 64, 128]))

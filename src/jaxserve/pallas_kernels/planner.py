@@ -396,31 +396,18 @@ def _with_shared(
 
 def _write_items(plan: Plan, tiles: np.ndarray) -> None:
     """Write items, what each CTA does, and how partial states merge."""
-    spec, loops, buffer = plan.spec, _loops(), plan.buffer
+    spec, loops = plan.spec, _loops()
     at, numbers = _numbers(spec)
     plan.merge_target.fill(spec.max_tokens * spec.num_blocks)
     if not tiles.size:
         return
-    if spec.split_mode == "balanced":
-        item, begin, end, begins = loops.cut_evenly(numbers, tiles)
-        place = _NOWHERE
-    else:
-        item, begin, end, cost = loops.cut_at_multiples(numbers, tiles)
-        place, begins = loops.assign_longest_first(cost, spec.num_blocks, spec.num_ctas)
-    slot, units, is_any = loops.number_units(tiles, item)
-    for count, room, what, name in (
-        (item.size, spec.bounds[0], "work items", "max_items"),
-        (units, spec.bounds[1], "units of partial state", "max_units"),
-    ):
-        if count > room:
-            raise ValueError(f"{count} {what}, but the spec has room for {room}; raise {name}.")
-    loops.write_items(buffer, at, numbers, tiles, item, begin, end, slot, place, begins)
-    if not units:
-        return
-    merge = loops.merge_anywhere if is_any else loops.merge_neighbours
-    merges, room = merge(buffer, at, numbers, tiles, item, slot, units), plan.merge_target.size
-    if merges > room:
-        raise ValueError(f"{merges} merges, but the spec has room for {room}; raise max_units.")
-
-
-_NOWHERE = np.empty(0, np.int64)
+    lacking, needed = loops.lay_out(plan.buffer, at, numbers, tiles)
+    if lacking >= 0:
+        what, name = {
+            loops.Number.MAX_ITEMS: ("work items", "max_items"),
+            loops.Number.MAX_UNITS: ("units of partial state", "max_units"),
+            loops.Number.MAX_MERGES: ("merges", "max_units"),
+        }[loops.Number(lacking)]
+        raise ValueError(
+            f"{needed} {what}, but the spec has room for {numbers[lacking]}; raise {name}."
+        )

@@ -4,15 +4,15 @@ In numpy each of them takes dozens of calls of a microsecond or two, which a ste
 afford. What is asked once in a while, shared prefixes and what a variant hides, stays in numpy.
 Without numba the loops run as they stand, and a plan takes milliseconds.
 
-Nothing here checks bounds but where a function says so; callers do. They call one loop after
-another, as a function around them all would be compiled as long again as all of them.
+Nothing here checks bounds but where a function says so; callers do. Each call from Python costs
+some microseconds, so one function lays out all items; its parts are compiled into it, once.
 """
 
 import enum
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled
+from jaxserve.core.compiled import compiled, inlined
 from jaxserve.pallas_kernels.plan import CTA_BITS, Item, ItemFlag
 
 
@@ -299,7 +299,7 @@ def write_bounds(numbers: np.ndarray, tile: np.ndarray, high: int, keys: int) ->
     tile[_FULL_BEGIN], tile[_FULL_END] = full_begin, full_end
 
 
-@compiled
+@inlined
 def cut_evenly(
     numbers: np.ndarray, tiles: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -353,9 +353,9 @@ def cut_evenly(
         begins[cut] = item + inside
     num = count * blocks + inside
     items, first, end = np.empty(num, np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
-    piece, cut = 0, 0
+    piece, cut, tile = 0, 0, -1
     for item in range(count * blocks):
-        tile = item % count
+        tile = tile + 1 if tile + 1 < count else 0
         start = tiles[tile, _BEGIN]
         while cut < inside and cut_item[cut] == item:
             items[piece], first[piece] = item, start
@@ -367,7 +367,7 @@ def cut_evenly(
     return items, first, end, begins
 
 
-@compiled
+@inlined
 def cut_at_multiples(
     numbers: np.ndarray, tiles: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -407,7 +407,7 @@ def cut_at_multiples(
     return items, first, end, cost
 
 
-@compiled
+@inlined
 def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.ndarray, np.ndarray]:
     """Give each piece, the longest first, to the CTA that has least to do.
 
@@ -425,19 +425,17 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
     of_block, num = cost.size, cost.size * blocks
     longest = _longest_first(cost)
     cta = np.empty(num, np.int64)
-    heap = np.arange(ctas)  # loads, and in the low bits whose they are: no two are equal
+    # A window of loads in ascending order, which moves on by what is taken from its front; in the
+    # low bits stands whose they are, so that no two are equal.
+    loads = np.empty(ctas + num, np.int64)
+    for i in range(ctas):
+        loads[i] = i
     raised = np.empty(num, np.int64)
-    mask = (1 << _CTA_BITS) - 1
-    done, run = 0, 0
+    first, done, run = 0, 0, 0
     while run < of_block:
         stop = _end_of_run(cost, longest, run)
         step, count = int(cost[longest[run]]) << _CTA_BITS, blocks * (stop - run)
-        if count < ctas:
-            for i in range(done, done + count):
-                cta[i] = heap[0] & mask
-                _replace_least(heap, heap[0] + step)
-        else:
-            _share_out(heap, step, cta[done : done + count], raised)
+        first = _share_out(loads, first, ctas, step, cta[done : done + count], raised)
         done += count
         run = stop
     begins = np.zeros(ctas + 1, np.int64)
@@ -467,7 +465,7 @@ def _end_of_run(cost: np.ndarray, longest: np.ndarray, run: int) -> int:
     return stop
 
 
-@compiled
+@inlined
 def _longest_first(cost: np.ndarray) -> np.ndarray:
     """Return the indices that sort costs in descending order; equal ones keep theirs."""
     high = cost.max()
@@ -488,60 +486,52 @@ def _longest_first(cost: np.ndarray) -> np.ndarray:
     return order
 
 
-@compiled
-def _replace_least(heap: np.ndarray, value: int) -> None:
-    """Put a value in the place of the heap's least one."""
-    at, size = 0, heap.size
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= value:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = value
-
-
-@compiled
-def _share_out(heap: np.ndarray, price: int, cta: np.ndarray, raised: np.ndarray) -> None:
+@inlined
+def _share_out(
+    loads: np.ndarray, first: int, ctas: int, price: int, cta: np.ndarray, raised: np.ndarray
+) -> int:
     """Give pieces of one cost away, each to the CTA that has least to do.
 
     Loads are raised by one number in ascending order, so those that were raised are in order, too,
-    and the least one is the first of either row: no heap is needed.
+    and the least one is the first of either row: that takes no heap, which would take most of a
+    plan's time.
 
     Args:
-        heap: Loads; afterwards they are sorted, and so a heap again.
+        loads: Loads, in ascending order from `first` on.
+        first: Where they begin.
+        ctas: How many there are.
         price: What a piece adds.
         cta: Is filled with whose each piece is.
         raised: Room for as many numbers as there are pieces.
+
+    Returns:
+        Where loads begin now.
     """
-    heap.sort()
-    ctas, mask = heap.size, (1 << _CTA_BITS) - 1
-    old, new = 0, 0
-    for i in range(cta.size):
-        if old < ctas and (new == i or heap[old] < raised[new]):
-            least = heap[old]
-            old += 1
+    mask, stop, count, new = (1 << _CTA_BITS) - 1, first + ctas, cta.size, 0
+    for i in range(count):
+        if first < stop and (new == i or loads[first] < raised[new]):
+            least = loads[first]
+            first += 1
         else:
             least = raised[new]
             new += 1
         cta[i] = least & mask
         raised[i] = least + price
-    kept = heap[old:].copy()
-    left = 0
-    for i in range(ctas):
-        if left < kept.size and (new == cta.size or kept[left] < raised[new]):
-            heap[i] = kept[left]
-            left += 1
+    # From the back: what is less than all that were raised stays where it is.
+    old, last = stop - 1, count - 1
+    to = first + ctas - 1
+    while last >= new:
+        if old >= first and loads[old] > raised[last]:
+            loads[to] = loads[old]
+            old -= 1
         else:
-            heap[i] = raised[new]
-            new += 1
+            loads[to] = raised[last]
+            last -= 1
+        to -= 1
+    return first
 
 
-@compiled
+@inlined
 def number_units(tiles: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, int, bool]:
     """Number the units of partial state of pieces.
 
@@ -578,7 +568,7 @@ def number_units(tiles: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, int, 
     return slot, units, is_any
 
 
-@compiled
+@inlined
 def write_items(
     buffer: np.ndarray,
     at: np.ndarray,
@@ -611,37 +601,43 @@ def write_items(
         work_indptr[cta] = begins[cta - 1] if 0 < cta <= begins.size else num
     work_indptr[0] = 0
     buffer[at[_COUNTS] + 2] = num
-    block, tile, last = 0, 0, 0
-    for piece in range(num):
-        tile, last = tile + item[piece] - last, item[piece]
-        if tile >= count:
-            block, tile = block + 1, tile - count
-        row = tiles[tile]
-        request, head = row[_REQUEST], block * numbers[_HEADS_PER_TILE]
-        base = at[_ITEMS] + (place[piece] if place.size else piece) * _FIELDS
-        line = buffer[base : base + _FIELDS]
+    # What the pieces of a tile have in common is written once for each tile, and copied.
+    common = np.zeros((count, _FIELDS), np.int32)
+    for tile in range(count):
+        row, line = tiles[tile], common[tile]
+        request = row[_REQUEST]
         keys = buffer[at[_REQUEST_KV] + request]
         line[_ITEM_REQUEST] = request
-        line[_ITEM_KV_HEAD] = head // numbers[_GROUP]
-        line[_ITEM_HEAD] = head
         line[_ITEM_Q_START] = row[_Q_START]
         line[_ITEM_Q_LEN] = row[_Q_LEN]
         line[_ITEM_Q_POS] = row[_Q_POS]
-        line[_ITEM_KV_BEGIN] = begin[piece]
-        line[_ITEM_KV_END] = end[piece]
         line[_ITEM_FULL_BEGIN] = row[_FULL_BEGIN]
         line[_ITEM_FULL_END] = row[_FULL_END]
         line[_ITEM_TABLE_BASE] = buffer[at[_KV_INDPTR] + request]
-        line[_ITEM_OUT_SLOT] = slot[piece]
         line[_ITEM_KV_LEN] = keys
         line[_ITEM_REQUEST_Q_LEN] = buffer[at[_REQUEST_Q] + request]
         if numbers[_HAS_MASK]:
             first = buffer[at[_MASK_INDPTR] + request]
             line[_ITEM_MASK_BASE] = first + row[_Q_OFFSET] * ((keys + 31) // 32)
         line[_ITEM_FLAGS] = row[_FLAGS]
+    lines = buffer[at[_ITEMS] : at[_ITEMS] + num * _FIELDS].reshape(num, _FIELDS)
+    tile, last, head, kv_head = 0, 0, 0, 0
+    for piece in range(num):
+        tile, last = tile + item[piece] - last, item[piece]
+        if tile >= count:
+            tile, head = tile - count, head + numbers[_HEADS_PER_TILE]
+            kv_head = head // numbers[_GROUP]
+        line = lines[place[piece]] if place.size else lines[piece]
+        for field in range(_FIELDS):
+            line[field] = common[tile, field]
+        line[_ITEM_KV_HEAD] = kv_head
+        line[_ITEM_HEAD] = head
+        line[_ITEM_KV_BEGIN] = begin[piece]
+        line[_ITEM_KV_END] = end[piece]
+        line[_ITEM_OUT_SLOT] = slot[piece]
 
 
-@compiled
+@inlined
 def merge_neighbours(
     buffer: np.ndarray,
     at: np.ndarray,
@@ -666,36 +662,42 @@ def merge_neighbours(
         How many merges there are; nothing is written if that is too many.
     """
     num, count = item.size, tiles.shape[0]
-    merges = 0
+    merges, tile, last = 0, 0, 0
     for piece in range(num):
-        if slot[piece] >= 0 and (piece == 0 or item[piece - 1] != item[piece]):
-            merges += tiles[item[piece] % count, _Q_LEN]
+        if piece and item[piece] == last:
+            continue
+        tile, last = tile + item[piece] - last, item[piece]
+        if tile >= count:
+            tile -= count
+        if slot[piece] >= 0:
+            merges += tiles[tile, _Q_LEN]
     if merges > numbers[_MAX_MERGES]:
         return merges
     merge, unit, piece, splits = 0, 0, 0, 0
+    tile, block, last = 0, 0, 0
     while piece < num:
-        if slot[piece] < 0:
-            piece += 1
-            continue
+        tile, last = tile + item[piece] - last, item[piece]
+        if tile >= count:
+            tile, block = tile - count, block + 1
         stop = piece + 1
-        while stop < num and item[stop] == item[piece]:
+        while stop < num and item[stop] == last:
             stop += 1
-        splits = max(splits, stop - piece)
-        block, tile = item[piece] // count, item[piece] % count
-        for token in range(tiles[tile, _Q_LEN]):
-            buffer[at[_MERGE_INDPTR] + merge] = unit
-            place = tiles[tile, _Q_START] + token
-            buffer[at[_MERGE_TARGET] + merge] = place * numbers[_BLOCKS] + block
-            merge += 1
-            for other in range(piece, stop):
-                buffer[at[_MERGE_UNITS] + unit] = slot[other] + token
-                unit += 1
+        if slot[piece] >= 0:
+            splits = max(splits, stop - piece)
+            for token in range(tiles[tile, _Q_LEN]):
+                buffer[at[_MERGE_INDPTR] + merge] = unit
+                place = tiles[tile, _Q_START] + token
+                buffer[at[_MERGE_TARGET] + merge] = place * numbers[_BLOCKS] + block
+                merge += 1
+                for other in range(piece, stop):
+                    buffer[at[_MERGE_UNITS] + unit] = slot[other] + token
+                    unit += 1
         piece = stop
     _finish_merges(buffer, at, numbers, units, merges, splits)
     return merges
 
 
-@compiled
+@inlined
 def merge_anywhere(
     buffer: np.ndarray,
     at: np.ndarray,
@@ -736,7 +738,7 @@ def merge_anywhere(
     return merges
 
 
-@compiled
+@inlined
 def _finish_merges(
     buffer: np.ndarray, at: np.ndarray, numbers: np.ndarray, units: int, merges: int, splits: int
 ) -> None:
@@ -744,3 +746,41 @@ def _finish_merges(
     indptr[merges:] = units
     counts = buffer[at[_COUNTS] : at[_COUNTS] + 16]
     counts[3], counts[4], counts[5] = units, merges, splits
+
+
+@compiled
+def lay_out(
+    buffer: np.ndarray, at: np.ndarray, numbers: np.ndarray, tiles: np.ndarray
+) -> tuple[int, int]:
+    """Write items, what each CTA does, and how partial states merge.
+
+    Args:
+        buffer: The plan's, int32.
+        at: Where its parts begin, by `PARTS`.
+        numbers: The spec's, by `Number`.
+        tiles: `[tiles, len(Tile)]`, int64; there is one at least.
+
+    Returns:
+        The number that says how much room there is for what has too little, or -1; then how much
+        it needs.
+    """
+    if numbers[_SPLIT_SIZE] < 0:
+        item, begin, end, begins = cut_evenly(numbers, tiles)
+        place = np.empty(0, np.int64)
+    else:
+        item, begin, end, cost = cut_at_multiples(numbers, tiles)
+        place, begins = assign_longest_first(cost, numbers[_BLOCKS], numbers[_CTAS])
+    if item.size > numbers[_MAX_ITEMS]:
+        return _MAX_ITEMS, item.size
+    slot, units, is_any = number_units(tiles, item)
+    if units > numbers[_MAX_UNITS]:
+        return _MAX_UNITS, units
+    write_items(buffer, at, numbers, tiles, item, begin, end, slot, place, begins)
+    if units:
+        if is_any:
+            merges = merge_anywhere(buffer, at, numbers, tiles, item, slot, units)
+        else:
+            merges = merge_neighbours(buffer, at, numbers, tiles, item, slot, units)
+        if merges > numbers[_MAX_MERGES]:
+            return _MAX_MERGES, merges
+    return -1, 0
