@@ -23,9 +23,11 @@ import jax
 from benchmarks.kernel_builds import Build, builds, chosen_for_triton
 from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.attention.api import attention
-from jaxserve.pallas_kernels.attention.backends import BACKENDS, Case, refusal
+from jaxserve.pallas_kernels.attention.backends import BACKENDS, Case, refusal, tuned
 from jaxserve.pallas_kernels.cards import PLACES, card_of
+from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import PlanSpec
+from jaxserve.pallas_kernels.planner import make_plan
 from jaxserve.pallas_kernels.testing import Resources, compile_for, gpu_target
 from jaxserve.pallas_kernels.triton_compile import compile_launch
 from jaxserve.pallas_kernels.variant import AttentionVariant
@@ -152,7 +154,13 @@ def measure_operation(name: str, dtype: str) -> list[Line]:
     options = {n: v for n, v in inputs.items() if isinstance(v, bool | float)}
     arrays = {n: v for n, v in inputs.items() if n not in options}
     if name == "attention":  # it asks which GPU is there
-        spec = inputs["plan"].spec
+        plan = inputs["plan"]
+        spec = tuned("triton", plan.spec)
+        count = int(plan.kv_indptr[-1])
+        table = PageTable(
+            indptr=plan.kv_indptr, indices=plan.kv_indices[:count], kv_len=plan.kv_len
+        )
+        arrays["plan"] = make_plan(spec, plan.q_len, table)
         backends = able(spec, spec.variant, "none")
     else:
         with triton_launch.record_launches(CAPABILITY):

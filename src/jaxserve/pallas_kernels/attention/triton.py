@@ -8,7 +8,7 @@ launch merges.
 This is the portable form, for every device that Triton knows; see `triton_tile` for its core.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -436,6 +436,17 @@ class TritonTiles:
             raise ValueError(f"wide_rows must be 0 or a power of 2 from 16, got {self.wide_rows}.")
 
 
+def tune(spec: PlanSpec) -> PlanSpec:
+    """Return the spec with tiles whose rows registers hold.
+
+    Products of float32 without tensor cores hold both operands, so that wide heads leave room for
+    half as many rows; compiled for Hopper, 64 rows of 128 spill and 32 do not.
+    """
+    wide = max(spec.head_dim, spec.v_dim) > 64
+    is_full = "float32" in (spec.q_dtype, spec.kv_dtype)
+    return replace(spec, tile_q=min(spec.tile_q, 32)) if wide and is_full else spec
+
+
 def choose_tiles(spec: PlanSpec, capability: int) -> TritonTiles:
     """Choose tiles that fit into the registers and the shared memory of a device.
 
@@ -458,8 +469,8 @@ def choose_tiles(spec: PlanSpec, capability: int) -> TritonTiles:
     return TritonTiles(
         wide_rows=wide,
         block_kv=block_kv,
-        # A thread of four warps would hold half a row of outputs.
-        num_warps=8 if wide >= 64 else 4,
+        # A thread of four warps would hold half a row of 64 outputs, or of as many bytes.
+        num_warps=8 if wide * num_bytes >= 128 else 4,
         num_stages=stages,
     )
 

@@ -345,4 +345,6 @@ def choose_tile(cache: PagedKV, q_dtype: str, group: int, capability: int) -> di
     block_kv = 64
     while 4 * block_kv * dim * num_bytes > room and block_kv > 16:
         block_kv //= 2
-    return {"block_kv": block_kv, "num_warps": 4, "num_stages": 3}
+    # Products of float32 without tensor cores hold both operands: four warps would spill.
+    is_large = num_bytes == 4 and dim > 64
+    return {"block_kv": block_kv, "num_warps": 8 if is_large else 4, "num_stages": 3}
