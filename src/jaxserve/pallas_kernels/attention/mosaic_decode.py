@@ -27,7 +27,8 @@ from jaxtyping import Array, Float
 
 from jaxserve.core.errors import UnsupportedError
 from jaxserve.pallas_kernels.attention import mosaic_tile, tuning
-from jaxserve.pallas_kernels.attention.mosaic_pages import Pages, Ring, drain
+from jaxserve.pallas_kernels.attention.mosaic_launch import Refs, launch
+from jaxserve.pallas_kernels.attention.mosaic_pages import Pages, drain
 from jaxserve.pallas_kernels.attention.mosaic_tile import (
     Orientation,
     PlanRef,
@@ -237,18 +238,9 @@ def why_not(spec: PlanSpec, variant: AttentionVariant) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Refs:
+class _Refs(Refs):
     """References of the kernel: operands, results, and what lies in shared memory."""
 
-    plan: Ref
-    q: Ref
-    keys: Ring
-    values: Ring
-    small: Mapping[str, Ref]
-    o: Ref
-    lse: Ref
-    part: Ref
-    part_lse: Ref
     q_tile: Ref
     k_wide: Ref
     v_wide: Ref
@@ -573,43 +565,14 @@ def _launch(
         jax.ShapeDtypeStruct((max(units, 1), spec.heads_per_tile, spec.v_dim), jnp.float32),
         jax.ShapeDtypeStruct((max(units, 1), spec.heads_per_tile), jnp.float32),
     )
-    names = tuple(small)
-
-    def body(
-        plan: Ref,
-        q: Ref,
-        k: Ref,
-        v: Ref,
-        *rest: Ref,
-        k_ring: dict[str, Ref],
-        v_ring: dict[str, Ref],
-        **scratch: Ref,
-    ) -> None:
-        o, lse, part, part_lse = rest[len(names) :]
-        refs = _Refs(
-            plan=plan,
-            q=q,
-            keys=Ring(k, **k_ring),
-            values=Ring(v, **v_ring),
-            small=dict(zip(names, rest, strict=False)),
-            o=o,
-            lse=lse,
-            part=part,
-            part_lse=part_lse,
-            **scratch,
-        )
-        kernel(refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=results,
-        scratch_types=_scratch(kernel),
-        grid=(spec.num_ctas,),
-        grid_names=("cta",),
-        num_threads=2,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(plan.buffer, q, kv.k, kv.v, *small.values())
+    return launch(
+        kernel,
+        _Refs,
+        (plan, q, kv, small),
+        results=results,
+        scratch=_scratch(kernel),
+        warpgroups=2,
+    )
 
 
 def _scratch(kernel: _Kernel) -> dict[str, Any]:

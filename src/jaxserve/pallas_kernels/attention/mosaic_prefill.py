@@ -26,7 +26,8 @@ from jaxtyping import Array, Float
 
 from jaxserve.core.errors import UnsupportedError
 from jaxserve.pallas_kernels.attention import mosaic_tile, tuning
-from jaxserve.pallas_kernels.attention.mosaic_pages import Pages, Ring
+from jaxserve.pallas_kernels.attention.mosaic_launch import Refs, launch
+from jaxserve.pallas_kernels.attention.mosaic_pages import Pages
 from jaxserve.pallas_kernels.attention.mosaic_tile import (
     Orientation,
     PlanRef,
@@ -272,21 +273,12 @@ def _too_many(spec: PlanSpec, what: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Refs:
+class _Refs(Refs):
     """References of the kernel: operands, results, and what lies in shared memory.
 
     What begins with `my_` has one part per computing warpgroup.
     """
 
-    plan: Ref
-    q: Ref
-    keys: Ring
-    values: Ring
-    small: Mapping[str, Ref]
-    o: Ref
-    lse: Ref
-    part: Ref
-    part_lse: Ref
     my_q: Ref
     my_k: Ref
     my_v: Ref
@@ -745,43 +737,14 @@ def _launch(
         jax.ShapeDtypeStruct((max(units, 1) * heads, spec.v_dim), jnp.float32),
         jax.ShapeDtypeStruct((max(units, 1), heads), jnp.float32),
     )
-    names = tuple(small)
-
-    def body(
-        plan: Ref,
-        q: Ref,
-        k: Ref,
-        v: Ref,
-        *rest: Ref,
-        k_ring: dict[str, Ref],
-        v_ring: dict[str, Ref],
-        **scratch: Ref,
-    ) -> None:
-        o, lse, part, part_lse = rest[len(names) :]
-        refs = _Refs(
-            plan=plan,
-            q=q,
-            keys=Ring(k, **k_ring),
-            values=Ring(v, **v_ring),
-            small=dict(zip(names, rest, strict=False)),
-            o=o,
-            lse=lse,
-            part=part,
-            part_lse=part_lse,
-            **scratch,
-        )
-        kernel(refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=results,
-        scratch_types=_scratch(kernel),
-        grid=(spec.num_ctas,),
-        grid_names=("cta",),
-        num_threads=kernel.sizes.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(plan.buffer, q, kv.k, kv.v, *small.values())
+    return launch(
+        kernel,
+        _Refs,
+        (plan, q, kv, small),
+        results=results,
+        scratch=_scratch(kernel),
+        warpgroups=kernel.sizes.warpgroups + 1,
+    )
 
 
 def _scratch(kernel: _Kernel) -> dict[str, Any]:
