@@ -432,9 +432,10 @@ class Fleet:
         now = self._clock.now()
         is_first = not part.tokens
         part.take(event, now)
-        ticket.sink(ticket.translated(part, event, now))
+        told = ticket.translated(part, event, now)
         if event.finish_reason is not None:
             self._ended(ticket, part)
+        ticket.sink(told)
         if self._queue and (event.finish_reason is not None or (is_first and part.tokens)):
             self._wake.set()
 
@@ -488,9 +489,10 @@ class Fleet:
             retry_after_s=None if rejection is None else 1.0,
         )
         now = self._clock.now()
-        with contextlib.suppress(Exception):  # a receiver that fails is no reason to lose others
-            ticket.sink(ticket.translated(part, event, now))
+        told = ticket.translated(part, event, now)
         self._ended(ticket, part)
+        with contextlib.suppress(Exception):  # a receiver that fails is no reason to lose others
+            ticket.sink(told)
 
     def _count(self, change: int) -> None:
         with self._open:
