@@ -11,6 +11,7 @@ from jaxserve.cluster.lifecycle import FleetLifecycle
 from jaxserve.cluster.metrics import FleetMetrics
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.control import WeightUpdate
+from jaxserve.core.cost_file import CostFile
 from jaxserve.core.errors import UnsupportedError
 from jaxserve.core.protocols import Clock
 from jaxserve.core.request import Request
@@ -42,6 +43,7 @@ class Facts:
         default_sampling: Its sampling defaults.
         max_model_len: Most tokens of prompt and output together.
         max_num_seqs: Most sequences running at once on a replica.
+        cost_file: Times of steps; None if nobody needs to know them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Facts:
     default_sampling: dict[str, Any]
     max_model_len: int
     max_num_seqs: int
+    cost_file: CostFile | None = None
 
 
 class FleetHost(AbstractHost):
@@ -126,6 +129,11 @@ class FleetHost(AbstractHost):
     def max_num_seqs(self) -> int:
         """Most sequences running at once on a replica."""
         return self._facts.max_num_seqs
+
+    @property
+    def cost_file(self) -> CostFile | None:
+        """Times of steps that the router goes by; None if it needs none."""
+        return self._facts.cost_file
 
     @property
     def num_free_pages(self) -> int:

@@ -109,7 +109,7 @@ def _open_local(
             name=host.name, path=host.path, tokenizer=host.tokenizer,
             model_config=host.model_config, config=host.config,
             default_sampling=host.default_sampling, max_model_len=host.max_model_len,
-            max_num_seqs=host.max_num_seqs,
+            max_num_seqs=host.max_num_seqs, cost_file=factory.file,
         )  # fmt: skip
         lora = host.config.lora
         adapters = AdapterStore(
