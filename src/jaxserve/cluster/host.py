@@ -26,8 +26,14 @@ from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.peft import LoraAdapter
 
+DISK = "disk"
+"""Names of weights that are a path, in calls of a `WeightPreparer`."""
+
 WeightPreparer = Callable[..., NewWeights]
 """Brings weights into the form in which they are served, as `EngineHost.prepare_weights` does."""
+
+DiskUpdate = Callable[[str, WeightUpdate], None]
+"""Told the path of a checkpoint that every replica has read, and what that did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,7 @@ class FleetHost(AbstractHost):
         constraints: Checks and compiles grammars for those who wait for them.
         adapters: Low-rank adapters that have been read.
         prepare: Brings new weights into form; None where replicas are in other processes.
+        on_disk_update: Told about checkpoints that replicas have read by themselves.
         on_close: Called once everything has been closed.
     """
 
@@ -79,7 +86,8 @@ class FleetHost(AbstractHost):
         constraints: Constraints,
         adapters: AdapterStore,
         prepare: WeightPreparer | None,
-        on_close: Callable[[], None],
+        on_disk_update: DiskUpdate | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """Keep them."""
         self.fleet = fleet
@@ -95,6 +103,7 @@ class FleetHost(AbstractHost):
         self._facts = facts
         self._constraints = constraints
         self._prepare = prepare
+        self._on_disk_update = on_disk_update
         self._on_close = on_close
         self._lifecycle = FleetLifecycle(fleet.roster, fleet.prefixes.forget)
         lifecycle = self._lifecycle
@@ -195,8 +204,10 @@ class FleetHost(AbstractHost):
             "abort_all_requests": abort_all_requests,
         }  # fmt: skip
         if self._prepare is None:
-            return self._lifecycle.update_from_disk(str(model_path), **how)
-        weights = self._prepare(model_path, "disk", partial=False, donate=False)
+            return self._lifecycle.update_from_disk(
+                str(model_path), note=self._on_disk_update, **how
+            )
+        weights = self._prepare(model_path, DISK, partial=False, donate=False)
         return self._lifecycle.update(weights, **how)
 
     def adapter_replaced(self, adapter: LoraAdapter) -> None:

@@ -77,13 +77,32 @@ class FleetLifecycle:
         )  # fmt: skip
         return _after(done, lambda answers: self._updated(answers, flush_cache=flush_cache))
 
-    def update_from_disk(self, model_path: str, **options: object) -> Future[WeightUpdate]:
-        """Have every replica read a checkpoint of the same model, then serve it."""
+    def update_from_disk(
+        self,
+        model_path: str,
+        *,
+        note: Callable[[str, WeightUpdate], None] | None = None,
+        **options: object,
+    ) -> Future[WeightUpdate]:
+        """Have every replica read a checkpoint of the same model, then serve it.
+
+        Args:
+            model_path: A path that every replica can read, or a name.
+            note: Told once that is done.
+            **options: As for `update`.
+        """
         if options.get("version") is None:
             options["version"] = str(self._num_updates + 1)
         done = self.everywhere("update_from_disk", model_path, **options)
         flush = bool(options.get("flush_cache", True))
-        return _after(done, lambda answers: self._updated(answers, flush_cache=flush))
+
+        def then(answers: Sequence[Any]) -> WeightUpdate:
+            update = self._updated(answers, flush_cache=flush)
+            if note is not None:
+                note(model_path, update)
+            return update
+
+        return _after(done, then)
 
     def _updated(self, answers: Sequence[Any], *, flush_cache: bool) -> WeightUpdate:
         first: WeightUpdate = max(answers, key=lambda answer: answer.seconds)

@@ -11,8 +11,8 @@ import jax
 from flax import nnx
 
 from jaxserve.cluster.replica import Replica
+from jaxserve.cluster.times import slowest
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.cost import StepLoad
 from jaxserve.core.cost_file import CostFile
 from jaxserve.core.errors import EngineDeadError, RequestError
 from jaxserve.core.protocols import Clock
@@ -87,8 +87,11 @@ class LocalFactory:
         config: Settings of each engine.
         tokenizer: Shared by all.
         count: Replicas at most; they share the device's memory.
-        living: Returns the replicas that live, whose weights a new one takes.
         file: Times of steps; None leaves it to the policy to measure.
+
+    Attributes:
+        file: Times of steps, once they are known.
+        living: Returns the replicas that live, whose weights a new one takes.
     """
 
     def __init__(
@@ -98,7 +101,6 @@ class LocalFactory:
         *,
         tokenizer: Tokenizer | None,
         count: int,
-        living: Callable[[], list[LocalReplica]],
         file: CostFile | None = None,
     ) -> None:
         """Make nothing yet."""
@@ -109,7 +111,7 @@ class LocalFactory:
         self._config = config
         self._tokenizer = tokenizer
         self._count = count
-        self._living = living
+        self.living: Callable[[], list[LocalReplica]] = list
 
     def make(self, index: int) -> LocalReplica:
         """Start a replica with the weights that the others serve."""
@@ -179,7 +181,7 @@ class LocalFactory:
                 files[index] = measure_engine(engine, clock).file
                 barrier.wait()  # nobody's last steps are measured alone
                 # One model of time for all: the slowest says what can be promised.
-                return max(files.values(), key=_pace)
+                return slowest(files.values())
 
             try:
                 host = EngineHost(
@@ -207,12 +209,12 @@ class LocalFactory:
                 (p for p in problems if not isinstance(p, threading.BrokenBarrierError)),
                 problems[0],
             )
-        self.file = max(files.values(), key=_pace)
+        self.file = slowest(files.values())
         return [made[i] for i in range(number)]
 
     def _current(self) -> tuple[nnx.State, str]:
         """Return the weights that are served now, and their version."""
-        for replica in self._living():
+        for replica in self.living():
             with contextlib.suppress(RequestError):  # raised while they are asleep
                 engine = replica.host.engine
                 return engine.runner.params, engine.weight_version
@@ -222,7 +224,7 @@ class LocalFactory:
 
     def bury(self, replica: Replica) -> None:
         """Keep the weights of a replica that has died, if no other one has them."""
-        if isinstance(replica, LocalReplica) and not self._living():
+        if isinstance(replica, LocalReplica) and not self.living():
             engine = replica.host.engine
             with contextlib.suppress(RequestError):
                 self._kept = engine.runner.params, engine.weight_version
@@ -241,8 +243,3 @@ class LocalFactory:
         mine = share + max(0.0, cache.gpu_memory_utilization - share) / left
         cache = dataclasses.replace(cache, gpu_memory_utilization=min(mine, 0.99))
         return dataclasses.replace(self._config, cache=cache)
-
-
-def _pace(file: CostFile) -> float:
-    """Return how long a step of a few decodes takes."""
-    return file.cost.step_time(StepLoad(decodes=4, context=1024))

@@ -359,7 +359,7 @@ def _merged(leg: Leg, number: int, seen: SequenceView | None) -> SequenceView:
             adapter="" if request.adapter is None else request.adapter.key,
         )  # fmt: skip
     return SequenceView(
-        seq_id=part.number, arrival=seen.arrival, priority=seen.priority,
+        seq_id=part.number, arrival=request.arrival, priority=seen.priority,
         prompt_len=seen.prompt_len, num_tokens=seen.num_tokens, num_computed=seen.num_computed,
         max_total_len=seen.max_total_len, num_pages=seen.num_pages, is_running=seen.is_running,
         num_cached=seen.num_cached, is_decoding=seen.is_decoding, slo=request.slo,
