@@ -65,7 +65,7 @@ def import_ray() -> Any:  # noqa: ANN401  a module that need not be there
         MissingExtraError: If it is not installed.
     """
     try:
-        import ray  # noqa: PLC0415  optional
+        import ray  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  optional
     except ImportError:
         raise MissingExtraError(
             "replicas in Ray actors need the package ray; run: pip install 'jaxserve[ray]', or use "
