@@ -133,8 +133,8 @@ def offer(plan: Plan, cost: CostModel, seed: int, vocab: int) -> list[Ask]:
     asks: list[Ask] = []
     for arrival in plan.arrivals(rng):
         tier = str(rng.choice(names, p=shares))
-        length = round(float(np.exp(rng.uniform(np.log(16), np.log(160)))))
-        output = round(float(np.exp(rng.uniform(np.log(12), np.log(48)))))
+        length = round(float(np.exp(rng.uniform(np.log(16), np.log(128)))))
+        output = round(float(np.exp(rng.uniform(np.log(8), np.log(32)))))
         alone = cost.step_time(StepLoad().with_chunk(length))
         slo = Slo(
             ttft_ms=1000 * (5 * alone + pace[tier]), tpot_ms=1000 * pace[tier], tier=tier,
@@ -258,7 +258,7 @@ def measure(router: str, args: argparse.Namespace, file: CostFile, path: Path) -
     options = ClusterOptions(
         replicas=args.replicas, routing_policy=router,
         polyserve_config=None if router != "polyserve" else {
-            "tiers": sorted(pace.values()), "initial_output": 26.0, "initial_prompt": 60.0,
+            "tiers": sorted(pace.values()), "initial_output": 17.0, "initial_prompt": 54.0,
             "max_step_s": max(0.05, 2 * pace["tight"]),
         },
     )  # fmt: skip

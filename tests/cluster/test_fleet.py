@@ -195,6 +195,33 @@ def test_nothing_is_lost_when_a_replica_dies_under_load(start, alone):
     assert llm.host.fleet.metrics.moved[1] >= 1
 
 
+def test_a_slow_death_aborts_nobody(start, alone):
+    """A replica is taken out while its loop still waits for the device."""
+    import time
+
+    llm = start(2, routing_policy="round_robin")
+    hold(llm, 0)
+    engine = llm.host.fleet.roster.slots[0].replica.host.engine
+    take = engine._take
+
+    def slow_take():
+        if engine.dead is not None:
+            time.sleep(0.6)
+        take()
+
+    engine._take = slow_take
+
+    async def go():
+        events = []
+        async for event in llm.events(llm.make_request(PROMPT, LONG)):
+            events.append(event)
+            if len(events) == 4:
+                kill(llm, 0)
+        return events
+
+    assert tokens_of(run(go())) == alone(PROMPT, LONG).outputs[0].token_ids
+
+
 def test_a_request_that_kills_whoever_serves_it_is_given_up(start):
     llm = start(3, max_request_moves=1, max_replica_restarts=0)
     for index in range(3):
