@@ -181,7 +181,8 @@ class Fleet:
         sampling = request.sampling
         if sampling.seed is None and not sampling.is_greedy and request.pooling is None:
             # Whichever replica goes on must draw what the first would have drawn.
-            seed = int(self._random.integers(0, _SEED_LIMIT))
+            with self._lock:
+                seed = int(self._random.integers(0, _SEED_LIMIT))
             request = dataclasses.replace(request, sampling=sampling.replace(seed=seed))
         adapter = "" if request.adapter is None else request.adapter.key
         root = salt_hash(request.cache_salt, adapter=adapter)

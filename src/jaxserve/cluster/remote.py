@@ -542,8 +542,10 @@ def open_ray_fleet(
     made: list[RayReplica] = []
     try:
         path = resolve_model(source, revision=config.model.revision)
+        # A name is looked up, and downloaded if need be, where the actor is.
+        wanted = str(Path(source).resolve()) if Path(source).exists() else str(source)
         factory = RayFactory(
-            ray, str(source), replica_config(config), options, known=known,
+            ray, wanted, replica_config(config), options, known=known,
             measure=needs_times and known is None,
         )  # fmt: skip
         made = factory.make_first(options.min_replicas or options.replicas)

@@ -207,7 +207,10 @@ def _make_engine(settings: Settings, name: str) -> "AsyncLLM":
     if settings.server.cluster.is_fleet:
         from jaxserve.cluster.start import open_fleet  # noqa: PLC0415  loads JAX
 
-        engine = open_fleet(source, settings.server.cluster, config=settings.engine, progress=True)
+        options = settings.server.cluster
+        # Actors look a name up where they are; it has been downloaded here by now.
+        place = name if options.cluster == "ray" else source
+        engine = open_fleet(place, options, config=settings.engine, progress=True)
     else:
         engine = AsyncLLM(source, config=settings.engine, progress=True)
     try:
