@@ -17,6 +17,7 @@ AOT_TESTS := aot and not slow
 AOT_CASES := --first-cases
 TRITON ?= .venv-triton
 TRITON_TESTS := not slow
+RAY ?= .venv-ray
 
 UV := scripts/uv
 BIN := $(VENV)/bin
@@ -24,6 +25,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow test-triton test-triton-slow \
+  test-ray \
   check format docs notebooks bench robustness gpu oracles constraints clean
 
 help: ## list the targets
@@ -65,6 +67,9 @@ test-triton: $(TRITON)/.stamp ## run the tests of Triton kernels: interpreted, t
 test-triton-slow: TRITON_TESTS := slow or not slow
 test-triton-slow: export THOROUGH := 1
 test-triton-slow: test-triton ## all tests of Triton kernels, and more examples of each; half an hour
+
+test-ray: $(RAY)/.stamp ## run the tests of replicas in Ray actors
+	@$(RAY)/bin/python -m pytest --timeout 300 $(or $(TESTS),tests/cluster/test_ray.py)
 
 check: $(VENV)/.stamp-dev ## check format, lint, types, import contracts and spelling
 	@$(BIN)/ruff format --check .
@@ -123,7 +128,7 @@ constraints: ## resolve the pins again (constraints*.txt)
 	@scripts/pin
 
 clean: ## remove everything that these targets made
-	rm -rf .venv .venv-jax0112 .venv-oracles .venv-aot .venv-aot-jax0112 .venv-triton
+	rm -rf .venv .venv-jax0112 .venv-oracles .venv-aot .venv-aot-jax0112 .venv-triton .venv-ray
 	rm -rf .tools .cache build dist
 	rm -rf docs/notebooks .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -153,6 +158,11 @@ $(OLDEST)/.stamp-dev: pyproject.toml constraints-jax-0.11.2.txt | $(OLDEST)/bin/
 
 $(TRITON)/.stamp: pyproject.toml constraints.txt scripts/make-triton-env | $(TRITON)/bin/python
 	@scripts/make-triton-env $(TRITON)
+	@touch $@
+
+$(RAY)/.stamp: pyproject.toml constraints.txt | $(RAY)/bin/python
+	@$(UV) pip install --quiet --compile-bytecode --python $(RAY)/bin/python --constraint constraints.txt \
+	    --editable '.[serve,ray]' --group test
 	@touch $@
 
 $(ORACLES)/.stamp: scripts/make-oracles-env

@@ -21,10 +21,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from jaxserve.cli.main import USAGE
+from jaxserve.cluster.metrics import FleetMetrics
 from jaxserve.core import errors
 from jaxserve.core.errors import ConfigError, JaxserveError
 from jaxserve.core.request import SamplingParams
 from jaxserve.core.units import format_bytes
+from jaxserve.core.view import ReplicaStatus
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.models.hub import KNOWN_MODELS
 from jaxserve.models.registry import FAMILIES
@@ -115,10 +117,17 @@ _LABEL = re.compile(r'(\w+)="')
 
 
 def metrics() -> str:
-    """List every metric of `/metrics` with its kind, its labels and its meaning."""
+    """List every metric of `/metrics` with its kind, its labels and its meaning.
+
+    The last ones are those of a fleet alone.
+    """
     made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
     made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
-    page = made.render("model")
+    status = ReplicaStatus(
+        index=0, state="serving", tier=None, num_open=0, deaths=0, failure=None
+    )  # fmt: skip
+    fleet = FleetMetrics(engines=lambda: {0: made}, statuses=lambda: [status], max_model_len=1)
+    page = fleet.render("model")
     rows: list[tuple[str, str, str, str]] = []
     kinds, texts, labels = _read_page(page)
     for name, kind in kinds.items():

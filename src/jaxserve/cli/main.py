@@ -183,7 +183,9 @@ def sim(argv: Sequence[str]) -> int:
     parser = _Parser(prog="jaxserve sim", description="Policies without an engine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     player = commands.add_parser("replay", help="run a policy again on a decision log")
-    player.add_argument("log", metavar="LOG", help="file that `serve --decision-log` has written")
+    player.add_argument(
+        "log", metavar="LOG", help="file that `serve --decision-log` or `--fleet-log` has written"
+    )
     given = parser.parse_args(list(argv))
     from jaxserve.sim.replay import replay  # noqa: PLC0415  other commands do not need it
 

@@ -99,6 +99,12 @@ class BucketCost:
         self._pair = pair
         self._draft_step = draft_step
 
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of rows, and of prompt tokens, to which steps are padded."""
+        rows = sorted({*self._decode.rows, *self._mixed.rows})
+        return tuple(rows), tuple(size for size in self._mixed.tokens if size)
+
     def to_json(self) -> dict[str, object]:
         """Return the arguments that make this model, for a file."""
         return {

@@ -2,7 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
-from jaxserve.core.plan import Rejection, Route, StepPlan
+from jaxserve.core.plan import Rejection, Route, RoutePlan, ScalePlan, StepPlan
 from jaxserve.core.view import FleetView, ReplicaView, SequenceView
 
 
@@ -50,4 +50,43 @@ class Router(Protocol):
 
     def place(self, sequence: SequenceView, fleet: FleetView) -> Route:
         """Choose a replica for a request that has just arrived."""
+        ...
+
+
+class QueueingRouter(Protocol):
+    """A router that may let requests wait, and that gives replicas their roles."""
+
+    def plan(self, sequence: SequenceView, fleet: FleetView) -> RoutePlan:
+        """Decide about a request: where it goes, or that it waits."""
+        ...
+
+    def send_home(self, fleet: FleetView, plan: RoutePlan) -> RoutePlan:
+        """Place a request for which there is no room, without a promise.
+
+        The answer has a route, unless no replica serves.
+
+        Args:
+            fleet: The view.
+            plan: The plan that lets it wait.
+        """
+        ...
+
+    def tier_of(self, sequence: SequenceView) -> float | None:
+        """Return the seconds per token of a request's tier; None without tiers."""
+        ...
+
+    def observe(self, sequence: SequenceView) -> None:
+        """Take note of a request that has ended."""
+        ...
+
+
+class Scaler(Protocol):
+    """Decides which replicas of a fleet serve, drain, start or are turned off."""
+
+    def refused(self, tier: float) -> None:
+        """Take note of a request that found no room in its tier."""
+        ...
+
+    def plan(self, fleet: FleetView) -> ScalePlan:
+        """Answer one view with the roles that change."""
         ...

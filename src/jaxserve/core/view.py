@@ -118,8 +118,33 @@ class FleetView:
         now: Clock time in seconds.
         replicas: Each as of the end of the step that it is at; its `now` is when that will be.
         roles: What each is for; empty in a fleet where all are alike.
+        cached: Tokens of the prompt of the request to be placed that each replica's prefix cache is
+            thought to hold; empty if nobody knows.
     """
 
     now: float
     replicas: tuple[ReplicaView, ...]
     roles: tuple[ReplicaRole, ...] = ()
+    cached: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """A replica of a fleet, as those who run it want to know.
+
+    Attributes:
+        index: Its number.
+        state: `starting`, `pooled`, `serving`, `draining`, `off`, or `removed` once it has been
+            given up.
+        tier: Seconds per token of the tier that it serves; None for none.
+        num_open: Completions that are with it.
+        deaths: How often it has died.
+        failure: Why it died last; None if it never has.
+    """
+
+    index: int
+    state: str
+    tier: float | None
+    num_open: int
+    deaths: int
+    failure: str | None

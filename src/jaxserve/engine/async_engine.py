@@ -16,10 +16,12 @@ from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
+from jaxserve.core.view import ReplicaStatus
+from jaxserve.engine.abstract_host import AbstractHost, Prompt, SloFields
 from jaxserve.engine.constraints import check_resumed
 from jaxserve.engine.controls import AsyncControls
-from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
-from jaxserve.engine.host import EngineHost, Progress, Prompt, SloFields, close_when_forgotten
+from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, open_host
+from jaxserve.engine.host import Progress, close_when_forgotten
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import (
     KEEP_WHOLE,
@@ -27,6 +29,7 @@ from jaxserve.engine.pooling import (
     Truncation,
     as_prompts,
     as_texts,
+    cannot,
     require_task,
 )
 from jaxserve.engine.setup import ModelSource
@@ -92,7 +95,7 @@ class AsyncLLM(AsyncControls):
         **settings: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
         """Load, warm up, start the engine's thread."""
-        self._loaded = open_host(
+        loaded = open_host(
             model,
             tokenizer=tokenizer,
             config=config,
@@ -103,14 +106,31 @@ class AsyncLLM(AsyncControls):
             on_warm_up=on_warm_up,
             **settings,
         )
-        close_when_forgotten(self, self._loaded.close)
+        self._begin(loaded)
+
+    @classmethod
+    def over(cls, host: AbstractHost) -> "AsyncLLM":
+        """Return the face of a decoder that serves already, such as a fleet.
+
+        Args:
+            host: Closed with the face.
+        """
+        face = cls.__new__(cls)
+        face._begin(host)  # noqa: SLF001  its own class
+        return face
+
+    def _begin(self, loaded: AbstractHost | EncoderHost) -> None:
+        self._loaded = loaded
+        close_when_forgotten(self, loaded.close)
         self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
         self.is_ready = True
 
     @property
-    def _host(self) -> EngineHost:
-        """The engine of a decoder."""
-        return decoder_host(self._loaded)
+    def _host(self) -> AbstractHost:
+        """What serves a decoder."""
+        if isinstance(self._loaded, EncoderHost):
+            raise cannot("generate")
+        return self._loaded
 
     @property
     def tasks(self) -> frozenset[str]:
@@ -255,11 +275,11 @@ class AsyncLLM(AsyncControls):
     @property
     def num_free_pages(self) -> int:
         """Pages of the key-value cache that nobody holds."""
-        return self._host.engine.pool.num_free
+        return self._host.num_free_pages
 
     @property
-    def host(self) -> EngineHost:
-        """The engine underneath, for tests and measurements."""
+    def host(self) -> AbstractHost:
+        """What serves underneath."""
         return self._host
 
     def make_request(
@@ -417,6 +437,11 @@ class AsyncLLM(AsyncControls):
         """End one or several requests; their completions finish with reason `abort`."""
         for one in [request_id] if isinstance(request_id, str) else request_id:
             self._host.thread.cancel(one)
+
+    @property
+    def replicas(self) -> Sequence[ReplicaStatus]:
+        """How every replica of a fleet stands; empty for a single engine."""
+        return self._loaded.statuses() if isinstance(self._loaded, AbstractHost) else ()
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` if the engine has stopped."""

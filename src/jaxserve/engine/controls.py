@@ -8,9 +8,8 @@ from pathlib import Path
 
 from jaxserve.core.control import PauseMode, WeightUpdate
 from jaxserve.core.lora import LoRARequest
-from jaxserve.engine.host import EngineHost
-from jaxserve.engine.weights import Names, NewWeights, prepare_weights, read_weights
-from jaxserve.models.hub import resolve_model
+from jaxserve.engine.abstract_host import AbstractHost
+from jaxserve.engine.weights import Names
 
 
 class _Levers(abc.ABC):
@@ -18,7 +17,7 @@ class _Levers(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def _host(self) -> EngineHost:
+    def _host(self) -> AbstractHost:
         """The engine of a decoder."""
 
     def get_weight_version(self) -> str:
@@ -33,15 +32,6 @@ class _Levers(abc.ABC):
         """Tell whether weights, cache or scheduling are asleep."""
         return self._host.lifecycle.is_sleeping
 
-    def _prepared(self, params: object, names: Names, *, partial: bool, donate: bool) -> NewWeights:
-        specs = self._host.engine.runner.param_specs
-        return prepare_weights(params, specs, names=names, partial=partial, donate=donate)
-
-    def _read(self, model_path: str | Path) -> NewWeights:
-        specs = self._host.engine.runner.param_specs
-        place = resolve_model(model_path)
-        return prepare_weights(read_weights(place, self._host.model_config, specs), specs)
-
     def list_loras(self) -> set[int]:
         """Return the numbers of the adapters that requests may use."""
         return {known.lora_int_id for known in self._host.adapters.requests()}
@@ -50,20 +40,19 @@ class _Levers(abc.ABC):
         host = self._host
         is_new = host.adapters.add(lora_request)
         if is_new:
-            adapter = host.adapters.get(lora_request)
-            host.thread.call(lambda: host.engine.adapters.replaced(adapter)).result()
+            host.adapter_replaced(host.adapters.get(lora_request))
         return is_new
 
     def _remove_lora(self, lora_id: int) -> bool:
         host = self._host
         is_known = host.adapters.remove(lora_id) is not None
-        host.thread.call(lambda: host.engine.adapters.unpin(lora_id)).result()
+        host.unpin_adapter(lora_id)
         return is_known
 
     def _pin_lora(self, lora_id: int) -> bool:
         host = self._host
         adapter = host.adapters.get(host.adapters.known(lora_id))
-        host.thread.call(lambda: host.engine.adapters.pin(adapter)).result()
+        host.pin_adapter(adapter)
         host.adapters.pin(lora_id)
         return True
 
@@ -105,7 +94,7 @@ class Controls(_Levers):
             EngineDeadError: If the engine has stopped.
         """
         start = time.perf_counter()
-        weights = self._prepared(params, names, partial=partial, donate=donate)
+        weights = self._host.prepare_weights(params, names, partial=partial, donate=donate)
         return self._host.lifecycle.update(
             weights, version=version, flush_cache=flush_cache, recompute=recompute, start=start
         ).result()
@@ -132,15 +121,12 @@ class Controls(_Levers):
         Raises:
             ConfigError: If the checkpoint is damaged, missing, or of another model.
         """
-        start = time.perf_counter()
-        weights = self._read(model_path)
-        return self._host.lifecycle.update(
-            weights,
+        return self._host.update_from_disk(
+            model_path,
             version=version,
             flush_cache=flush_cache,
             recompute=recompute,
             abort_all_requests=abort_all_requests,
-            start=start,
         ).result()
 
     def update_weight_version(
@@ -305,7 +291,7 @@ class AsyncControls(_Levers):
         """Serve other weights from the next step on; see `Controls.update_params`."""
         start = time.perf_counter()
         weights = await asyncio.to_thread(
-            self._prepared, params, names, partial=partial, donate=donate
+            self._host.prepare_weights, params, names, partial=partial, donate=donate
         )
         return await asyncio.wrap_future(
             self._host.lifecycle.update(
@@ -323,18 +309,15 @@ class AsyncControls(_Levers):
         abort_all_requests: bool = False,
     ) -> WeightUpdate:
         """Read a checkpoint, then serve it; see `Controls.update_weights_from_disk`."""
-        start = time.perf_counter()
-        weights = await asyncio.to_thread(self._read, model_path)
-        return await asyncio.wrap_future(
-            self._host.lifecycle.update(
-                weights,
-                version=version,
-                flush_cache=flush_cache,
-                recompute=recompute,
-                abort_all_requests=abort_all_requests,
-                start=start,
-            )
+        future = await asyncio.to_thread(
+            self._host.update_from_disk,
+            model_path,
+            version=version,
+            flush_cache=flush_cache,
+            recompute=recompute,
+            abort_all_requests=abort_all_requests,
         )
+        return await asyncio.wrap_future(future)
 
     async def update_weight_version(
         self, version: str | int, *, abort_all_requests: bool = False

@@ -16,7 +16,7 @@ from jaxserve.core.event import FinishReason, TokenEvent
 from jaxserve.core.lora import Adapter
 from jaxserve.core.protocols import Clock
 from jaxserve.core.request import Request, SamplingParams, new_request_id
-from jaxserve.engine.loop import EngineThread
+from jaxserve.engine.inbox import Door
 from jaxserve.engine.pooling import PooledText
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.pooling import PoolingConfig
@@ -29,7 +29,7 @@ class DecoderPooler:
     """Pools the hidden states of prompts.
 
     Args:
-        thread: The engine's thread.
+        thread: Takes the texts as requests.
         clock: Where times of arrival come from.
         pooling: How; "last" or "mean".
         model_config: The model's shape.
@@ -45,7 +45,7 @@ class DecoderPooler:
 
     def __init__(
         self,
-        thread: EngineThread,
+        thread: Door,
         clock: Clock,
         pooling: PoolingConfig,
         *,
@@ -96,7 +96,7 @@ class DecoderPooler:
 class _Run:
     """The texts of one call on their way through the engine."""
 
-    def __init__(self, thread: EngineThread, requests: Sequence[Request]) -> None:
+    def __init__(self, thread: Door, requests: Sequence[Request]) -> None:
         self.future: Future[list[np.ndarray]] = Future()
         self._thread = thread
         self._requests = requests

@@ -22,7 +22,7 @@ from jaxserve.core.protocols import Scheduler
 from jaxserve.engine.encoder import Encoder
 from jaxserve.engine.encoder_metrics import EncoderMetrics
 from jaxserve.engine.encoder_runner import BatchShapes, EncoderRunner, EncoderSpec
-from jaxserve.engine.host import EngineHost, Progress, _progress_bar
+from jaxserve.engine.host import EngineHost, Progress, progress_bar
 from jaxserve.engine.pooling import TextPooling, cannot
 from jaxserve.engine.setup import (
     ModelSource,
@@ -138,7 +138,7 @@ class EncoderHost:
         )
         self.tokenizer = tokenizer or _find_tokenizer(config.model, model.path)
         self._compiler: threading.Thread | None = None
-        self._warm_up(on_warm_up or (_progress_bar() if progress else None))
+        self._warm_up(on_warm_up or (progress_bar() if progress else None))
         self.encoder = Encoder(
             self.runner,
             clock=WallClock(),
@@ -273,6 +273,11 @@ def decoder_host(loaded: EngineHost | EncoderHost) -> EngineHost:
     if isinstance(loaded, EncoderHost):
         raise cannot("generate")
     return loaded
+
+
+def is_encoder_source(source: object, config: EngineConfig) -> bool:
+    """Tell whether a model is an encoder."""
+    return _as_encoder(source, config, progress=False) is not None
 
 
 def _as_encoder(source: object, config: EngineConfig, *, progress: bool) -> EncoderSource | None:

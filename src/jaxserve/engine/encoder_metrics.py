@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from jaxserve.core.event import FinishReason
-from jaxserve.engine.metrics import ITERATION_BUCKETS, EngineMetrics, Histogram, _Family
+from jaxserve.engine.metrics import ITERATION_BUCKETS, EngineMetrics, Family, Histogram
 
 _TEXT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -67,7 +67,7 @@ class EncoderMetrics(EngineMetrics):
             self.request_prompt_tokens.observe(num_tokens)
             self.e2e_latency.observe(latency)
 
-    def _scalars(self) -> Iterator[_Family]:
+    def _scalars(self) -> Iterator[Family]:
         yield from super()._scalars()
         for name, text, value in (
             ("pooled_texts_total", "Texts embedded or scored.", self.num_texts),
@@ -77,11 +77,11 @@ class EncoderMetrics(EngineMetrics):
                 self.num_padding_tokens,
             ),
         ):
-            yield _Family(name, "counter", text, [({}, value)])
+            yield Family(name, "counter", text, [({}, value)])
 
-    def _histograms(self) -> Iterator[_Family]:
+    def _histograms(self) -> Iterator[Family]:
         yield from super()._histograms()
-        yield _Family(
+        yield Family(
             "pooling_batch_texts",
             "histogram",
             "Texts per batch.",

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,7 +32,7 @@ from jaxserve.core.event import (
 from jaxserve.core.plan import Rejection, StepPlan
 from jaxserve.core.protocols import Clock, Doorkeeper, Scheduler
 from jaxserve.core.request import Request, RequestId
-from jaxserve.core.view import ReplicaView
+from jaxserve.core.view import ReplicaView, SequenceView
 from jaxserve.engine.adapters import AdapterSlots
 from jaxserve.engine.batcher import Item, build
 from jaxserve.engine.constraints import Constraints
@@ -70,6 +70,19 @@ class _RequestState:
     sequences: list[SequenceState]
     num_unfinished: int
     slo: SloOutcome | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReport:
+    """An engine, as those outside see it.
+
+    Attributes:
+        view: What its policy saw last; nobody is in it once everything has ended.
+        members: Its sequences by request and completion.
+    """
+
+    view: ReplicaView
+    members: Mapping[tuple[str, int], SequenceView]
 
 
 def _param(problem: Exception) -> str | None:
@@ -162,6 +175,7 @@ class Engine(Inbox):
         self._idle_calls: list[Callable[[], None]] = []
         self._num_failures = 0
         self._waited = 0.0
+        self._seen: ReplicaView | None = None
 
     @property
     def pool(self) -> PagePool:
@@ -172,6 +186,11 @@ class Engine(Inbox):
     def adapters(self) -> AdapterSlots:
         """Low-rank adapters on the device."""
         return self.placement.adapters
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return tuple(self._eos)
 
     @property
     def has_work(self) -> bool:
@@ -187,6 +206,32 @@ class Engine(Inbox):
     def is_busy(self) -> bool:
         """Whether a step is on the device."""
         return self._in_flight is not None
+
+    def report(self) -> EngineReport:
+        """Tell what is going on; from any thread, without waiting for the loop."""
+        view, members = self._seen, dict[tuple[str, int], SequenceView]()
+        if view is not None and self._sequences:
+            for seen in (*view.running, *view.waiting):
+                sequence = self._sequences.get(seen.seq_id)  # may have ended since
+                if sequence is not None:
+                    members[sequence.request.request_id, sequence.index] = seen
+        if view is None or not members:
+            view = self._empty_view()
+        return EngineReport(view=view, members=members)
+
+    def _empty_view(self) -> ReplicaView:
+        spec = self.runner.spec
+        return ReplicaView(
+            now=self._clock.now(),
+            running=(),
+            waiting=(),
+            num_free_pages=self.pool.num_free,
+            num_pages=self.pool.num_pages,
+            page_size=spec.page_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_loras=self.adapters.max_loras,
+        )
 
     # The loop: one thread ----------------------------------------------------------------------
 
@@ -249,7 +294,7 @@ class Engine(Inbox):
     def _plan(self) -> StepPlan:
         if self.is_frozen:
             return StepPlan()
-        view = self._view()
+        view = self._seen = self._view()
         start = time.thread_time()
         plan = self.scheduler.plan(view)
         self.metrics.planned(time.thread_time() - start)

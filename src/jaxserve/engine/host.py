@@ -2,12 +2,14 @@
 
 import functools
 import logging
-import operator
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -16,46 +18,44 @@ from tqdm.auto import tqdm
 from jaxserve.attention.custom import CustomAttention
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.errors import ConfigError, EngineDeadError, RequestError
-from jaxserve.core.lora import Adapter, LoRARequest
-from jaxserve.core.protocols import Scheduler
-from jaxserve.core.request import Request, RequestId, SamplingParams, Slo, new_request_id
+from jaxserve.core.control import WeightUpdate
+from jaxserve.core.cost_file import CostFile
+from jaxserve.core.errors import ConfigError, EngineDeadError
+from jaxserve.core.protocols import Clock, Scheduler
+from jaxserve.core.request import Request
+from jaxserve.engine.abstract_host import AbstractHost
 from jaxserve.engine.adapters import AdapterStore, make_reader
-from jaxserve.engine.decoder_pooling import DecoderPooler
+from jaxserve.engine.engine import Engine
 from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.loop import EngineThread
 from jaxserve.engine.measure import measure_engine
 from jaxserve.engine.metrics import EngineMetrics
-from jaxserve.engine.pooling import TextPooling
 from jaxserve.engine.profiling import Profiler
-from jaxserve.engine.setup import ModelSource, assemble
+from jaxserve.engine.setup import LoadedModel, ModelSource, assemble
 from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.engine.weights import Names, NewWeights, prepare_weights, read_weights
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.hub import resolve_model
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.peft import LoraAdapter
-from jaxserve.models.pooling import read_pooling
 from jaxserve.models.quantization import narrow_paths, quantized_model
 from jaxserve.models.registry import flatten_params
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Mapping[str, object]
-"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and maybe `cache_salt` and
-`output_token_ids`."""
-
-SloFields = Slo | Mapping[str, object]
-"""Service-level objectives, or a mapping with their names and values."""
-
 Progress = Callable[[int, int], None]
 """Called with (programs compiled, programs in all) during warm-up."""
 
+StepMeter = Callable[[Engine, Clock], CostFile]
+"""Finds out how long the steps of an engine take that is warm and turned by nobody else."""
 
-class EngineHost:
+
+class EngineHost(AbstractHost):
     """A model, loaded and warm, with its engine running on a thread of its own.
 
     Args:
-        source: Name, path, module, or (configuration, parameters).
+        source: Name, path, module, (configuration, parameters), or a model that has been loaded.
         tokenizer: Used instead of the model's own.
         config: Settings; or give them one by one.
         mesh: Devices.
@@ -63,6 +63,8 @@ class EngineHost:
         attention: How attention differs from the model's own; needs `attention_backend="pallas"`.
         progress: Whether to show progress bars on stderr.
         on_warm_up: Told about the progress of compilation.
+        meter: Finds out how long steps take, before the first request. By default they are
+            measured if the policy needs to know and no file tells.
         **settings: Single settings, named as in `EngineConfig`.
 
     Attributes:
@@ -78,7 +80,7 @@ class EngineHost:
 
     def __init__(
         self,
-        source: ModelSource,
+        source: ModelSource | LoadedModel,
         *,
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
@@ -87,6 +89,7 @@ class EngineHost:
         attention: CustomAttention | None = None,
         progress: bool = False,
         on_warm_up: Progress | None = None,
+        meter: StepMeter | None = None,
         **settings: Any,  # noqa: ANN401  checked by EngineConfig
     ) -> None:
         """Load, warm up, start the thread."""
@@ -109,7 +112,7 @@ class EngineHost:
         # Not kept whole: it holds the first weights, which an update lets go.
         self.engine = made.engine
         self.name = made.model.name
-        self._path = made.model.path
+        self.path = made.model.path
         self.tokenizer = made.tokenizer
         self.model_config: ModelConfig = made.model.config
         self.graph = made.model.graph
@@ -117,13 +120,13 @@ class EngineHost:
         self.default_sampling = made.default_sampling
         self._compiler: threading.Thread | None = None
         self.policy = made.policy
-        on_progress = on_warm_up or (_progress_bar() if progress else None)
-        if self.policy is not None and self.policy.needs_times:
-            self._measure(on_progress)
+        on_progress = on_warm_up or (progress_bar() if progress else None)
+        if meter is not None or (self.policy is not None and self.policy.needs_times):
+            self._measure(meter or _measure_now, on_progress)
         else:
             self._warm_up(on_progress)
-        self.thread = EngineThread(self.engine)
-        self.lifecycle = Lifecycle(self.engine, self.thread.call)
+        self._thread = EngineThread(self.engine)
+        self._lifecycle = Lifecycle(self.engine, self._thread.call)
         options = self.config.lora
         self.adapters = AdapterStore(
             make_reader(self.engine.runner, self.name),
@@ -133,17 +136,12 @@ class EngineHost:
         if self.config.pooling.pooler_config or self.config.pooling.runner == "pooling":
             _ = self.pooling  # so that a wrong setting is found now
 
-    def _measure(self, on_progress: Progress | None) -> None:
-        """Compile and measure every step shape, as the policy needs their times."""
-        engine = self.engine
-        engine.runner.warm_up(on_progress)
+    def _measure(self, meter: StepMeter, on_progress: Progress | None) -> None:
+        """Compile every step shape, and have their times measured."""
+        self.engine.runner.warm_up(on_progress)
+        measured = meter(self.engine, self.clock)
         if self.policy is not None:
-            measured = measure_engine(engine, self.clock)
-            logger.info(
-                "measured %d steps; the cost model errs by %.1f %% in the mean",
-                len(measured.samples.seconds), 100 * measured.report.mean_error,
-            )  # fmt: skip
-            self.policy.install(engine, measured.file)
+            self.policy.install(self.engine, measured)
 
     def _warm_up(self, on_progress: Progress | None) -> None:
         runner, mode = self.engine.runner, self.config.runner.warmup
@@ -164,6 +162,16 @@ class EngineHost:
             logger.exception("compiling the remaining step shapes failed")
 
     @property
+    def thread(self) -> EngineThread:
+        """The thread on which the engine runs."""
+        return self._thread
+
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """Pauses, sleep and new weights."""
+        return self._lifecycle
+
+    @property
     def is_warm(self) -> bool:
         """Whether every program has been compiled."""
         return self.engine.runner.programs.is_sealed
@@ -172,31 +180,6 @@ class EngineHost:
     def num_unfinished(self) -> int:
         """Completions under way."""
         return self.engine.num_unfinished
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """What the model is used for: `generate`, `pooling`, or both."""
-        runner = self.config.pooling.runner
-        return frozenset({"generate", "pooling"} if runner == "auto" else {runner})
-
-    @functools.cached_property
-    def pooling(self) -> TextPooling:
-        """Embeds and scores with the states of the served model.
-
-        Raises:
-            ConfigError: If the setting `pooler_config` asks for what a decoder cannot do.
-        """
-        how = read_pooling(self._path, default="last")
-        how = how.with_overrides(self.config.pooling.pooler_config)
-        pooler = DecoderPooler(
-            self.thread,
-            self.clock,
-            how,
-            model_config=self.model_config,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.engine.runner.spec.max_num_seqs,
-        )
-        return TextPooling(pooler, self.tokenizer)
 
     def graph_for(self, params: nnx.State) -> nnx.GraphDef[CausalLM]:
         """Return the structure for weights: the served ones, or plain ones where these are narrow.
@@ -228,6 +211,62 @@ class EngineHost:
         """Most tokens of prompt and output together."""
         return self.engine.runner.spec.max_model_len
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Most sequences running at once."""
+        return self.engine.runner.spec.max_num_seqs
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages of the key-value cache that nobody holds."""
+        return self.engine.pool.num_free
+
+    def prepare_weights(
+        self, params: object, names: Names, *, partial: bool, donate: bool
+    ) -> NewWeights:
+        """Bring weights into the form in which they are served; see `Controls.update_params`."""
+        specs = self.engine.runner.param_specs
+        return prepare_weights(params, specs, names=names, partial=partial, donate=donate)
+
+    def update_from_disk(
+        self,
+        model_path: str | Path,
+        *,
+        version: str | int | None = None,
+        flush_cache: bool = True,
+        recompute: bool = False,
+        abort_all_requests: bool = False,
+    ) -> Future[WeightUpdate]:
+        """Read a checkpoint, then serve it; see `Controls.update_weights_from_disk`."""
+        start = time.perf_counter()
+        weights = self.read_weights(model_path)
+        return self.lifecycle.update(
+            weights,
+            version=version,
+            flush_cache=flush_cache,
+            recompute=recompute,
+            abort_all_requests=abort_all_requests,
+            start=start,
+        )
+
+    def read_weights(self, model_path: str | Path) -> NewWeights:
+        """Read a checkpoint of the same model."""
+        specs = self.engine.runner.param_specs
+        place = resolve_model(model_path)
+        return prepare_weights(read_weights(place, self.model_config, specs), specs)
+
+    def adapter_replaced(self, adapter: LoraAdapter) -> None:
+        """Forget what an adapter of the same number has left on the device."""
+        self.thread.call(lambda: self.engine.adapters.replaced(adapter)).result()
+
+    def pin_adapter(self, adapter: LoraAdapter) -> None:
+        """Bring an adapter onto the device and keep its slot; see `Controls.pin_lora`."""
+        self.thread.call(lambda: self.engine.adapters.pin(adapter)).result()
+
+    def unpin_adapter(self, lora_id: int) -> None:
+        """Let the slot of a pinned adapter go; harmless if it was not pinned."""
+        self.thread.call(lambda: self.engine.adapters.unpin(lora_id)).result()
+
     def check_health(self) -> None:
         """Raise if the engine has stopped.
 
@@ -236,109 +275,6 @@ class EngineHost:
         """
         if self.engine.dead is not None:
             raise EngineDeadError(f"the engine has stopped: {self.engine.dead}")
-
-    def default_params(self) -> SamplingParams:
-        """Return the parameters of a request that gives none: the model's own defaults."""
-        return SamplingParams(**self.default_sampling)
-
-    def make_request(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        output_token_ids: Sequence[int] = (),
-        slo: SloFields | None = None,
-        lora_request: LoRARequest | Adapter | None = None,
-    ) -> Request:
-        """Turn a prompt into a request.
-
-        Args:
-            prompt: Text, token ids, or a mapping.
-            sampling: Parameters; the model's defaults if absent.
-            request_id: Unique among unfinished requests; random if absent.
-            priority: Lower is served first, under the `priority` policy.
-            cache_salt: Prefixes are shared only within one salt.
-            output_token_ids: Output of an interrupted run of this request, behind which the
-                completion goes on.
-            slo: How soon its tokens are wanted: an `Slo`, or a mapping with its fields.
-            lora_request: Adapter to add to the weights; read now, if it has not been.
-
-        Raises:
-            RequestError: If the prompt is of no known form, or is text and there is no tokenizer,
-                or an objective is impossible, or adapters are switched off.
-            ConfigError: If the adapter is damaged, missing, or does not fit the model.
-        """
-        text: str | None = None
-        if isinstance(prompt, Mapping):
-            cache_salt = str(prompt.get("cache_salt") or cache_salt)
-            output_token_ids = prompt.get("output_token_ids") or output_token_ids  # type: ignore[assignment]
-            text = prompt.get("prompt")  # type: ignore[assignment]
-            ids = prompt.get("prompt_token_ids")
-            if ids is None and text is None:
-                raise RequestError(
-                    "a prompt mapping needs 'prompt' or 'prompt_token_ids', found "
-                    f"{sorted(map(str, prompt))}.",
-                    param="prompt",
-                )
-            prompt = ids if ids is not None else text  # type: ignore[assignment]
-        if isinstance(prompt, str):
-            text = prompt
-            ids = self.encode(prompt)
-        else:
-            ids = self._check_ids(prompt)
-        output = self._check_ids(output_token_ids, "output_token_ids") if output_token_ids else ()
-        return Request(
-            request_id=RequestId(request_id or new_request_id()),
-            prompt_token_ids=tuple(ids),
-            sampling=sampling if sampling is not None else self.default_params(),
-            prompt=text,
-            arrival=self.clock.now(),
-            priority=priority,
-            cache_salt=cache_salt,
-            output_token_ids=tuple(output),
-            slo=_as_slo(slo),
-            adapter=self.get_adapter(lora_request),
-        )
-
-    def get_adapter(self, lora_request: LoRARequest | Adapter | None) -> Adapter | None:
-        """Return an adapter with its weights, reading them if they are not in memory.
-
-        Args:
-            lora_request: Names it; one that has been got already stays as it is.
-
-        Raises:
-            RequestError: If adapters are switched off, or name and number are those of others.
-            ConfigError: If it is damaged, missing, or does not fit the model.
-        """
-        if lora_request is None or isinstance(lora_request, LoraAdapter):
-            return lora_request
-        return self.adapters.get(cast(LoRARequest, lora_request))
-
-    def _check_ids(self, tokens: object, param: str = "prompt") -> list[int]:
-        try:
-            # operator.index takes every kind of integer and nothing that would have to be rounded.
-            ids = [operator.index(token) for token in tokens]  # type: ignore[attr-defined]
-        except TypeError:
-            form = "a list of token ids" if param != "prompt" else "a string or a list of token ids"
-            raise RequestError(
-                f"{param} must be {form}, got {type(tokens).__name__}.", param=param
-            ) from None
-        return ids
-
-    def encode(self, text: str) -> list[int]:
-        """Turn text into token ids, with the special tokens that the model puts around text.
-
-        Raises:
-            RequestError: If there is no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise RequestError(
-                "this model has no tokenizer; give token ids, or pass tokenizer=.", param="prompt"
-            )
-        return self.tokenizer.encode(text)
 
     def begin_grammar(self, request: Request) -> PendingGrammar | None:
         """Begin to compile the grammar of a request; None if its text is free.
@@ -372,18 +308,17 @@ def close_when_forgotten(owner: object, close: Callable[[], None]) -> None:
     later.atexit = False
 
 
-def _as_slo(slo: SloFields | None) -> Slo | None:
-    if slo is None or isinstance(slo, Slo):
-        return slo
-    if not isinstance(slo, Mapping):
-        raise RequestError(
-            f"slo must be an Slo or a mapping with its fields, got {type(slo).__name__}.",
-            param="slo",
-        )
-    return Slo.from_mapping(slo)
+def _measure_now(engine: Engine, clock: Clock) -> CostFile:
+    measured = measure_engine(engine, clock)
+    logger.info(
+        "measured %d steps; the cost model errs by %.1f %% in the mean",
+        len(measured.samples.seconds), 100 * measured.report.mean_error,
+    )  # fmt: skip
+    return measured.file
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
+    """Return what shows the progress of compilation on stderr."""
     bar = tqdm(total=0, desc="Warming up", unit="program", file=sys.stderr)
 
     def show(done: int, total: int) -> None:

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Protocol
 
 from jaxserve.core.errors import CapacityError, EngineDeadError, RequestError
 from jaxserve.core.event import TokenEvent
@@ -14,6 +15,19 @@ from jaxserve.engine.slo import missed
 
 Sink = Callable[[TokenEvent], None]
 """Where the events of one request go; called on the engine's thread, must not block."""
+
+
+class Door(Protocol):
+    """What takes requests and gives them back as events."""
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Accept a request, or refuse it at once; see `Inbox.submit`."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its completions finish with reason `abort`."""
+        ...
+
 
 PAUSED_RETRY_S = 5.0
 """Seconds after which to try again at an engine that takes nothing new for now."""

@@ -19,10 +19,11 @@ from jaxserve.core.lora import Adapter, LoRARequest
 from jaxserve.core.pooling import EmbeddingRequestOutput, ScoringRequestOutput
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, SamplingParams
+from jaxserve.engine.abstract_host import Prompt, SloFields
 from jaxserve.engine.async_engine import empty_output
 from jaxserve.engine.controls import Controls
 from jaxserve.engine.encoder_host import EncoderHost, EncoderSource, decoder_host, open_host
-from jaxserve.engine.host import EngineHost, Prompt, SloFields, close_when_forgotten
+from jaxserve.engine.host import EngineHost, close_when_forgotten
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.pooling import (
     PooledText,

@@ -66,7 +66,8 @@ class EngineThread:
         if self._is_closing:
             return
         self._is_closing = True
-        self.engine.cancel_all()
+        if self.engine.dead is None:  # else its requests are about to end with the reason
+            self.engine.cancel_all()
         self._wake.set()
         self._thread.join(timeout=30)
 

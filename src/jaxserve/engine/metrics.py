@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxserve.core.event import FinishReason, RequestMetrics, SloOutcome
 from jaxserve.core.request import SamplingParams
@@ -43,6 +43,7 @@ POLICY_BUCKETS = (
 MAX_TIERS = 64
 """Tiers counted by name; requests choose the names, and every name is kept for ever."""
 OTHER_TIERS = "other"
+SLO_ATTAINED, SLO_MISSED = "slo_attained_total", "slo_missed_total"
 
 
 def one_two_five_buckets(max_value: int) -> tuple[int, ...]:
@@ -108,8 +109,17 @@ class Histogram:
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
-    """One metric as it stands on the page: labelled numbers, or one histogram with labels."""
+class Family:
+    """One metric as it stands on the page: labelled numbers, or one histogram with labels.
+
+    Attributes:
+        name: Its name, without a prefix.
+        kind: `counter`, `gauge` or `histogram`.
+        text: What it says.
+        values: Numbers, each with labels of its own.
+        histogram: Observations; then `values` hold labels only.
+        has_engine_label: Whether engines are told apart; otherwise their numbers are added up.
+    """
 
     name: str
     kind: str
@@ -515,20 +525,29 @@ class EngineMetrics:
         Returns:
             Text in Prometheus' exposition format 0.0.4, ending with a newline.
         """
+        return render_page({self._engine: self.families()}, model_name, aliases=aliases)
+
+    def families(self) -> list[Family]:
+        """Return everything that is counted, as it is now."""
         with self._lock:
-            families = [*self._scalars(), *self._histograms()]
-        lines: list[str] = []
-        for prefix in dict.fromkeys((PREFIX, *aliases)):
-            for family in families:
-                lines.extend(_lines(family, prefix, model_name, self._engine))
-        return "\n".join(lines) + "\n"
+            return [*self._scalars(), *self._histograms()]
 
-    def _scalars(self) -> Iterator[_Family]:
-        def one(name: str, kind: str, text: str, value: float) -> _Family:
-            return _Family(name, kind, text, [({}, value)])
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the lock, to be sent to another process."""
+        with self._lock:
+            return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
-        def many(name: str, kind: str, text: str, label: str, values: Mapping[str, int]) -> _Family:
-            return _Family(name, kind, text, [({label: key}, n) for key, n in values.items()])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take everything, and a lock of its own."""
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def _scalars(self) -> Iterator[Family]:
+        def one(name: str, kind: str, text: str, value: float) -> Family:
+            return Family(name, kind, text, [({}, value)])
+
+        def many(name: str, kind: str, text: str, label: str, values: Mapping[str, int]) -> Family:
+            return Family(name, kind, text, [({label: key}, n) for key, n in values.items()])
 
         yield one("num_requests_running", "gauge", "Sequences in the batch.", self.num_running)
         yield one("num_requests_waiting", "gauge", "Sequences that wait.", self.num_waiting)
@@ -542,7 +561,7 @@ class EngineMetrics:
         )  # fmt: skip
         yield one("kv_cache_usage_perc", "gauge", "Share of pages in use, 0 to 1.", self.kv_usage)
         if self._cache_config:
-            yield _Family(
+            yield Family(
                 "cache_config_info", "gauge", "Settings of the cache.", [(self._cache_config, 1)]
             )
         yield one(
@@ -576,7 +595,7 @@ class EngineMetrics:
             "request_success_total", "counter", "Ended completions, by finish reason.",
             "finished_reason", dict(self.finished_by_reason),
         )  # fmt: skip
-        yield _Family(
+        yield Family(
             "admission_rejections_total", "counter", "Refused requests, by reason.",
             [({"reason": reason}, n) for reason, n in self.rejections.items()],
             has_engine_label=False,
@@ -592,7 +611,7 @@ class EngineMetrics:
                 "running_lora_adapters": ",".join(running),
                 "waiting_lora_adapters": ",".join(waiting),
             }
-            yield _Family(
+            yield Family(
                 "lora_requests_info", "gauge",
                 "Adapters in use, as labels; the value is the time, in seconds since 1970.",
                 [(labels, now)],
@@ -605,15 +624,8 @@ class EngineMetrics:
             "grammar_failures_total", "counter", "Grammars that did not compile.",
             self.num_grammar_failures,
         )  # fmt: skip
-        for name, text, counts in (
-            ("slo_attained_total", "Requests that kept an objective.", self.slo_attained),
-            ("slo_missed_total", "Requests that did not keep an objective.", self.slo_missed),
-        ):
-            yield _Family(
-                name, "counter", text,
-                [({"tier": tier, "objective": kind}, n) for (tier, kind), n in counts.items()],
-            )  # fmt: skip
-        yield _Family(
+        yield from slo_families(self.slo_attained, self.slo_missed)
+        yield Family(
             "slo_declined_total", "counter",
             "Requests whose objectives were not promised, by reason, and what became of them.",
             [
@@ -640,7 +652,7 @@ class EngineMetrics:
         yield one(
             "compile_seconds_total", "counter", "Seconds spent compiling.", self.compile_seconds
         )
-        yield _Family(
+        yield Family(
             "weight_version", "gauge", "Changes of the weights so far; their version is a label.",
             [({"weight_version": self.weight_version}, self.num_weight_updates)],
         )  # fmt: skip
@@ -649,7 +661,7 @@ class EngineMetrics:
             "sleep_state", {state: state == self.sleep_state for state in get_args(SleepState)},
         )  # fmt: skip
 
-    def _sparse(self) -> Iterator[_Family]:
+    def _sparse(self) -> Iterator[Family]:
         for name, text, value in (
             ("tokens_read", "Tokens that key-value heads read, of a share.",
              self.sparse_tokens_read),
@@ -663,22 +675,22 @@ class EngineMetrics:
             ("missed_heads", "Of these heads, those below their target by more than 0.02.",
              self.missed_heads),
         ):  # fmt: skip
-            yield _Family(f"sparse_attention_{name}_total", "counter", text, [({}, value)])
+            yield Family(f"sparse_attention_{name}_total", "counter", text, [({}, value)])
 
-    def _drafts(self) -> Iterator[_Family]:
+    def _drafts(self) -> Iterator[Family]:
         for name, text, value in (
             ("drafts", "Drafts verified.", self.num_drafts),
             ("draft_tokens", "Draft tokens verified.", self.num_draft_tokens),
             ("accepted_tokens", "Draft tokens accepted.", self.num_accepted_tokens),
         ):
-            yield _Family(f"spec_decode_num_{name}_total", "counter", text, [({}, value)])
-        yield _Family(
+            yield Family(f"spec_decode_num_{name}_total", "counter", text, [({}, value)])
+        yield Family(
             "spec_decode_num_accepted_tokens_per_pos_total", "counter",
             "Draft tokens accepted, by their place in the draft.",
             [({"position": str(i)}, n) for i, n in enumerate(self.accepted_per_position)],
         )  # fmt: skip
 
-    def _histograms(self) -> Iterator[_Family]:
+    def _histograms(self) -> Iterator[Family]:
         table = (
             ("iteration_tokens_total", "Tokens per step.", self.iteration_tokens),
             (
@@ -724,18 +736,78 @@ class EngineMetrics:
             ("request_num_preemptions", "Preemptions per request.", self.request_preemptions),
         )
         for name, text, histogram in table:
-            yield _Family(name, "histogram", text, histogram=histogram.copy())
-        yield _Family(
+            yield Family(name, "histogram", text, histogram=histogram.copy())
+        yield Family(
             "rl_weight_update_operation_duration_seconds", "histogram",
             "Seconds per change of the weights.",
             [({"operation": "update_weights"}, 0)], self.weight_update_time.copy(),
         )  # fmt: skip
 
 
-def _lines(family: _Family, prefix: str, model_name: str, engine: str) -> Iterator[str]:
+def slo_families(
+    attained: Mapping[tuple[str, str], int], missed: Mapping[tuple[str, str], int]
+) -> Iterator[Family]:
+    """Yield what is told about objectives.
+
+    Args:
+        attained: Requests that kept an objective, per (tier, objective).
+        missed: Requests that did not.
+    """
+    for name, text, counts in (
+        (SLO_ATTAINED, "Requests that kept an objective.", attained),
+        (SLO_MISSED, "Requests that did not keep an objective.", missed),
+    ):
+        yield Family(
+            name, "counter", text,
+            [({"tier": tier, "objective": kind}, n) for (tier, kind), n in counts.items()],
+        )  # fmt: skip
+
+
+def render_page(
+    engines: Mapping[str, Sequence[Family]], model_name: str, *, aliases: Iterable[str] = ()
+) -> str:
+    """Return the page that Prometheus scrapes, for one engine or for several.
+
+    Args:
+        engines: What is told about each, by the value of the label `engine`.
+        model_name: Value of the label `model_name`.
+        aliases: Further prefixes under which everything is repeated.
+
+    Returns:
+        Text in Prometheus' exposition format 0.0.4, ending with a newline.
+    """
+    merged: dict[str, list[tuple[str, Family]]] = {}
+    for engine, families in engines.items():
+        for family in families:
+            merged.setdefault(family.name, []).append((engine, family))
+    lines: list[str] = []
+    for name, found in merged.items():
+        if not found[0][1].has_engine_label:
+            merged[name] = [("", _summed([family for _, family in found]))]
+    for prefix in dict.fromkeys((PREFIX, *aliases)):
+        for name, found in merged.items():
+            first = found[0][1]
+            lines.append(f"# HELP {prefix}:{name} {first.text}")
+            lines.append(f"# TYPE {prefix}:{name} {first.kind}")
+            for engine, family in found:
+                lines.extend(_samples(family, prefix, model_name, engine))
+    return "\n".join(lines) + "\n"
+
+
+def _summed(families: Sequence[Family]) -> Family:
+    """Add up what is told without the label that tells engines apart."""
+    totals: dict[tuple[tuple[str, str], ...], float] = {}
+    for family in families:
+        for labels, value in family.values:
+            key = tuple(labels.items())
+            totals[key] = totals.get(key, 0) + value
+    first = families[0]
+    values = [(dict(key), value) for key, value in totals.items()]
+    return Family(first.name, first.kind, first.text, values, has_engine_label=False)
+
+
+def _samples(family: Family, prefix: str, model_name: str, engine: str) -> Iterator[str]:
     name = f"{prefix}:{family.name}"
-    yield f"# HELP {name} {family.text}"
-    yield f"# TYPE {name} {family.kind}"
     base = {"model_name": model_name}
     if family.has_engine_label:
         base = {"engine": engine, **base}

@@ -111,7 +111,7 @@ class LoadedModel:
 
 
 def load_model(
-    source: ModelSource,
+    source: ModelSource | LoadedModel,
     config: EngineConfig,
     *,
     mesh: jax.sharding.Mesh | None = None,
@@ -120,7 +120,7 @@ def load_model(
     """Bring a model into device memory; live parameters stay where they are.
 
     Args:
-        source: The model.
+        source: The model; one that has been loaded is returned as it is.
         config: Precision, format and parallelism.
         mesh: Devices; by default those of live parameters, else the first local ones.
         progress: Whether to show progress bars.
@@ -131,6 +131,8 @@ def load_model(
         ConfigError: If live parameters do not fit their configuration, or cannot be quantised as
             asked for.
     """
+    if isinstance(source, LoadedModel):
+        return source
     if isinstance(source, CausalLM):
         graph, state = nnx.split(source)
         return _quantize_live(_live(source.config, graph, state, mesh), config.model)
@@ -469,7 +471,7 @@ def _kernel_plans(
 
 
 def assemble(
-    source: ModelSource,
+    source: ModelSource | LoadedModel,
     config: EngineConfig,
     *,
     clock: Clock,

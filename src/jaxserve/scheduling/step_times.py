@@ -4,12 +4,14 @@ The numbers are those of the models, to the last bit.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxserve.core.compiled import compiled
-from jaxserve.core.cost import CostModel, LinearCost
+from jaxserve.core.cost import CostModel, LinearCost, StepLoad
+from jaxserve.core.cost_buckets import BucketCost
 from jaxserve.core.cost_table import TableCost
 from jaxserve.core.errors import ConfigError
 
@@ -43,7 +45,7 @@ def step_times(cost: CostModel, *, margin: float = 0.0) -> StepTimes:
     """Bring a cost model into the form that compiled loops read.
 
     Args:
-        cost: A linear model or a table.
+        cost: A linear model, a table, or times of padded steps.
         margin: Share by which all times are raised.
 
     Raises:
@@ -61,10 +63,52 @@ def step_times(cost: CostModel, *, margin: float = 0.0) -> StepTimes:
         grid = scale * cost.grid.ravel()
         is_summed = int(cost.composition == "summed")
         return StepTimes(np.zeros((0, 4)), axes, batches, contexts, chunks, pasts, grid, is_summed)
+    if isinstance(cost, BucketCost):
+        return _stairs(cost, scale)
     raise ConfigError(
-        f"compiled loops read a LinearCost or a TableCost, got {type(cost).__name__}; give the "
-        "model that it was made from, and a margin."
+        "compiled loops read a LinearCost, a TableCost or a BucketCost, got "
+        f"{type(cost).__name__}; give the model that it was made from, and a margin."
     )
+
+
+_FAR_CONTEXT = 4096.0
+"""Second value of the axes along which the times of padded steps are straight lines."""
+
+
+def _stairs(cost: BucketCost, scale: float) -> StepTimes:
+    """Write times of padded steps as a table: each bucket has a cell at either end.
+
+    Several prompts in a step count as one, whose pairs are those of a chord and never too few.
+    """
+    rows, tokens = cost.sizes
+    batches, chunks = _ends(rows), _ends(tokens)
+    # A prompt takes a row of its own.
+    batches = sorted({*batches, *(size - 1 for size in rows)})
+    far = (0.0, _FAR_CONTEXT)
+    cells = [
+        cost.step_time(
+            StepLoad(
+                prefill=chunk, pairs=chunk * past + chunk * chunk / 2, prefills=int(chunk > 0),
+                past=int(past) if chunk else 0, decodes=batch, context=int(batch * mean),
+            )
+        )
+        for batch in batches for mean in far for chunk in chunks for past in far
+    ]  # fmt: skip
+    axes = np.array([*batches, *far, *chunks, *far], float)
+    grid = scale * np.array(cells)
+    return StepTimes(
+        np.zeros((0, 4)), axes, len(batches), len(far), len(chunks), len(far), grid, 0
+    )  # fmt: skip
+
+
+def _ends(sizes: Sequence[int]) -> list[int]:
+    """Return zero, and the first and last size of each bucket; past the last they go on."""
+    found = {0}
+    below = 0
+    for size in sizes:
+        found |= {below + 1, size}
+        below = size
+    return sorted(found | {2 * below})
 
 
 @compiled

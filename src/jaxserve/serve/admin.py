@@ -363,6 +363,7 @@ async def server_info(
             "is_paused": engine.is_paused(),
             "asleep": engine.host.lifecycle.asleep,
             "num_unfinished": engine.num_unfinished,
+            "replicas": [dataclasses.asdict(one) for one in engine.replicas],
         }
     )
 

@@ -201,8 +201,28 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
 
 @router.get("/health", response_class=Response, responses=_HEALTH)
 async def health(request: Request) -> Response:
-    """Answer 200 when requests are taken: the model is warm and the server is not stopping."""
-    return Response(status_code=200 if _state(request).is_healthy() else 503)
+    """Answer 200 when requests are taken: the model is warm and the server is not stopping.
+
+    With several replicas the body tells how each stands; one that lives is enough for 200.
+    """
+    state = _state(request)
+    status = 200 if state.is_healthy() else 503
+    found = () if state.engine is None else state.engine.replicas
+    if not found:
+        return Response(status_code=status)
+    replicas = [
+        {
+            "index": one.index,
+            "state": one.state,
+            "tier_ms": None if one.tier is None else 1000 * one.tier,
+            "open_completions": one.num_open,
+            "deaths": one.deaths,
+        }
+        for one in found
+    ]
+    is_whole = not any(one.state in ("starting", "removed") for one in found)
+    word = ("ok" if is_whole else "degraded") if status == 200 else "unavailable"
+    return _json({"status": word, "replicas": replicas}, status)
 
 
 @router.get("/ping", response_class=Response, responses=_HEALTH)

@@ -34,6 +34,7 @@ GROUPS = {
     "access": "access",
     "api": "answers",
     "log": "messages",
+    "cluster": "replicas",
     "model": "model",
     "cache": "key-value cache",
     "scheduler": "scheduling",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxserve.cluster.options import ClusterOptions
 from jaxserve.core.config import ContentFormat, EngineConfig, iter_options, option
 from jaxserve.core.errors import ConfigError, did_you_mean
 from jaxserve.parsers.registry import reasoning_parser, tool_parser
@@ -280,6 +281,7 @@ class ServerConfig:
     access: AccessOptions = field(default_factory=AccessOptions)
     api: ApiOptions = field(default_factory=ApiOptions)
     log: LogOptions = field(default_factory=LogOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> "ServerConfig":
@@ -303,6 +305,7 @@ class ServerConfig:
             access=AccessOptions(**parts.get("access", {})),
             api=ApiOptions(**parts.get("api", {})),
             log=LogOptions(**parts.get("log", {})),
+            cluster=ClusterOptions(**parts.get("cluster", {})),
         )
 
     @property
@@ -333,6 +336,15 @@ class Settings:
         ):
             if is_used and not self.engine.lora.enable_lora:
                 raise ConfigError(f"{name} needs enable_lora; give both or none.")
+        if self.server.cluster.is_fleet and self.engine.scheduler.decision_log is not None:
+            raise ConfigError(
+                "decision_log is of a single engine, and there are several; use fleet_log."
+            )
+        if self.server.cluster.cluster == "ray" and self.engine.lora.enable_lora:
+            raise ConfigError(
+                "enable_lora needs cluster local: adapters are read in this process, and Ray's "
+                "actors are others. Leave one of the two out."
+            )
 
 
 def iter_server_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -204,7 +204,15 @@ def _make_engine(settings: Settings, name: str) -> "AsyncLLM":
         source = resolve_model(name, revision=settings.engine.model.revision)
     from jaxserve.engine.async_engine import AsyncLLM  # noqa: PLC0415  loads JAX, which takes long
 
-    engine = AsyncLLM(source, config=settings.engine, progress=True)
+    if settings.server.cluster.is_fleet:
+        from jaxserve.cluster.start import open_fleet  # noqa: PLC0415  loads JAX
+
+        options = settings.server.cluster
+        # Actors look a name up where they are; it has been downloaded here by now.
+        place = name if options.cluster == "ray" else source
+        engine = open_fleet(place, options, config=settings.engine, progress=True)
+    else:
+        engine = AsyncLLM(source, config=settings.engine, progress=True)
     try:
         load_modules(engine, settings.server.api)
     except BaseException:

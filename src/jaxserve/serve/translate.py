@@ -30,8 +30,8 @@ from jaxserve.serve.structure import (
 )
 
 if TYPE_CHECKING:
+    from jaxserve.engine.abstract_host import Prompt
     from jaxserve.engine.async_engine import AsyncLLM
-    from jaxserve.engine.host import Prompt
     from jaxserve.engine.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024

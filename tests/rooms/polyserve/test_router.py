@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxserve.core.cost import PUBLISHED_COSTS
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.plan import RoutePlan
 from jaxserve.core.request import Slo
 from jaxserve.core.view import FleetView, ReplicaRole, ReplicaView, SequenceView
 from jaxserve.scheduling.fcfs import FcfsScheduler
@@ -122,6 +123,18 @@ def test_an_empty_server_may_change_its_tier():
     assert [(a.replica, a.state, a.tier) for a in moved.actions] == [(2, "serving", 0.02)]
 
 
+def test_a_tier_without_servers_takes_over_a_looser_one_that_keeps_its_pace():
+    """Otherwise a fleet of fewer servers than tiers would never serve its tightest requests."""
+    view = fleet((replica(3), 0.1), (replica(2), 0.05))
+    taken = plan(view, tpot=0.02)
+    assert taken.route.replica == 1, "the nearest looser tier gives its server"
+    assert [(a.replica, a.state, a.tier) for a in taken.actions] == [(1, "serving", 0.02)]
+    busy = fleet((replica(120, prompt=400), 0.1))
+    assert plan(busy, tpot=0.02).route is None, "it could not keep the pace"
+    # Whoever is there is hosted by what has become tighter.
+    assert plan(fleet((replica(3), 0.02)), tpot=0.1).route.replica == 0
+
+
 def test_what_an_idle_server_could_not_do_is_refused_at_the_door():
     view = fleet((replica(), 0.1))
     assert plan(view, prompt=4000, ttft=0.1).reason == "idle_server"
@@ -130,6 +143,19 @@ def test_what_an_idle_server_could_not_do_is_refused_at_the_door():
     assert (late.route, late.reason) == (None, "expired")
     small = fleet((replica(0, pages=10), 0.1))
     assert plan(small, prompt=159).reason == "memory"
+
+
+def test_whoever_must_not_wait_goes_where_least_is_left():
+    router = TierRouter(COST, CONFIG)
+    view = fleet((replica(9, waiting=3), 0.1), (replica(20), 0.1), (replica(), None))
+    waits = RoutePlan(route=None, reason="expired")
+    sent = router.send_home(view, waits)
+    assert (sent.route.replica, sent.route.is_promised, sent.route.reason) == (2, False, "expired")
+    assert [(a.replica, a.state, a.tier) for a in sent.actions] == [(2, "serving", 0.1)]
+    gone = FleetView(now=0.0, replicas=(replica(),), roles=(ReplicaRole(state="off"),))
+    assert router.send_home(gone, waits).route is None
+    with pytest.raises(ConfigError, match="no replica of the fleet serves"):
+        router.place(sequence(), gone)
 
 
 def test_permuting_servers_does_not_change_what_is_chosen():

@@ -214,6 +214,10 @@ def route(
         stage: Which servers are wanted.
         promotes: Whether tighter tiers are asked once the own one is full and the pool is empty.
 
+    A tier that has no server, and none tighter than itself, takes one over from looser ones if it
+    can keep the new pace. Nobody is shut out by that, since looser requests may stay and be hosted;
+    without it a fleet of fewer servers than tiers would never serve its tightest requests.
+
     Returns:
         The server, or `NOBODY` if none takes it now.
     """
@@ -233,6 +237,33 @@ def route(
             s = probe(times, rules, rq, sv, gr, tighter, r, now, rules.guard)
             if s != NOBODY:
                 return s
+    return _take_over(times, rules, rq, sv, gr, r, now, row)
+
+
+@compiled
+def _take_over(
+    times: StepTimes,
+    rules: Rules,
+    rq: Records,
+    sv: Servers,
+    gr: Gradient,
+    r: int,
+    now: float,
+    row: int,
+) -> int:
+    """Give a looser server to a tier that nobody can serve; returns it, or `NOBODY`."""
+    tiers = rules.means.size
+    if row >= tiers - 1:
+        return NOBODY
+    for tighter in range(row + 1):
+        if gr.filled[tighter] > 0:
+            return NOBODY
+    for looser in range(row + 1, tiers):
+        s = probe(times, rules, rq, sv, gr, looser, r, now, 1.0)
+        if s != NOBODY:
+            leave(gr, sv, s)
+            label(gr, sv, s, row, tiers)
+            return s
     return NOBODY
 
 

@@ -255,29 +255,58 @@ class TierRouter:
         """Choose a replica for a request that has just arrived, in a fleet where nobody waits.
 
         A request that should wait goes where the least is left to be computed.
+
+        Raises:
+            ConfigError: If no replica serves or could.
         """
         plan = self.plan(sequence, fleet)
-        if plan.route is not None:
-            return plan.route
+        route = plan.route or self.send_home(fleet, plan).route
+        if route is None:
+            raise ConfigError("no replica of the fleet serves, or waits in the pool.")
+        return route
+
+    def send_home(self, fleet: FleetView, plan: RoutePlan) -> RoutePlan:
+        """Place a request for which there is no room.
+
+        Args:
+            fleet: The view.
+            plan: The plan that lets it wait, and says why.
+        """
+        roles = fleet.roles or (ReplicaRole(),) * len(fleet.replicas)
+        there = [i for i, role in enumerate(roles) if role.state in ("serving", "pooled")]
+        if not there:
+            return plan
         home = min(
-            range(len(fleet.replicas)),
+            there,
             key=lambda i: (
                 sum(s.num_uncomputed for s in fleet.replicas[i].waiting),
                 len(fleet.replicas[i].running), i,
             ),
         )  # fmt: skip
-        return Route(replica=home, is_promised=False, reason=plan.reason)
+        actions = plan.actions
+        if roles[home].state == "pooled" and not any(a.replica == home for a in actions):
+            tier, reason = self.config.tiers[-1], "a request must not wait"
+            actions += (ScaleAction(replica=home, state="serving", tier=tier, reason=reason),)
+        route = Route(replica=home, is_promised=False, reason=plan.reason)
+        return RoutePlan(route=route, actions=actions, reason=plan.reason)
 
     def observe(self, sequence: SequenceView) -> None:
         """Take note of a request that has ended, for the mean lengths of its tier."""
-        slo = sequence.slo
-        tpot = self.config.tiers[-1] if slo is None or slo.tpot_ms is None else slo.tpot_ms / 1000
-        k = int(tier_of(np.array([tpot]), self.config.tiers)[0])
+        k = self._tier_index(sequence)
         means, output = self.means.means, sequence.num_tokens - sequence.prompt_len
         means.finished[k] += 1
         means.output[k] += (output - means.output[k]) / means.finished[k]
         means.arrived[k] += 1
         means.prompt[k] += (sequence.prompt_len - means.prompt[k]) / means.arrived[k]
+
+    def tier_of(self, sequence: SequenceView) -> float:
+        """Return the tier of a request; one that wants more than the tightest belongs to that."""
+        return self.config.tiers[self._tier_index(sequence)]
+
+    def _tier_index(self, sequence: SequenceView) -> int:
+        slo, tiers = sequence.slo, self.config.tiers
+        tpot = tiers[-1] if slo is None or slo.tpot_ms is None else slo.tpot_ms / 1000
+        return max(0, int(np.searchsorted(tiers, tpot * (1 + 1e-9), side="right")) - 1)
 
     def dump(self) -> dict[str, list[float]]:
         """Return what has been learned, as JSON has it."""
@@ -320,12 +349,23 @@ class TierScaler:
     Args:
         cost: How long the replicas' steps take.
         config: The settings.
+        router: The router of the same fleet, whose mean lengths are then gone by.
+        elastic: Whether replicas are started and turned off; otherwise those that are on stay on,
+            in the pool if nobody needs them.
     """
 
-    def __init__(self, cost: CostModel, config: PolyServeConfig | None = None) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        config: PolyServeConfig | None = None,
+        *,
+        router: TierRouter | None = None,
+        elastic: bool = True,
+    ) -> None:
         """Start without having seen the fleet."""
-        self._router = TierRouter(cost, config)
+        self._router = router or TierRouter(cost, config)
         self.config = self._router.config
+        self._elastic = elastic
         self._times = step_times(cost, margin=self.config.margin)
         self._watch = empty_watch(len(self.config.tiers))
 
@@ -346,11 +386,14 @@ class TierScaler:
             if sv.one.state[s] == DRAINING and sv.one.decodes[s] + sv.one.pending[s] == 0:
                 sv.one.state[s] = _STATES.index("pooled")
                 sv.one.label[s] = NOBODY
-        scale_down(
-            self._times, rules, sv, gr, self._watch, fleet.now, config.hold_checks,
-            config.cooldown_s, config.down_load, config.drain_share,
-        )  # fmt: skip
+        if config.scales:
+            scale_down(
+                self._times, rules, sv, gr, self._watch, fleet.now, config.hold_checks,
+                config.cooldown_s, config.down_load, config.drain_share,
+            )  # fmt: skip
         actions = _actions(config, before, sv, "the others have room")
+        if not self._elastic:
+            return ScalePlan(actions=actions)
         reserve = max(1, math.ceil(config.reserve_share * len(sv.one)))
         change = np.zeros(len(sv.one), np.int64)
         keep = max(0.0, 1 - config.check_s / max(config.start_s, config.check_s))

@@ -1,0 +1,1 @@
+"""Several engines behind one door: replicas, routing, scaling, and what happens when one dies."""
