@@ -266,3 +266,42 @@ def test_zeros_take_no_memory_before_they_are_written_to():
     out = make().block_until_ready()
     assert process.memory_info().rss - before < 32 << 20
     assert float(out[-1]) == 0.0
+
+
+def test_stages_find_what_earlier_ones_have_written():
+    from llvmlite import ir
+
+    from jaxserve.cpu_kernels import ffi
+    from jaxserve.cpu_kernels.emit import F32, const
+    from jaxserve.cpu_kernels.places import load_float, store_word
+
+    def square(e, buffers, sizes, index, parts):
+        value = load_float(e, buffers[0], index)
+        store_word(e, e.b.fmul(value, value), buffers[1], index)
+
+    def total(e, buffers, sizes, index, parts):
+        found = e.variable(F32, ir.Constant(F32, 0.0))
+        with e.loop(const(0), sizes[0], const(1)) as i:
+            e.b.store(e.b.fadd(e.b.load(found, typ=F32), load_float(e, buffers[1], i)), found)
+        store_word(e, e.b.load(found, typ=F32), buffers[2], index)
+
+    def number(e, buffers, sizes, index, parts):
+        share = e.b.fdiv(load_float(e, buffers[2], index), e.b.sitofp(parts, F32))
+        store_word(e, share, buffers[3], index)
+
+    kernel = ffi.Kernel(
+        name="test_stages", num_args=1, num_rets=3, dims=[(0, 0)],
+        num_chunks=lambda e, sizes, threads: sizes[0], chunk=square,
+        later=[
+            ffi.Stage(num_chunks=lambda e, sizes, threads: const(3), chunk=total),
+            ffi.Stage(num_chunks=lambda e, sizes, threads: const(2), chunk=number),
+        ],
+    )  # fmt: skip
+    ffi.register("test_stages", lambda: kernel)
+    for seed in range(30):
+        x = np.random.default_rng(seed).integers(0, 9, 1 + 17 * seed).astype(np.float32)
+        outs = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (len(x), 3, 2)]
+        squares, totals, shares = jax.ffi.ffi_call("test_stages", outs)(x)
+        np.testing.assert_array_equal(squares, x**2)
+        np.testing.assert_array_equal(totals, [np.sum(x**2)] * 3)
+        np.testing.assert_array_equal(shares, [np.sum(x**2) / 2] * 2)

@@ -8,6 +8,7 @@ Two layouts of the cache, both head-major so that a head's keys are contiguous:
   kernels; page 0 is a dummy that padding writes to.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from jaxserve.attention import reference, xla
 from jaxserve.attention.metadata import (
     KERNEL_BACKENDS,
     AttentionPlan,
+    Backend,
     CausalPlan,
     PaddedPlan,
     ScoreRule,
@@ -28,8 +30,10 @@ from jaxserve.attention.metadata import (
 from jaxserve.attention.tactic.attention import SpanBackend
 from jaxserve.attention.tactic.rows import attend_rows
 from jaxserve.cache.buffers import KvLayer
+from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.attention.api import attention
 from jaxserve.pallas_kernels.paged import PagedKV
+from jaxserve.pallas_kernels.plan import Plan
 
 _MOST_STATIC_BLOCKS = 8
 """Blocks of queries that are unrolled; longer chunks get longer blocks."""
@@ -442,6 +446,8 @@ def _attend_kernels(
 ) -> tuple[Array, KvLayer]:
     """Attend with planned paged kernels."""
     paged = next((p for p in plan.kernel_plans if p.spec.window == rule.window), None)
+    if plan.sparse is not None:
+        paged = plan.kernel_plans[-1]  # without work for decodes that leave something unread
     if paged is None:
         windows = [p.spec.window for p in plan.kernel_plans]
         raise ValueError(f"a layer has the window {rule.window}, but plans are for {windows}.")
@@ -464,7 +470,42 @@ def _attend_kernels(
         sm_scale=rule.scale,
         backend=KERNEL_BACKENDS[plan.backend],
     )
-    return out, (keys, values)
+    if plan.sparse is None:
+        return out, (keys, values)
+    table = _planned_pages(paged, plan)
+    row_plan = dataclasses.replace(plan, page_table=table)
+
+    def decode_keys(start: Array | int, length: int) -> xla.Tile:
+        pages = lax.dynamic_slice_in_dim(table, start // size, length // size, axis=1)
+        return _gather_pages(keys, pages), _gather_pages(values, pages)
+
+    backend = _list_backend(plan.backend)
+    return _attend_sparse(out, q, (keys, values), row_plan, decode_keys, rule=rule, backend=backend)
+
+
+def _planned_pages(paged: Plan, plan: AttentionPlan) -> Int[Array, "rows pages_per_row"]:
+    """Return the pages of decode rows, of which plans have a list; 0 where there is none."""
+    per_row = 2 if paged.spec.max_requests > plan.rows else 1
+    per_tile = plan.kv_tile // paged.spec.page_size
+    most = -(-paged.spec.max_pages // paged.spec.max_requests // per_tile) * per_tile
+    begin, end = (paged.kv_indptr[i : i + plan.rows * per_row : per_row, None] for i in range(2))
+    at = begin + jnp.arange(most)
+    last = paged.kv_indices.shape[0] - 1
+    return jnp.where(at < end, paged.kv_indices[jnp.minimum(at, last)], 0)
+
+
+def _list_backend(backend: Backend) -> SpanBackend:
+    """Say what reads the tokens that decodes choose, where planned kernels read all others."""
+    if backend == "pallas-reference":
+        return "reference"
+    is_kernel = backend in ("mosaic", "triton") and triton_launch.unavailable() is None
+    return "triton" if is_kernel else "xla"
+
+
+def _gather_pages(buffer: Array, pages: Array) -> Array:
+    """Put pages together: `[*, n, kv_heads, page, dim]` becomes `[*, kv_heads, n * page, dim]`."""
+    taken = jnp.moveaxis(buffer[pages], -4, -3)
+    return taken.reshape(*taken.shape[:-3], -1, taken.shape[-1])
 
 
 def _attend_pages(
@@ -485,14 +526,9 @@ def _attend_pages(
     keys = cache[0].at[page, :, offset].set(k)
     values = cache[1].at[page, :, offset].set(v)
 
-    def gather(buffer: Array, pages: Array) -> Array:
-        # [*, n, kv_heads, page_size, head_dim] -> [*, kv_heads, n * page_size, head_dim]
-        taken = jnp.moveaxis(buffer[pages], -4, -3)
-        return taken.reshape(*taken.shape[:-3], -1, taken.shape[-1])
-
     if plan.backend == "reference":
         out = reference.paged_attend(
-            q, gather(keys, page_table), gather(values, page_table), plan, rule=rule
+            q, _gather_pages(keys, page_table), _gather_pages(values, page_table), plan, rule=rule
         )
         return out, (keys, values)
 
@@ -507,11 +543,11 @@ def _attend_pages(
             pages = jnp.take_along_axis(page_table, index, axis=1, mode="clip")
         else:
             pages = lax.dynamic_slice_in_dim(page_table, first, count, axis=1)
-        return gather(keys, pages), gather(values, pages)
+        return _gather_pages(keys, pages), _gather_pages(values, pages)
 
     def row_tile(row: Int[Array, ""], i: Int[Array, ""]) -> xla.Tile:
         pages = lax.dynamic_slice(page_table, (row, i * pages_per_tile), (1, pages_per_tile))
-        return gather(keys, pages), gather(values, pages)
+        return _gather_pages(keys, pages), _gather_pages(values, pages)
 
     out = _attend_tiles(
         q, k, v, plan, decode_keys, row_tile, row_len=row_len, unit=page_size, rule=rule

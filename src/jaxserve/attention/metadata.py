@@ -103,7 +103,8 @@ class AttentionPlan:
         page_table: Pages of each sequence row, 0 where there is none; None with dense slots, and
             of width 0 where kernels have plans, which hold the pages.
         kernel_plans: For backends that run planned kernels: one plan per kind of window that the
-            model's layers have. Request i of a plan is sequence row i, or with
+            model's layers have, and last, if decodes may leave something unread, one in which
+            those that do have no work. Request i of a plan is sequence row i, or with
             drafts requests 2 i and 2 i + 1, its decode and its drafts. Their specs say how
             attention differs from the plain one, soft caps included.
         extra: Arrays that the variant of the plans reads.

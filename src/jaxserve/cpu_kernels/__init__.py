@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxserve.cpu_kernels.cluster_attention import attend_clusters as attend_clusters
     from jaxserve.cpu_kernels.cluster_choice import choose_clusters as choose_clusters
     from jaxserve.cpu_kernels.decode_attention import decode as decode
     from jaxserve.cpu_kernels.lazy_zeros import zeros as zeros
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _KERNELS = {
     "multiply": "matmul",
     "multiply_transposed": "matmul",
+    "attend_clusters": "cluster_attention",
     "choose_clusters": "cluster_choice",
     "decode": "decode_attention",
     "append": "prefill_attention",

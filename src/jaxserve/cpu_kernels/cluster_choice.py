@@ -1,7 +1,8 @@
 """Chooses the clusters of keys that each head reads: the order, the samples and the count in one.
 
 The same steps as `attention.tactic` takes through XLA, of which the sort alone costs more than the
-attention that follows; here the order comes from counting buckets.
+attention that follows; here the order comes from counting buckets. Clusters are gone through as few
+times as possible, in vectors where their order allows it, and up to where the mass is reached.
 
 Source: ours; see `attention/tactic/counting.py`, whose `count_by_samples` this is.
 """
@@ -15,14 +16,31 @@ from jaxtyping import Array, Float, Int
 from llvmlite import ir
 
 from jaxserve.cpu_kernels import ffi
-from jaxserve.cpu_kernels.emit import F32, I32, I64, ITEM_BYTES, Emitter, Value, const, weight_type
+from jaxserve.cpu_kernels.emit import (
+    F32,
+    I32,
+    I64,
+    ITEM_BYTES,
+    Emitter,
+    Value,
+    WeightType,
+    const,
+    weight_type,
+)
 from jaxserve.cpu_kernels.heads import LOWEST, Heads
+from jaxserve.cpu_kernels.places import (
+    PIECE,
+    dot_rows,
+    load_float,
+    load_int,
+    load_queries,
+    store_word,
+)
 
+CLUSTER_BLOCK = 256
+"""Clusters whose weights are predicted at a time."""
 _HIGHEST = 60.0
 """Most that a weight may exceed its level, in the exponent."""
-
-_Visit = Callable[[Value, Value, Value, Value, Value], None]
-"""Emits what happens to a cluster: its rank, number, size, first token, and range of ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +82,8 @@ class Chosen:
     """What `choose_clusters` returns; see `attention.tactic.select.Selection`.
 
     Attributes:
-        begin: First place of each run, in the order; `[rows, kv_heads, clusters]`.
-        size: Places of each run.
+        begin: First place of each run; `[rows, kv_heads, clusters]`.
+        size: Places of each run; runs without any follow the others.
         num_tokens: Tokens that are read; `[rows, kv_heads]`.
         tail_mass: Mass of what is not read, by cluster; `[rows, q_heads, clusters]`.
         level: What masses are relative to; `[rows, q_heads]`.
@@ -90,9 +108,8 @@ def choose_clusters(
     kept: Float[Array, "rows q_heads"],
     p: Float[Array, " rows"],
     max_share: float,
-    edges: Int[Array, "rows kv_heads edges"],
-    ranks: Int[Array, "rows kv_heads samples"],
-    order: Int[Array, "rows kv_heads capacity"] | None = None,
+    edges: Int[Array, "rows edges"],
+    ranks: Int[Array, "rows samples"],
     *,
     sampling: Sampling,
 ) -> Chosen:
@@ -110,65 +127,213 @@ def choose_clusters(
         max_share: Where more than this share of the tokens is needed, all are read.
         edges: Where ranges of ranks begin, and where the last one ends.
         ranks: Tokens to look at, ascending; numbered along the order.
-        order: Where in its slot each place lies; None if places lie in their order.
         sampling: How samples are used.
     """
     rows, q_heads, dim = q.shape
     kv_heads, clusters = centroids.shape[1:3]
-    kind = weight_type(keys.dtype)
+    kind, index_kind = weight_type(keys.dtype), weight_type(centroids.dtype)
     shape = Heads(q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, kind=kind)
-    digest = abs(hash(sampling)) % 16**12
-    ordered = "" if order is None else "_ordered"
-    name = f"jaxserve_choose_{q_heads}_{kv_heads}_{dim}_{kind}_{digest:x}{ordered}"
-    ffi.register(name, lambda: _kernel(name, shape, sampling, is_ordered=order is not None))
-    runs = jax.ShapeDtypeStruct((rows, kv_heads, clusters), jnp.int32)
-    state = jax.ShapeDtypeStruct((rows, q_heads), jnp.float32)
-    outs = [
-        runs,
-        runs,
-        jax.ShapeDtypeStruct((rows, kv_heads), jnp.int32),
-        jax.ShapeDtypeStruct((rows, q_heads, clusters), jnp.float32),
-        state,
-        state,
-        runs,
+    name = (
+        f"jaxserve_choose_{q_heads}_{kv_heads}_{dim}_{kind}_{index_kind}_{clusters}"
+        f"_{digest(sampling)}"
+    )
+    ffi.register(name, lambda: _kernel(name, shape, sampling, clusters, index_kind))
+    words, state = (
+        (lambda *axes: jax.ShapeDtypeStruct((rows, *axes), jnp.int32)),
+        jax.ShapeDtypeStruct((rows, q_heads), jnp.float32),
+    )
+    by_query = jax.ShapeDtypeStruct((rows, q_heads, clusters), jnp.float32)
+    by_head = words(kv_heads, clusters)
+    outs = [by_head, by_head, words(kv_heads), by_query, state, state]
+    scratch = [
+        jax.ShapeDtypeStruct((rows, q_heads, num_blocks(clusters)), jnp.float32),
+        by_query,
+        *[by_head] * 5,
     ]
     limits = jnp.stack([p, jnp.full_like(p, max_share)], axis=-1)
-    call = jax.ffi.ffi_call(name, outs)
-    last = () if order is None else (order,)
-    found = call(q, keys, centroids, spread, sizes, begin, kept, limits, edges, ranks, *last)
-    return Chosen(*found[:6])
+    entries = jnp.arange(rows, dtype=jnp.int32)
+    call = jax.ffi.ffi_call(name, [*outs, *scratch])
+    found = call(q, keys, entries, centroids, spread, sizes, begin, kept, limits, edges, ranks)
+    return Chosen(*found[: len(outs)])
 
 
-def _kernel(name: str, shape: Heads, sampling: Sampling, *, is_ordered: bool) -> ffi.Kernel:
-    def chunk(
+def num_blocks(clusters: int) -> int:
+    """Return how many blocks so many clusters make."""
+    return -(-clusters // CLUSTER_BLOCK)
+
+
+def digest(sampling: Sampling) -> str:
+    """Name settings in a few letters."""
+    return f"{abs(hash(sampling)) % 16**12:x}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Addresses of the clusters of one head, which lie in entries of so many each.
+
+    Attributes:
+        entries: The entries of its row.
+        head: Its number.
+        kv_heads: Heads of an entry.
+        per_entry: Clusters of an entry.
+        centroids: Mean keys of all entries.
+        spread: Variances.
+        sizes: Tokens.
+        begin: First places within the segment.
+        kind: Element type of mean keys and variances.
+        segment_len: Places from segment to segment.
+    """
+
+    entries: Value
+    head: Value
+    kv_heads: int
+    per_entry: int
+    centroids: Value
+    spread: Value
+    sizes: Value
+    begin: Value
+    kind: WeightType
+    segment_len: int
+
+    def row(self, e: Emitter, cluster: Value) -> Value:
+        """Return where a cluster lies among those of all entries and heads."""
+        b, each = e.b, const(self.per_entry)
+        entry = load_int(e, self.entries, b.udiv(cluster, each))
+        first = b.mul(b.add(b.mul(entry, const(self.kv_heads)), self.head), each)
+        return b.add(first, b.urem(cluster, each))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """Addresses of what one head writes; by number of the cluster unless said otherwise.
+
+    Attributes:
+        best: Highest logarithm of a weight of each block, for each query head.
+        weight: Weights of each query head; in the end, masses of what is not read.
+        size: Tokens.
+        begin: First places.
+        order: Numbers of clusters, the best first.
+        rank: Tokens before each cluster; by the order.
+        model: Masses that the samples are compared with, for each query head; by the order.
+        taken: Tokens that are read.
+        run_begin: First place of each run that is read.
+        run_size: Its places.
+        num_tokens: Tokens that are read, a single number.
+        level: What masses are relative to, of each query head.
+        mass: Estimated mass of all clusters, of each query head.
+        tail: Estimated mass of what is not read, of each query head; None if nobody asks.
+        share: Estimated share of the mass that is read, likewise.
+        pieces: Run and place in it where each piece begins; None if nobody asks.
+    """
+
+    best: Sequence[Value]
+    weight: Sequence[Value]
+    size: Value
+    begin: Value
+    order: Value
+    rank: Value
+    model: Sequence[Value]
+    taken: Value
+    run_begin: Value
+    run_size: Value
+    num_tokens: Value
+    level: Value
+    mass: Value
+    tail: Value | None = None
+    share: Value | None = None
+    pieces: Value | None = None
+
+
+def _kernel(
+    name: str, shape: Heads, sampling: Sampling, clusters: int, index_kind: WeightType
+) -> ffi.Kernel:
+    blocks = num_blocks(clusters)
+
+    def head_of(
+        e: Emitter, buffers: Sequence[Value], capacity: Value, index: Value
+    ) -> tuple["Choice", Value]:
+        b, group, dim = e.b, shape.group, shape.head_dim
+        (
+            q, keys, entries, centroids, spread, sizes, begin, kept, limits, edges, ranks,
+            run_begin, run_size, num_tokens, weight, level, mass,
+            best, model, size, first, order, rank, taken,
+        ) = buffers  # fmt: skip
+        row, head = b.udiv(index, const(shape.kv_heads)), b.urem(index, const(shape.kv_heads))
+        at, queries = b.mul(index, const(clusters)), b.mul(index, const(group))
+
+        def by_query(buffer: Value, each: int) -> list[Value]:
+            low = b.mul(queries, const(each))
+            return [e.at(buffer, b.add(low, const(g * each)), 4) for g in range(group)]
+
+        table = Table(
+            entries=e.at(entries, row, 4), head=head, kv_heads=shape.kv_heads,
+            per_entry=clusters, centroids=centroids, spread=spread, sizes=sizes, begin=begin,
+            kind=index_kind, segment_len=0,
+        )  # fmt: skip
+        space = Workspace(
+            best=by_query(best, blocks), weight=by_query(weight, clusters),
+            size=e.at(size, at, 4), begin=e.at(first, at, 4), order=e.at(order, at, 4),
+            rank=e.at(rank, at, 4), model=by_query(model, clusters), taken=e.at(taken, at, 4),
+            run_begin=e.at(run_begin, at, 4), run_size=e.at(run_size, at, 4),
+            num_tokens=e.at(num_tokens, index, 4), level=e.at(level, queries, 4),
+            mass=e.at(mass, queries, 4),
+        )  # fmt: skip
+        slot = b.mul(b.mul(index, capacity), const(dim))
+        choice = Choice(
+            e, shape, sampling, table, space,
+            q=e.at(q, b.mul(queries, const(dim)), 4),
+            keys=e.at(keys, slot, ITEM_BYTES[shape.kind]),
+            limits=e.at(limits, b.mul(row, const(2)), 4),
+            edges=e.at(edges, b.mul(row, const(sampling.num_strata + 2)), 4),
+            ranks=e.at(ranks, b.mul(row, const(sampling.num_samples)), 4),
+        )  # fmt: skip
+        return choice, e.at(kept, queries, 4)
+
+    def predict(
         e: Emitter, buffers: Sequence[Value], sizes: Sequence[Value], index: Value, _parts: Value
     ) -> None:
-        order = None
-        if is_ordered:
-            order, buffers = buffers[10], [*buffers[:10], *buffers[11:]]
-        _Head(e, shape, sampling, buffers, index, sizes, order).choose()
+        head, block = e.b.udiv(index, const(blocks)), e.b.urem(index, const(blocks))
+        choice, _ = head_of(e, buffers, sizes[1], head)
+        choice.predict(block, const(clusters))
+
+    def choose(
+        e: Emitter, buffers: Sequence[Value], sizes: Sequence[Value], index: Value, _parts: Value
+    ) -> None:
+        choice, kept = head_of(e, buffers, sizes[1], index)
+        tops = [load_float(e, kept, const(g)) for g in range(shape.group)]
+        masses = [ir.Constant(F32, 1.0)] * shape.group
+        choice.choose(const(clusters), tops, masses)
+        choice.clear_runs(const(clusters))
+
+    def heads(e: Emitter, sizes: Sequence[Value], _threads: Value) -> Value:
+        return e.b.mul(sizes[0], const(shape.kv_heads))
 
     return ffi.Kernel(
         name=name,
-        num_args=11 if is_ordered else 10,
-        num_rets=7,
-        dims=[(0, 0), (1, 2), (2, 2)],
-        num_chunks=lambda e, sizes, _threads: e.b.mul(sizes[0], const(shape.kv_heads)),
-        chunk=chunk,
+        num_args=11,
+        num_rets=13,
+        dims=[(0, 0), (1, 2)],
+        num_chunks=lambda e, sizes, threads: e.b.mul(heads(e, sizes, threads), const(blocks)),
+        chunk=predict,
+        later=[ffi.Stage(num_chunks=heads, chunk=choose)],
     )
 
 
-class _Head:
-    """Emits the work of one row and one key-value head.
+class Choice:
+    """Emits the choice of one row and one key-value head.
 
     Args:
         e: Where instructions go.
         shape: Heads and sizes.
         sampling: How samples are used.
-        buffers: Inputs and outputs.
-        index: row * kv_heads + head.
-        sizes: Rows, places of a slot, clusters.
-        where: Where in its slot each place lies; None if places lie in their order.
+        table: The clusters.
+        space: What is written.
+        q: Scaled queries of the group.
+        keys: The head's slot.
+        limits: Share of the mass, and share of the tokens beyond which all are read.
+        edges: Where ranges of ranks begin.
+        ranks: Samples.
+        where: Says at which place of the slot a token lies; None if places are that.
     """
 
     def __init__(
@@ -176,53 +341,30 @@ class _Head:
         e: Emitter,
         shape: Heads,
         sampling: Sampling,
-        buffers: Sequence[Value],
-        index: Value,
-        sizes: Sequence[Value],
-        where: Value | None,
+        table: Table,
+        space: Workspace,
+        *,
+        q: Value,
+        keys: Value,
+        limits: Value,
+        edges: Value,
+        ranks: Value,
+        where: Callable[[Value], Value] | None = None,
     ) -> None:
-        self.e, self.shape, self.sampling, self.index = e, shape, sampling, index
-        self.clusters = sizes[2]
-        self.group, self.dim, self.parts = shape.group, shape.head_dim, shape.head_dim // e.width
-        (q, keys, centroids, spread, size, begin, kept, limits, edges, ranks, *outs) = buffers
-        b, per_head = e.b, e.b.mul(index, self.clusters)
-        capacity = b.mul(index, sizes[1])
-        self.where = None if where is None else e.at(where, capacity, 4)
-        self.q = e.at(q, b.mul(index, const(self.group * self.dim)), 4)
-        self.keys = e.at(keys, b.mul(capacity, const(self.dim)), ITEM_BYTES[shape.kind])
-        self.centroids = e.at(centroids, b.mul(per_head, const(self.dim)), 4)
-        self.spread = e.at(spread, b.mul(per_head, const(self.dim)), 4)
-        self.size, self.begin = e.at(size, per_head, 4), e.at(begin, per_head, 4)
-        heads = b.mul(index, const(self.group))
-        self.kept = e.at(kept, heads, 4)
-        row = b.sdiv(index, const(shape.kv_heads))
-        self.limits = e.at(limits, b.mul(row, const(2)), 4)
-        self.edges = e.at(edges, b.mul(index, const(sampling.num_strata + 2)), 4)
-        self.ranks = e.at(ranks, b.mul(index, const(sampling.num_samples)), 4)
-        run_begin, run_size, count, tail, level, mass, order = outs
-        self.run_begin, self.run_size = e.at(run_begin, per_head, 4), e.at(run_size, per_head, 4)
-        self.count = e.at(count, index, 4)
-        self.order = e.at(order, per_head, 4)
-        by_query = b.mul(per_head, const(self.group))
-        self.weight = [
-            e.at(tail, b.add(by_query, b.mul(self.clusters, const(g))), 4)
-            for g in range(self.group)
-        ]
-        self.level_out, self.mass_out = e.at(level, heads, 4), e.at(mass, heads, 4)
+        self.e, self.shape, self.sampling, self.table, self.space = e, shape, sampling, table, space
+        self.q, self.keys, self.limits, self.edges, self.ranks = q, keys, limits, edges, ranks
+        self.where, self.group = where, shape.group
 
     # Small things ----------------------------------------------------------------------------
 
     def _int(self, base: Value, i: Value) -> Value:
-        return self.e.b.sext(self.e.b.load(self.e.at(base, i, 4), typ=I32), I64)
+        return load_int(self.e, base, i)
 
     def _float(self, base: Value, i: Value) -> Value:
-        return self.e.b.load(self.e.at(base, i, 4), typ=F32)
+        return load_float(self.e, base, i)
 
     def _put(self, value: Value, base: Value, i: Value) -> None:
-        e = self.e
-        if value.type == I64:
-            value = e.b.trunc(value, I32)
-        e.b.store(value, e.at(base, i, 4))
+        store_word(self.e, value, base, i)
 
     def _number(self, value: Value) -> Value:
         return self.e.b.sitofp(value, F32)
@@ -234,76 +376,109 @@ class _Head:
         e = self.e
         return e.b.extract_element(e.exp(e.splat(value)), ir.Constant(I32, 0))
 
+    def _add_to(self, variable: Value, value: Value) -> None:
+        b = self.e.b
+        b.store(b.fadd(b.load(variable, typ=F32), value), variable)
+
+    def _while(self, condition: Callable[[], Value], body: Callable[[], None]) -> None:
+        b = self.e.b
+        head, inside, end = (b.append_basic_block(name) for name in ("while", "do", "over"))
+        b.branch(head)
+        b.position_at_end(head)
+        b.cbranch(condition(), inside, end)
+        b.position_at_end(inside)
+        body()
+        b.branch(head)
+        b.position_at_end(end)
+
     # The steps -------------------------------------------------------------------------------
 
-    def choose(self) -> None:
-        """Choose."""
-        levels, kept = self._predict()
-        num_tokens = self._sort(levels, kept)
-        ratios, noises = self._sample(levels)
-        self._count(kept, ratios, noises, num_tokens)
+    def predict(self, block: Value, used: Value) -> None:
+        """Write the logarithms of the weights of one block of clusters, and the best of them.
 
-    def _predict(self) -> tuple[list[Value], list[Value]]:
-        """Write the logarithm of each cluster's weight; return levels, and kept masses."""
-        e, b, group = self.e, self.e.b, self.group
+        Args:
+            block: Its number.
+            used: Clusters that the head has; a multiple of a vector.
+        """
+        e, b, group, space, table = self.e, self.e.b, self.group, self.space, self.table
+        first = b.mul(block, const(CLUSTER_BLOCK))
+        stop = e.minimum(b.add(first, const(CLUSTER_BLOCK)), used)
         best = [e.variable(e.vector, e.splat_const(LOWEST)) for _ in range(group)]
-        half = e.splat_const(0.5)
-        with e.loop(const(0), self.clusters, const(e.width)) as start:
-            queries = [
-                [e.load(e.at(self.q, const(g * self.dim + p * e.width), 4), "float32")
-                 for p in range(self.parts)]
-                for g in range(group)
-            ]  # fmt: skip
-            squares = [[b.fmul(b.fmul(part, part), half) for part in query] for query in queries]
-            lanes: list[list[Value]] = []
-            for lane in range(e.width):
-                at = b.mul(b.add(start, const(lane)), const(self.dim))
-                totals: list[Value] = [None] * group
-                tables = [(self.centroids, queries)]
-                if self.sampling.uses_spread:
-                    tables.append((self.spread, squares))
-                for table, factors in tables:
-                    for p in range(self.parts):
-                        part = e.load(e.at(table, b.add(at, const(p * e.width)), 4), "float32")
-                        for g in range(group):
-                            known = totals[g]
-                            totals[g] = (
-                                b.fmul(factors[g][p], part)
-                                if known is None
-                                else e.fma(factors[g][p], part, known)
-                            )
-                lanes.append(totals)
-            lanes_of_size = b.load(
-                e.at(self.size, start, 4), align=4, typ=ir.VectorType(I32, e.width)
-            )
-            none = ir.Constant(ir.VectorType(I32, e.width), [0] * e.width)
-            there = b.icmp_signed(">", lanes_of_size, none)
+        half, wide = e.splat_const(0.5), ir.VectorType(I32, e.width)
+        row_bytes = const(self.shape.head_dim * ITEM_BYTES[table.kind])
+        with e.loop(first, stop, const(e.width)) as start:
+            queries = load_queries(e, self.q, group, self.shape.head_dim)
+            factors, tables = [queries], [table.centroids]
+            if self.sampling.uses_spread:
+                factors.append([[b.fmul(b.fmul(x, x), half) for x in each] for each in queries])
+                tables.append(table.spread)
+            row = table.row(e, start)
+
+            def places(lane: int, row: Value = row, tables: list[Value] = tables) -> list[Value]:
+                low = b.mul(b.add(row, const(lane)), row_bytes)
+                return [e.at(base, low, 1) for base in tables]
+
+            scores = dot_rows(e, factors, places, [table.kind] * len(tables))
+            size = b.load(e.at(table.sizes, row, 4), align=4, typ=wide)
+            b.store(size, e.at(space.size, start, 4), align=4)
+            segment = b.udiv(start, const(table.per_entry))
+            shift = e.splat(b.trunc(b.mul(segment, const(table.segment_len)), I32))
+            begin = b.load(e.at(table.begin, row, 4), align=4, typ=wide)
+            b.store(b.add(begin, shift), e.at(space.begin, start, 4), align=4)
+            there = b.icmp_signed(">", size, ir.Constant(wide, [0] * e.width))
             for g in range(group):
-                score = e.sum_vectors([totals[g] for totals in lanes])
-                score = b.select(there, score, e.splat_const(LOWEST))
-                e.store(score, e.at(self.weight[g], start, 4))
+                score = b.select(there, scores[g], e.splat_const(LOWEST))
+                e.store(score, e.at(space.weight[g], start, 4))
                 b.store(e.larger(b.load(best[g], typ=e.vector), score), best[g])
+        for g in range(group):
+            self._put(e.max_lanes(b.load(best[g], typ=e.vector)), space.best[g], block)
+
+    def choose(self, used: Value, tops: Sequence[Value], masses: Sequence[Value]) -> None:
+        """Choose, when all weights have been predicted.
+
+        Args:
+            used: Clusters that the head has; a multiple of a vector.
+            tops: Of each query head, what the mass is relative to that is read anyway.
+            masses: These masses.
+        """
+        e, b, space = self.e, self.e.b, self.space
+        blocks = b.udiv(b.add(used, const(CLUSTER_BLOCK - 1)), const(CLUSTER_BLOCK))
         levels: list[Value] = []
         kept: list[Value] = []
-        for g in range(group):
-            own = self._float(self.kept, const(g))
-            level = self._larger(own, e.max_lanes(b.load(best[g], typ=e.vector)))
-            self._put(level, self.level_out, const(g))
+        for g in range(self.group):
+            best = e.variable(F32, tops[g])
+            with e.loop(const(0), blocks, const(1)) as block:
+                b.store(
+                    self._larger(b.load(best, typ=F32), self._float(space.best[g], block)), best
+                )
+            level = b.load(best, typ=F32)
+            self._put(level, space.level, const(g))
             levels.append(level)
-            kept.append(self._exp(b.fsub(own, level)))
-        return levels, kept
+            kept.append(b.fmul(masses[g], self._exp(b.fsub(tops[g], level))))
+        self.used = used
+        self._sort(levels, kept)
+        self.num_tokens = self._rank()
+        self._sample(levels)
+        self._total()
+        wanted = self._find(kept)
+        self._take(wanted, kept)
+        self._list_runs()
 
-    def _sort(self, levels: list[Value], kept: list[Value]) -> Value:
-        """Turn scores into weights and write the order; return the number of tokens."""
-        e, b, group, settings = self.e, self.e.b, self.group, self.sampling
+    def _sort(self, levels: list[Value], kept: list[Value]) -> None:
+        """Turn scores into weights and write the order."""
+        e, b, group, settings, space = self.e, self.e.b, self.group, self.sampling, self.space
         wide = ir.VectorType(I32, e.width)
+        none = ir.Constant(wide, [0] * e.width)
+
+        def whole(value: int) -> Value:
+            return ir.Constant(wide, [value] * e.width)
+
         totals = [e.variable(e.vector, e.splat_const(0.0)) for _ in range(group)]
-        with e.loop(const(0), self.clusters, const(e.width)) as start:
-            raw = b.load(e.at(self.size, start, 4), align=4, typ=wide)
-            size = b.sitofp(raw, e.vector)
-            there = b.icmp_signed(">", raw, ir.Constant(wide, [0] * e.width))
+        with e.loop(const(0), self.used, const(e.width)) as start:
+            raw = b.load(e.at(space.size, start, 4), align=4, typ=wide)
+            size, there = b.sitofp(raw, e.vector), b.icmp_signed(">", raw, none)
             for g in range(group):
-                place = e.at(self.weight[g], start, 4)
+                place = e.at(space.weight[g], start, 4)
                 weight = e.exp(b.fsub(e.load(place, "float32"), e.splat(levels[g])))
                 weight = b.select(there, weight, e.splat_const(0.0))
                 e.store(weight, place)
@@ -316,66 +491,132 @@ class _Head:
         counts = e.array(I32, buckets + 2)
         with e.loop(const(0), const(buckets + 2), const(1)) as i:
             self._put(const(0), counts, i)
-        num_tokens = e.variable(I64, const(0))
+        # Numbers of buckets wait where ranks will be.
+        with e.loop(const(0), self.used, const(e.width)) as start:
+            share = e.splat_const(0.0)
+            for g in range(group):
+                weight = e.load(e.at(space.weight[g], start, 4), "float32")
+                share = e.larger(share, b.fmul(weight, e.splat(inverse[g])))
+            bits = b.ashr(b.bitcast(share, wide), whole(settings.bucket_shift))
+            bucket = b.sub(whole(settings.highest_bucket), bits)
+            bucket = b.select(b.icmp_signed(">", bucket, none), bucket, none)
+            last = whole(buckets - 1)
+            bucket = b.select(b.icmp_signed("<", bucket, last), bucket, last)
+            raw = b.load(e.at(space.size, start, 4), align=4, typ=wide)
+            bucket = b.select(b.icmp_signed(">", raw, none), bucket, whole(buckets))
+            b.store(bucket, e.at(space.rank, start, 4), align=4)
         # Counted one place further on, so that the running sum is where a bucket begins.
-        with e.loop(const(0), self.clusters, const(1)) as c:
-            size = self._int(self.size, c)
-            share = b.fmul(self._float(self.weight[0], c), inverse[0])
-            for g in range(1, group):
-                share = self._larger(share, b.fmul(self._float(self.weight[g], c), inverse[g]))
-            bits = b.ashr(b.bitcast(share, I32), ir.Constant(I32, settings.bucket_shift))
-            bucket = b.sub(const(settings.highest_bucket), b.sext(bits, I64))
-            bucket = e.minimum(e.maximum(bucket, const(0)), const(buckets - 1))
-            bucket = b.select(b.icmp_signed(">", size, const(0)), bucket, const(buckets))
-            self._put(bucket, self.run_begin, c)
-            after = b.add(bucket, const(1))
+        with e.loop(const(0), self.used, const(1)) as c:
+            after = b.add(self._int(space.rank, c), const(1))
             self._put(b.add(self._int(counts, after), const(1)), counts, after)
-            b.store(b.add(b.load(num_tokens, typ=I64), size), num_tokens)
+        so_far = e.variable(I64, const(0))
         with e.loop(const(1), const(buckets + 1), const(1)) as i:
-            before = self._int(counts, b.sub(i, const(1)))
-            self._put(b.add(before, self._int(counts, i)), counts, i)
-        with e.loop(const(0), self.clusters, const(1)) as c:
-            bucket = self._int(self.run_begin, c)
+            total = b.add(b.load(so_far, typ=I64), self._int(counts, i))
+            b.store(total, so_far)
+            self._put(total, counts, i)
+        with e.loop(const(0), self.used, const(1)) as c:
+            bucket = self._int(space.rank, c)
             at = self._int(counts, bucket)
-            self._put(c, self.order, at)
+            self._put(c, space.order, at)
             self._put(b.add(at, const(1)), counts, bucket)
-        return b.load(num_tokens, typ=I64)
 
-    def _sample(self, levels: list[Value]) -> tuple[list[Value], list[Value]]:
-        """Look at the samples; return each range's ratios, and squares of what they leave."""
-        e, b, group, settings = self.e, self.e.b, self.group, self.sampling
+    def _rank(self) -> Value:
+        """Write ranks, modelled masses, and where ranges of ranks begin; return all tokens."""
+        e, b, settings, space = self.e, self.e.b, self.sampling, self.space
+        strata = settings.num_strata
+        self.bounds = e.array(I64, strata + 2)
+        b.store(const(0), self.bounds)
+        first, stratum = e.variable(I64, const(0)), e.variable(I64, const(0))
+        with e.loop(const(0), self.used, const(1)) as i:
+            cluster = self._int(space.order, i)
+            size = self._int(space.size, cluster)
+            rank = b.load(first, typ=I64)
+            self._put(rank, space.rank, i)
+            middle = b.add(rank, b.lshr(size, const(1)))
+
+            def is_behind(middle: Value = middle) -> Value:
+                s = b.load(stratum, typ=I64)
+                edge = self._int(self.edges, b.add(s, const(1)))
+                is_last = b.icmp_signed(">=", s, const(strata))
+                return b.and_(b.icmp_signed(">=", middle, edge), b.not_(is_last))
+
+            def advance(i: Value = i) -> None:
+                s = b.add(b.load(stratum, typ=I64), const(1))
+                b.store(s, stratum)
+                b.store(i, e.at(self.bounds, s, 8))
+
+            self._while(is_behind, advance)
+            number = self._number(size)
+            for g in range(self.group):
+                model = number
+                if settings.uses_ratio:
+                    model = b.fmul(self._float(space.weight[g], cluster), number)
+                self._put(model, space.model[g], i)
+            b.store(b.add(rank, size), first)
+        behind = b.add(b.load(stratum, typ=I64), const(1))
+        with e.loop(behind, const(strata + 2), const(1)) as s:
+            b.store(self.used, e.at(self.bounds, s, 8))
+        return b.load(first, typ=I64)
+
+    def _sample(self, levels: list[Value]) -> None:
+        """Look at the samples: ratios of each range, and squares of what they leave."""
+        e, b, group, settings, space = self.e, self.e.b, self.group, self.sampling, self.space
         samples = -(-settings.num_samples // e.width) * e.width
         places = e.array(I64, samples)
-        expected = [e.array(F32, samples) for _ in range(group)]
-        weights = [e.array(F32, samples) for _ in range(group)]
+        # Vectors may reach beyond the end.
+        expected = [e.array(F32, samples + e.width) for _ in range(group)]
+        weights = [e.array(F32, samples + e.width) for _ in range(group)]
         positions = e.array(I64, settings.num_samples)
         with e.loop(const(0), const(samples), const(1)) as i:
             b.store(const(0), e.at(places, i, 8))
-        last = b.sub(self.clusters, const(1))
+        with e.loop(const(0), const(samples + e.width), const(e.width)) as i:
+            for array in (*expected, *weights):
+                e.store(e.splat_const(0.0), e.at(array, i, 4))
+        last = b.sub(self.used, const(1))
         at, first = e.variable(I64, const(0)), e.variable(I64, const(0))
-        n = self._int(self.edges, const(settings.num_strata + 1))
+        cluster_at = e.variable(I64, self._int(space.order, const(0)))
+        row_bytes = const(self.shape.head_dim * ITEM_BYTES[self.shape.kind])
+
+        def end() -> Value:
+            size = self._int(space.size, b.load(cluster_at, typ=I64))
+            return b.add(b.load(first, typ=I64), size)
+
         with e.loop(const(0), const(settings.num_samples), const(1)) as i:
             rank = self._int(self.ranks, i)
-            self._advance(at, first, rank, last)
-            cluster = self._int(self.order, b.load(at, typ=I64))
-            place = b.add(self._int(self.begin, cluster), b.sub(rank, b.load(first, typ=I64)))
+
+            def is_behind(rank: Value = rank) -> Value:
+                is_last = b.icmp_signed(">=", b.load(at, typ=I64), last)
+                return b.and_(b.icmp_signed(">=", rank, end()), b.not_(is_last))
+
+            def advance() -> None:
+                b.store(end(), first)
+                following = b.add(b.load(at, typ=I64), const(1))
+                b.store(following, at)
+                b.store(self._int(space.order, following), cluster_at)
+
+            self._while(is_behind, advance)
+            cluster = b.load(cluster_at, typ=I64)
+            place = b.add(self._int(space.begin, cluster), b.sub(rank, b.load(first, typ=I64)))
             if self.where is not None:
-                place = self._int(self.where, place)
+                place = self.where(place)
+            place = b.mul(place, row_bytes)
             b.store(place, e.at(places, i, 8))
+            for byte in range(0, self.shape.head_dim * ITEM_BYTES[self.shape.kind], 64):
+                e.prefetch(e.at(self.keys, b.add(place, const(byte)), 1))
             b.store(b.load(at, typ=I64), e.at(positions, i, 8))
             # A context shorter than the head is its own head, each token once.
-            short = b.icmp_signed("<", n, const(settings.head_len))
-            counts = b.or_(b.icmp_signed("<", i, n), b.not_(short))
+            n, length = self.num_tokens, const(settings.head_len)
+            counts = b.or_(b.icmp_signed("<", i, n), b.icmp_signed(">=", n, length))
             for g in range(group):
                 value = ir.Constant(F32, 1.0)
                 if settings.uses_ratio:
-                    value = self._float(self.weight[g], cluster)
+                    value = self._float(space.weight[g], cluster)
                 self._put(b.select(counts, value, ir.Constant(F32, 0.0)), expected[g], i)
         self._weigh(places, expected, weights, levels, samples)
         self._fit_head(positions, expected, weights)
         strata = settings.num_strata + 1
-        ratios = [e.array(F32, strata) for _ in range(group)]
-        squares = [e.array(F32, strata) for _ in range(group)]
+        self.ratios = [e.array(F32, strata) for _ in range(group)]
+        self.squares = [e.array(F32, strata) for _ in range(group)]
         with e.loop(const(0), const(strata), const(1)) as s:
             is_head = b.icmp_signed("==", s, const(0))
             behind = b.add(
@@ -384,59 +625,7 @@ class _Head:
             low = b.select(is_head, const(0), behind)
             high = b.add(low, b.select(is_head, const(settings.head_len), const(settings.drawn)))
             for g in range(group):
-                self._fit(s, low, high, expected[g], weights[g], ratios[g], squares[g])
-        return ratios, squares
-
-    def _fit_head(self, positions: Value, expected: list[Value], weights: list[Value]) -> None:
-        """Give the clusters that the head looks into ratios of their own; 0 where there is none."""
-        e, b, length = self.e, self.e.b, self.sampling.head_len
-        zero = ir.Constant(F32, 0.0)
-        known = [e.array(F32, length) for _ in range(self.group)]
-        self.own = [e.array(F32, length) for _ in range(self.group)]
-        self.has_own = [e.array(F32, length) for _ in range(self.group)]
-        with e.loop(const(0), const(length), const(1)) as i:
-            for array in (*known, *self.own):
-                self._put(zero, array, i)
-        with e.loop(const(0), const(length), const(1)) as i:
-            # Each token moves on by a cluster at most, but for empty ones, which come last.
-            at = e.minimum(b.load(e.at(positions, i, 8), typ=I64), const(length - 1))
-            for g in range(self.group):
-                for array, part in ((known[g], expected[g]), (self.own[g], weights[g])):
-                    self._put(b.fadd(self._float(array, at), self._float(part, i)), array, at)
-        with e.loop(const(0), const(length), const(1)) as i:
-            for g in range(self.group):
-                least = self._larger(self._float(known[g], i), ir.Constant(F32, 1e-30))
-                self._put(b.fdiv(self._float(self.own[g], i), least), self.own[g], i)
-                self._put(self._float(known[g], i), self.has_own[g], i)
-
-    def _is_head(self, g: int, i: Value) -> tuple[Value, Value]:
-        """Tell whether a cluster of the order has a ratio of its own, and return where."""
-        e, b, length = self.e, self.e.b, self.sampling.head_len
-        at = e.minimum(i, const(length - 1))
-        known = b.fcmp_ordered(">", self._float(self.has_own[g], at), ir.Constant(F32, 0.0))
-        return b.and_(known, b.icmp_signed("<", i, const(length))), at
-
-    def _mass(self, g: int, i: Value, part: Value, ratios: list[Value], s: Value) -> Value:
-        """Return the mass of tokens of a cluster from what the model says."""
-        is_head, at = self._is_head(g, i)
-        own, common = self._float(self.own[g], at), self._float(ratios[g], s)
-        return self.e.b.fmul(part, self.e.b.select(is_head, own, common))
-
-    def _advance(self, at: Value, first: Value, rank: Value, last: Value) -> None:
-        """Move on to the cluster of the order that holds a token."""
-        b = self.e.b
-        head, body, end = (b.append_basic_block(name) for name in ("seek", "next", "found"))
-        b.branch(head)
-        b.position_at_end(head)
-        here = b.load(at, typ=I64)
-        ends = b.add(b.load(first, typ=I64), self._int(self.size, self._int(self.order, here)))
-        behind = b.icmp_signed(">=", rank, ends)
-        b.cbranch(b.and_(behind, b.icmp_signed("<", here, last)), body, end)
-        b.position_at_end(body)
-        b.store(b.add(here, const(1)), at)
-        b.store(ends, first)
-        b.branch(head)
-        b.position_at_end(end)
+                self._fit(g, s, low, high, expected[g], weights[g])
 
     def _weigh(
         self,
@@ -449,34 +638,15 @@ class _Head:
         """Compute the weights of the keys at some places."""
         e, b, group = self.e, self.e.b, self.group
         with e.loop(const(0), const(samples), const(e.width)) as start:
-            queries = [
-                [e.load(e.at(self.q, const(g * self.dim + p * e.width), 4), "float32")
-                 for p in range(self.parts)]
-                for g in range(group)
-            ]  # fmt: skip
-            lanes: list[list[Value]] = []
-            for lane in range(e.width):
+            queries = load_queries(e, self.q, group, self.shape.head_dim)
+
+            def row(lane: int, start: Value = start) -> list[Value]:
                 place = b.load(e.at(places, b.add(start, const(lane)), 8), typ=I64)
-                low = b.mul(place, const(self.dim))
-                parts = [
-                    e.load(
-                        e.at(
-                            self.keys,
-                            b.add(low, const(p * e.width)),
-                            ITEM_BYTES[self.shape.kind],
-                        ),
-                        self.shape.kind,
-                    )
-                    for p in range(self.parts)
-                ]
-                totals = [b.fmul(query[0], parts[0]) for query in queries]
-                for p in range(1, self.parts):
-                    totals = [
-                        e.fma(q[p], parts[p], t) for q, t in zip(queries, totals, strict=True)
-                    ]
-                lanes.append(totals)
+                return [e.at(self.keys, place, 1)]
+
+            scores = dot_rows(e, [queries], row, [self.shape.kind])
             for g in range(group):
-                score = b.fsub(e.sum_vectors([each[g] for each in lanes]), e.splat(levels[g]))
+                score = b.fsub(scores[g], e.splat(levels[g]))
                 most = e.splat_const(_HIGHEST)
                 score = b.select(b.fcmp_ordered("<", score, most), score, most)
                 known = e.load(e.at(expected[g], start, 4), "float32")
@@ -484,186 +654,252 @@ class _Head:
                 weight = b.select(used, e.exp(score), e.splat_const(0.0))
                 e.store(weight, e.at(weights[g], start, 4))
 
+    def _fit_head(self, positions: Value, expected: list[Value], weights: list[Value]) -> None:
+        """Give the clusters that the head looks into ratios of their own.
+
+        These are the first of the order: each token moves on by a cluster at most. Those that are
+        not looked into after all, as nobody expects weight there, have no mass either.
+        """
+        e, b, length = self.e, self.e.b, self.sampling.head_len
+        zero = ir.Constant(F32, 0.0)
+        known = [e.array(F32, length) for _ in range(self.group)]
+        self.own = [e.array(F32, length) for _ in range(self.group)]
+        with e.loop(const(0), const(length), const(1)) as i:
+            for array in (*known, *self.own):
+                self._put(zero, array, i)
+        last = e.variable(I64, const(0))
+        with e.loop(const(0), const(length), const(1)) as i:
+            at = e.minimum(b.load(e.at(positions, i, 8), typ=I64), const(length - 1))
+            b.store(at, last)
+            for g in range(self.group):
+                for array, part in ((known[g], expected[g]), (self.own[g], weights[g])):
+                    self._put(b.fadd(self._float(array, at), self._float(part, i)), array, at)
+        with e.loop(const(0), const(length), const(1)) as i:
+            for g in range(self.group):
+                least = self._larger(self._float(known[g], i), ir.Constant(F32, 1e-30))
+                self._put(b.fdiv(self._float(self.own[g], i), least), self.own[g], i)
+        self.num_head = e.minimum(b.add(b.load(last, typ=I64), const(1)), self.used)
+
     def _fit(
-        self,
-        s: Value,
-        low: Value,
-        high: Value,
-        expected: Value,
-        weights: Value,
-        ratios: Value,
-        squares: Value,
+        self, g: int, s: Value, low: Value, high: Value, expected: Value, weights: Value
     ) -> None:
         """Find one range's ratio, and the squares of what it leaves."""
         e, b = self.e, self.e.b
-        found, known, rest = (e.variable(F32, ir.Constant(F32, 0.0)) for _ in range(3))
-        with e.loop(low, high, const(1)) as i:
-            b.store(b.fadd(b.load(found, typ=F32), self._float(weights, i)), found)
-            b.store(b.fadd(b.load(known, typ=F32), self._float(expected, i)), known)
-        least = self._larger(b.load(known, typ=F32), ir.Constant(F32, 1e-30))
-        ratio = b.fdiv(b.load(found, typ=F32), least)
-        self._put(ratio, ratios, s)
-        with e.loop(low, high, const(1)) as i:
-            left = b.fsub(self._float(weights, i), b.fmul(ratio, self._float(expected, i)))
-            b.store(b.fadd(b.load(rest, typ=F32), b.fmul(left, left)), rest)
-        self._put(b.load(rest, typ=F32), squares, s)
+        zero = e.splat_const(0.0)
+        found, known, rest = (e.variable(e.vector, zero) for _ in range(3))
 
-    def _walk(self, visit: _Visit) -> None:
-        """Visit clusters in their order, with the range of ranks that each belongs to."""
-        e, b, settings = self.e, self.e.b, self.sampling
-        first, stratum = e.variable(I64, const(0)), e.variable(I64, const(0))
-        with e.loop(const(0), self.clusters, const(1)) as i:
-            cluster = self._int(self.order, i)
-            size = self._int(self.size, cluster)
-            rank = b.load(first, typ=I64)
-            middle = b.add(rank, b.sdiv(size, const(2)))
-            head, body, end = (b.append_basic_block(name) for name in ("seek", "next", "found"))
-            b.branch(head)
-            b.position_at_end(head)
-            s = b.load(stratum, typ=I64)
-            edge = self._int(self.edges, b.add(s, const(1)))
-            ahead = b.and_(
-                b.icmp_signed(">=", middle, edge), b.icmp_signed("<", s, const(settings.num_strata))
-            )
-            b.cbranch(ahead, body, end)
-            b.position_at_end(body)
-            b.store(b.add(s, const(1)), stratum)
-            b.branch(head)
-            b.position_at_end(end)
-            visit(i, cluster, size, rank, s)
-            b.store(b.add(rank, size), first)
+        def both(i: Value) -> list[Value]:
+            mask = e.lanes_below(b.sub(high, i))
+            loaded = (e.load(e.at(array, i, 4), "float32") for array in (weights, expected))
+            return [b.select(mask, x, zero) for x in loaded]
 
-    def _modelled(self, g: int, cluster: Value, size: Value) -> Value:
-        number = self._number(size)
-        if not self.sampling.uses_ratio:
-            return number
-        return self.e.b.fmul(self._float(self.weight[g], cluster), number)
+        with e.loop(low, high, const(e.width)) as i:
+            for total, part in zip((found, known), both(i), strict=True):
+                b.store(b.fadd(b.load(total, typ=e.vector), part), total)
+        sums = [e.sum_lanes(b.load(total, typ=e.vector)) for total in (found, known)]
+        ratio = b.fdiv(sums[0], self._larger(sums[1], ir.Constant(F32, 1e-30)))
+        self._put(ratio, self.ratios[g], s)
+        with e.loop(low, high, const(e.width)) as i:
+            weight, model = both(i)
+            left = b.fsub(weight, b.fmul(e.splat(ratio), model))
+            b.store(e.fma(left, left, b.load(rest, typ=e.vector)), rest)
+        self._put(e.sum_lanes(b.load(rest, typ=e.vector)), self.squares[g], s)
 
-    def _count(
-        self, kept: list[Value], ratios: list[Value], squares: list[Value], num_tokens: Value
-    ) -> None:
-        """Find how far to read; write the runs, and what is left."""
-        e, b, group, settings = self.e, self.e.b, self.group, self.sampling
+    def _range(self, s: Value) -> tuple[Value, Value]:
+        """Return the clusters of one range of ranks, without those that have their own ratios."""
+        e, b = self.e, self.e.b
+        low, high = (b.load(e.at(self.bounds, b.add(s, const(i)), 8), typ=I64) for i in range(2))
+        return e.maximum(low, self.num_head), high
+
+    def _total(self) -> None:
+        """Add up the masses of all clusters, and what each range adds to the doubt about them."""
+        e, b, group, settings, space = self.e, self.e.b, self.group, self.sampling, self.space
         zero, one = ir.Constant(F32, 0.0), ir.Constant(F32, 1.0)
-        strata = settings.num_strata + 1
-        whole = [e.array(F32, strata) for _ in range(group)]
-        total = [e.variable(F32, zero) for _ in range(group)]
-        noise = [e.variable(F32, zero) for _ in range(group)]
-        with e.loop(const(0), const(strata), const(1)) as s:
+        drawn = float(settings.drawn)
+        self.total = [e.variable(F32, zero) for _ in range(group)]
+        self.noise = [e.variable(F32, zero) for _ in range(group)]
+        with e.loop(const(0), self.num_head, const(1)) as i:
             for g in range(group):
-                self._put(zero, whole[g], s)
-
-        def add(i: Value, cluster: Value, size: Value, _rank: Value, s: Value) -> None:
-            for g in range(group):
-                part = self._modelled(g, cluster, size)
-                mass = self._mass(g, i, part, ratios, s)
-                b.store(b.fadd(b.load(total[g], typ=F32), mass), total[g])
-                is_head, _ = self._is_head(g, i)
-                part = b.select(is_head, zero, part)
-                self._put(b.fadd(self._float(whole[g], s), part), whole[g], s)
-
-        self._walk(add)
-        with e.loop(const(0), const(strata), const(1)) as s:
+                mass = b.fmul(self._float(space.model[g], i), self._float(self.own[g], i))
+                self._add_to(self.total[g], mass)
+        with e.loop(const(0), const(settings.num_strata + 1), const(1)) as s:
+            low, high = self._range(s)
             width = b.sub(self._int(self.edges, b.add(s, const(1))), self._int(self.edges, s))
-            wide = self._number(e.maximum(width, const(1)))
-            unread = self._larger(
-                b.fsub(one, b.fdiv(ir.Constant(F32, float(settings.drawn)), wide)), zero
+            unread = b.fsub(
+                one, b.fdiv(ir.Constant(F32, drawn), self._number(e.maximum(width, const(1))))
             )
-            unread = b.select(b.icmp_signed("==", s, const(0)), zero, unread)
+            unread = b.select(b.icmp_signed("==", s, const(0)), zero, self._larger(unread, zero))
             real = self._number(width)
             scale = b.fmul(b.fmul(real, real), unread)
-            scale = b.fdiv(scale, ir.Constant(F32, float(settings.drawn * (settings.drawn - 1))))
+            scale = b.fdiv(scale, ir.Constant(F32, drawn * (drawn - 1)))
+            sums = [e.variable(e.vector, e.splat_const(0.0)) for _ in range(group)]
             for g in range(group):
-                known = self._float(whole[g], s)
-                variance = b.fmul(scale, self._float(squares[g], s))
+                with e.loop(low, high, const(e.width)) as i:
+                    mask = e.lanes_below(b.sub(high, i))
+                    part = e.load(e.at(space.model[g], i, 4), "float32", mask=mask)
+                    b.store(b.fadd(b.load(sums[g], typ=e.vector), part), sums[g])
+                known = e.sum_lanes(b.load(sums[g], typ=e.vector))
+                self._add_to(self.total[g], b.fmul(known, self._float(self.ratios[g], s)))
                 # Only ranges that hold clusters have an error.
-                used = b.fcmp_ordered(">", known, zero)
-                variance = b.select(used, variance, zero)
-                b.store(b.fadd(b.load(noise[g], typ=F32), variance), noise[g])
+                variance = b.fmul(scale, self._float(self.squares[g], s))
+                variance = b.select(b.fcmp_ordered(">", known, zero), variance, zero)
+                self._add_to(self.noise[g], variance)
                 each = b.fdiv(variance, self._larger(known, ir.Constant(F32, 1e-30)))
-                self._put(each, squares[g], s)
-        self._find(kept, ratios, squares, total, noise, num_tokens)
+                self._put(each, self.squares[g], s)
 
-    def _find(
-        self,
-        kept: list[Value],
-        ratios: list[Value],
-        noises: list[Value],
-        total: list[Value],
-        noise: list[Value],
-        num_tokens: Value,
-    ) -> None:
-        e, b, group, settings = self.e, self.e.b, self.group, self.sampling
+    def _find(self, kept: list[Value]) -> Value:
+        """Return how many tokens of the order are needed."""
+        e, b, group, settings, space = self.e, self.e.b, self.group, self.sampling, self.space
+        flag = ir.IntType(1)
         zero, one = ir.Constant(F32, 0.0), ir.Constant(F32, 1.0)
         p, share = self._float(self.limits, const(0)), self._float(self.limits, const(1))
-        target: list[Value] = []
-        for g in range(group):
-            mass = b.load(total[g], typ=F32)
-            self._put(mass, self.mass_out, const(g))
-            target.append(b.fsub(b.fmul(p, b.fadd(kept[g], mass)), kept[g]))
-        reached = [e.variable(F32, zero) for _ in range(group)]
-        below = [e.variable(F32, zero) for _ in range(group)]
-        met = [e.variable(ir.IntType(1), ir.Constant(ir.IntType(1), 0)) for _ in range(group)]
-        wanted = e.variable(I64, const(0))
-        for g in range(group):
-            b.store(b.fcmp_ordered("<=", target[g], zero), met[g])
         rest = b.fsub(one, p)
         rest_square, p_square = b.fmul(rest, rest), b.fmul(p, p)
         z_square = ir.Constant(F32, settings.z**2)
+        target: list[Value] = []
+        noise: list[Value] = []
+        for g in range(group):
+            mass = b.load(self.total[g], typ=F32)
+            self._put(mass, space.mass, const(g))
+            target.append(b.fsub(b.fmul(p, b.fadd(kept[g], mass)), kept[g]))
+            noise.append(b.load(self.noise[g], typ=F32))
+        reached = [e.variable(F32, zero) for _ in range(group)]
+        below = [e.variable(F32, zero) for _ in range(group)]
+        met = [e.variable(flag, b.fcmp_ordered("<=", target[g], zero)) for g in range(group)]
+        wanted, i = e.variable(I64, const(0)), e.variable(I64, const(0))
 
-        def count(i: Value, cluster: Value, size: Value, rank: Value, s: Value) -> None:
+        def all_met() -> Value:
+            found = b.load(met[0], typ=flag)
+            for each in met[1:]:
+                found = b.and_(found, b.load(each, typ=flag))
+            return found
+
+        def look(ratio: Callable[[int, Value], Value], noises: Sequence[Value]) -> None:
+            at = b.load(i, typ=I64)
             for g in range(group):
-                part = self._modelled(g, cluster, size)
-                mass = self._mass(g, i, part, ratios, s)
+                model = self._float(space.model[g], at)
+                mass = b.fmul(model, ratio(g, at))
                 after = b.fadd(b.load(reached[g], typ=F32), mass)
                 b.store(after, reached[g])
-                inside = b.fadd(b.load(below[g], typ=F32), b.fmul(part, self._float(noises[g], s)))
+                inside = b.fadd(b.load(below[g], typ=F32), b.fmul(model, noises[g]))
                 b.store(inside, below[g])
-                outside = self._larger(b.fsub(b.load(noise[g], typ=F32), inside), zero)
+                outside = self._larger(b.fsub(noise[g], inside), zero)
+                # Target and reached mass share the error of what lies below.
                 error = b.fadd(b.fmul(rest_square, inside), b.fmul(p_square, outside))
+                error = b.fmul(z_square, error)
                 ahead = b.fsub(after, target[g])
-                safe = b.fcmp_ordered(">=", b.fmul(ahead, ahead), b.fmul(z_square, error))
+                safe = b.fcmp_ordered(">=", b.fmul(ahead, ahead), error)
                 enough = b.and_(safe, b.fcmp_ordered(">=", ahead, zero))
-                known = b.load(met[g], typ=ir.IntType(1))
-                with b.if_then(b.not_(known)):
+                known = b.load(met[g], typ=flag)
+                with b.if_then(b.and_(enough, b.not_(known))):
                     # Up to the end of the cluster where it is enough, or as far as it goes.
-                    deviation = self.e.intrinsic("llvm.sqrt", [F32], F32, [b.fmul(z_square, error)])
+                    deviation = e.intrinsic("llvm.sqrt", [F32], F32, [error])
                     missing = b.fdiv(
                         b.fsub(ahead, deviation), self._larger(mass, ir.Constant(F32, 1e-30))
                     )
                     missing = b.select(b.fcmp_ordered("<", missing, one), missing, one)
+                    size = self._int(space.size, self._int(space.order, at))
                     taken = b.fmul(b.fsub(one, missing), self._number(size))
                     taken = b.fptosi(e.intrinsic("llvm.ceil", [F32], F32, [taken]), I64)
-                    taken = b.select(enough, taken, size)
-                    need = b.add(rank, taken)
+                    need = b.add(self._int(space.rank, at), taken)
                     b.store(e.maximum(b.load(wanted, typ=I64), need), wanted)
                 b.store(b.or_(known, enough), met[g])
+            b.store(b.add(at, const(1)), i)
 
-        self._walk(count)
-        want = b.load(wanted, typ=I64)
-        most = b.fmul(share, self._number(num_tokens))
+        def until(high: Value) -> Callable[[], Value]:
+            def goes_on() -> Value:
+                inside = b.icmp_signed("<", b.load(i, typ=I64), high)
+                return b.and_(inside, b.not_(all_met()))
+
+            return goes_on
+
+        self._while(
+            until(self.num_head),
+            lambda: look(lambda g, at: self._float(self.own[g], at), [zero] * group),
+        )
+        with e.loop(const(0), const(settings.num_strata + 1), const(1)) as s:
+            ratios = [self._float(self.ratios[g], s) for g in range(group)]
+            noises = [self._float(self.squares[g], s) for g in range(group)]
+            _, high = self._range(s)
+            self._while(until(high), lambda: look(lambda g, _at: ratios[g], noises))
+        n = self.num_tokens
+        want = b.select(all_met(), b.load(wanted, typ=I64), n)
+        most = b.fmul(share, self._number(n))
         is_diffuse = b.or_(
             b.fcmp_ordered(">", self._number(want), most), b.fcmp_ordered(">=", p, one)
         )
-        self._write(ratios, b.select(is_diffuse, num_tokens, want))
+        return b.select(is_diffuse, n, want)
 
-    def _write(self, ratios: list[Value], wanted: Value) -> None:
-        """Write runs, and the mass of what is not read."""
-        e, b, settings = self.e, self.e.b, self.sampling
-        number = e.variable(I64, const(0))
+    def _take(self, wanted: Value, kept: list[Value]) -> None:
+        """Write what is read of each cluster, and the mass of what is not."""
+        e, b, group, settings, space = self.e, self.e.b, self.group, self.sampling, self.space
+        zero = ir.Constant(F32, 0.0)
+        tails = [e.variable(F32, zero) for _ in range(group)]
 
-        def write(i: Value, cluster: Value, size: Value, rank: Value, s: Value) -> None:
-            left = e.maximum(b.sub(wanted, rank), const(0))
+        def take(i: Value, ratios: Sequence[Value]) -> None:
+            cluster = self._int(space.order, i)
+            size = self._int(space.size, cluster)
+            left = e.maximum(b.sub(wanted, self._int(space.rank, i)), const(0))
             # The last cluster is finished, or as much of a large one.
-            units = b.sdiv(b.add(left, const(settings.most - 1)), const(settings.most))
+            units = b.udiv(b.add(left, const(settings.most - 1)), const(settings.most))
             taken = e.minimum(b.mul(units, const(settings.most)), size)
-            self._put(self._int(self.begin, cluster), self.run_begin, i)
-            self._put(taken, self.run_size, i)
-            b.store(b.add(b.load(number, typ=I64), taken), number)
-            rest = b.sub(size, taken)
-            for g in range(self.group):
-                mass = self._mass(g, i, self._modelled(g, cluster, rest), ratios, s)
-                self._put(mass, self.weight[g], cluster)
+            self._put(taken, space.taken, cluster)
+            rest = b.fdiv(self._number(b.sub(size, taken)), self._number(e.maximum(size, const(1))))
+            for g in range(group):
+                mass = b.fmul(b.fmul(self._float(space.model[g], i), ratios[g]), rest)
+                self._put(mass, space.weight[g], cluster)
+                self._add_to(tails[g], mass)
 
-        self._walk(write)
-        self._put(b.load(number, typ=I64), self.count, const(0))
+        with e.loop(const(0), self.num_head, const(1)) as i:
+            take(i, [self._float(self.own[g], i) for g in range(group)])
+        with e.loop(const(0), const(settings.num_strata + 1), const(1)) as s:
+            ratios = [self._float(self.ratios[g], s) for g in range(group)]
+            low, high = self._range(s)
+            with e.loop(low, high, const(1)) as i:
+                take(i, ratios)
+        for g in range(group):
+            tail = b.load(tails[g], typ=F32)
+            if space.tail is not None:
+                self._put(tail, space.tail, const(g))
+            if space.share is not None:
+                whole = b.fadd(kept[g], b.load(self.total[g], typ=F32))
+                lost = b.fdiv(tail, self._larger(whole, ir.Constant(F32, 1e-30)))
+                self._put(b.fsub(ir.Constant(F32, 1.0), lost), space.share, const(g))
+
+    def _list_runs(self) -> None:
+        """List the runs that are read, as they lie in memory."""
+        e, b, space = self.e, self.e.b, self.space
+        run, tokens, piece = (e.variable(I64, const(0)) for _ in range(3))
+        with e.loop(const(0), self.used, const(1)) as c:
+            taken, at = self._int(space.taken, c), b.load(run, typ=I64)
+            self._put(self._int(space.begin, c), space.run_begin, at)
+            self._put(taken, space.run_size, at)
+            before = b.load(tokens, typ=I64)
+            after = b.add(before, taken)
+            if space.pieces is not None:
+                pieces = space.pieces
+
+                def begins(after: Value = after) -> Value:
+                    first = b.mul(b.load(piece, typ=I64), const(PIECE))
+                    return b.icmp_signed("<", first, after)
+
+                def note(at: Value = at, before: Value = before, pieces: Value = pieces) -> None:
+                    number = b.load(piece, typ=I64)
+                    low = b.mul(number, const(2))
+                    self._put(at, pieces, low)
+                    offset = b.sub(b.mul(number, const(PIECE)), before)
+                    self._put(offset, pieces, b.add(low, const(1)))
+                    b.store(b.add(number, const(1)), piece)
+
+                self._while(begins, note)
+            b.store(after, tokens)
+            is_read = b.zext(b.icmp_signed(">", taken, const(0)), I64)
+            b.store(b.add(at, is_read), run)
+        self.num_runs = b.load(run, typ=I64)
+        self._put(b.load(tokens, typ=I64), space.num_tokens, const(0))
+
+    def clear_runs(self, clusters: Value) -> None:
+        """Make all other runs empty."""
+        with self.e.loop(self.num_runs, clusters, const(1)) as i:
+            self._put(const(0), self.space.run_begin, i)
+            self._put(const(0), self.space.run_size, i)

@@ -85,6 +85,18 @@ def _can_compile() -> bool:
     return True
 
 
+_NumChunks = Callable[[Emitter, Sequence[Value], Value], Value]
+_Chunk = Callable[[Emitter, Sequence[Value], Sequence[Value], Value, Value], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Chunks that need what all chunks before them have written; see `Kernel`."""
+
+    num_chunks: _NumChunks
+    chunk: _Chunk
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """A kernel whose work falls into independent chunks.
@@ -97,14 +109,21 @@ class Kernel:
         num_chunks: Emits the number of chunks, from the sizes and the number of threads.
         chunk: Emits the work of one chunk: given the emitter, the addresses of inputs and outputs,
             the sizes, the chunk's index and the number of chunks.
+        later: Stages that follow, in their order.
     """
 
     name: str
     num_args: int
     num_rets: int
     dims: Sequence[tuple[int, int]]
-    num_chunks: Callable[[Emitter, Sequence[Value], Value], Value]
-    chunk: Callable[[Emitter, Sequence[Value], Sequence[Value], Value, Value], None]
+    num_chunks: _NumChunks
+    chunk: _Chunk
+    later: Sequence[Stage] = ()
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """All stages."""
+        return [Stage(num_chunks=self.num_chunks, chunk=self.chunk), *self.later]
 
 
 _loaded: dict[str, object] = {}
@@ -161,27 +180,38 @@ def _compile(module: ir.Module) -> binding.ExecutionEngine:
 
 def _build(module: ir.Module, kernel: Kernel, width: int) -> None:
     num_words = kernel.num_args + kernel.num_rets + len(kernel.dims)
-    chunk = _build_chunk(module, kernel, width)
-    work = _build_work(module, chunk, width)
+    chunks = [
+        _build_chunk(module, kernel, stage, f"chunk{i}", width)
+        for i, stage in enumerate(kernel.stages)
+    ]
+    work = _build_work(module, chunks, num_words, width)
     task = _build_task(module, work, width)
     _build_handler(module, kernel, work, task, num_words, width)
 
 
-def _build_chunk(module: ir.Module, kernel: Kernel, width: int) -> ir.Function:
-    function = ir.Function(module, ir.FunctionType(VOID, [POINTER, I64]), "chunk")
+def _build_chunk(
+    module: ir.Module, kernel: Kernel, stage: Stage, name: str, width: int
+) -> ir.Function:
+    function = ir.Function(module, ir.FunctionType(VOID, [POINTER, I64, I64]), name)
     function.linkage = "internal"
     e = Emitter(function, width)
-    state, index = function.args
+    state, index, total = function.args
     num_buffers = kernel.num_args + kernel.num_rets
     buffers = [e.word(state, _WORDS + 8 * i, POINTER) for i in range(num_buffers)]
     sizes = [e.word(state, _WORDS + 8 * (num_buffers + i)) for i in range(len(kernel.dims))]
-    kernel.chunk(e, buffers, sizes, index, e.word(state, _TOTAL))
+    stage.chunk(e, buffers, sizes, index, total)
     e.b.ret_void()
     return function
 
 
-def _build_work(module: ir.Module, chunk: ir.Function, width: int) -> ir.Function:
-    """Claim chunks until none is left; a thread that comes late finds none and touches nothing."""
+def _build_work(
+    module: ir.Module, chunks: Sequence[ir.Function], num_words: int, width: int
+) -> ir.Function:
+    """Claim chunks until none is left; a thread that comes late finds none and touches nothing.
+
+    Who claims a chunk of a later stage waits for the stages before it: their chunks have been
+    claimed by threads that run.
+    """
     function = ir.Function(module, ir.FunctionType(VOID, [POINTER]), "work")
     e = Emitter(function, width)
     (state,) = function.args
@@ -193,7 +223,20 @@ def _build_work(module: ir.Module, chunk: ir.Function, width: int) -> ir.Functio
     index = b.atomic_rmw("add", e.field(state, _NEXT), const(1), "acq_rel")
     b.cbranch(b.icmp_signed("<", index, total), body, end)
     b.position_at_end(body)
-    b.call(chunk, [state, index])
+    finished, first = b.append_basic_block("finished"), const(0)
+    for i, chunk in enumerate(chunks):
+        after = e.word(state, _WORDS + 8 * (num_words + i))
+        own, other = b.append_basic_block("own"), b.append_basic_block("other")
+        b.cbranch(b.icmp_signed("<", index, after), own, other)
+        b.position_at_end(own)
+        if i:
+            _emit_wait(e, state, first)
+        b.call(chunk, [state, b.sub(index, first), b.sub(after, first)])
+        b.branch(finished)
+        b.position_at_end(other)
+        first = after
+    b.branch(finished)
+    b.position_at_end(finished)
     b.atomic_rmw("add", e.field(state, _DONE), const(1), "acq_rel")
     b.branch(head)
     b.position_at_end(end)
@@ -233,6 +276,7 @@ def _build_handler(
     num_words: int,
     width: int,
 ) -> None:
+    """Build what XLA calls; behind the words of buffers and sizes lie the ends of the stages."""
     function = ir.Function(module, ir.FunctionType(POINTER, [POINTER]), "handler")
     e = Emitter(function, width)
     b = e.b
@@ -247,7 +291,7 @@ def _build_handler(
     )
     with b.if_then(is_other):
         b.ret(nothing)
-    size = const(_WORDS + 8 * num_words)
+    size = const(_WORDS + 8 * (num_words + len(kernel.stages)))
     state = b.call(libc(e, "malloc", POINTER, [I64]), [size])
     values = _frame_words(e, kernel, frame)
     for i, value in enumerate(values):
@@ -255,7 +299,10 @@ def _build_handler(
     sizes = values[kernel.num_args + kernel.num_rets :]
     api, context = e.word(frame, _FRAME_API, POINTER), e.word(frame, _FRAME_CONTEXT, POINTER)
     threads = _emit_num_threads(e, api, context)
-    total = kernel.num_chunks(e, sizes, threads)
+    total = const(0)
+    for i, stage in enumerate(kernel.stages):
+        total = b.add(total, stage.num_chunks(e, sizes, threads))
+        b.store(total, e.field(state, _WORDS + 8 * (num_words + i)))
     for offset in (_NEXT, _DONE):
         b.store(const(0), e.field(state, offset))
     b.store(total, e.field(state, _TOTAL))

@@ -189,7 +189,9 @@ def _planner(items: Sequence[Item], rows: int, shapes: ShapeTable) -> StepPlanne
     for item in items:
         pages, start, place = item.sequence.pages, item.start, per_row * item.row
         is_decode = item.sequence.has_device_token
-        requests.append(Request(place, start, 1 if is_decode else item.num_tokens, pages))
+        is_sparse = shapes.num_segments > 0 and is_decode and item.sequence.is_sparse
+        count = 1 if is_decode else item.num_tokens
+        requests.append(Request(place, start, count, pages, is_sparse=is_sparse))
         if item.drafts:
             requests.append(Request(place + 1, start + 1, len(item.drafts), pages))
     return StepPlanner(shapes.kernels, per_row * rows, requests)

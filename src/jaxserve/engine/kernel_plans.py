@@ -40,6 +40,8 @@ class KernelPlans:
         shares: Whether prefixes that several sequences hold may be read once for all of them.
         variant: How attention differs from the plain one, besides windows.
         extra: Arrays that the variant reads.
+        has_sparse: Whether there is one more plan, the last, for layers in which some decodes
+            leave something unread: they have no work in it.
     """
 
     backend: str
@@ -54,11 +56,12 @@ class KernelPlans:
     shares: bool
     variant: AttentionVariant = PLAIN
     extra: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+    has_sparse: bool = False
 
     def specs(
         self, *, rows: int, tokens: int, has_drafts: bool, shares: bool
     ) -> tuple[PlanSpec, ...]:
-        """Return the specs of a step's plans, one per window.
+        """Return the specs of a step's plans, one per window, and one for sparse layers if any.
 
         Args:
             rows: Sequence rows.
@@ -117,7 +120,8 @@ def _specs(
         size = -(-_FIXED_SPLIT // base.tile_kv) * base.tile_kv
         base = replace(base, fixed_split_size=size)
     base = tuned(plans.backend, base)
-    return tuple(replace(base, window=window) for window in plans.windows)
+    windows = (*plans.windows, *([None] if plans.has_sparse else []))
+    return tuple(replace(base, window=window) for window in windows)
 
 
 class Request(NamedTuple):
@@ -128,12 +132,14 @@ class Request(NamedTuple):
         start: Position of its first token in this step.
         num_tokens: Its tokens in this step.
         pages: Pages of its sequence, int32; as many as that needs, or more.
+        is_sparse: Whether it leaves something unread where layers let it.
     """
 
     place: int
     start: int
     num_tokens: int
     pages: Buffer
+    is_sparse: bool = False
 
 
 class StepPlanner:
@@ -152,7 +158,9 @@ class StepPlanner:
         """Say what each request has, and find what they share."""
         q_len, kv_len = [0] * num, [0] * num
         pages: list[memoryview | bytes] = [b""] * num
-        for index, start, count, held in requests:
+        self._has_sparse, self._sparse = plans.has_sparse, np.zeros(num, bool)
+        for index, start, count, held, is_sparse in requests:
+            self._sparse[index] = is_sparse
             q_len[index], kv_len[index] = count, start + count
             pages[index] = memoryview(held)[: -(-(start + count) // plans.page_size)]
         self._q_len, keys = np.asarray(q_len), np.asarray(kv_len, np.int32)
@@ -180,17 +188,33 @@ class StepPlanner:
             fields: The packed step, which has a place for each.
             q_start: First packed token of each request.
         """
+        *names, last = fields_of(specs)
+        for name, spec in zip(names if self._has_sparse else (*names, last), specs, strict=False):
+            self._plan(spec, self._q_len, q_start, self.shared, fields[name])
+        if self._has_sparse:
+            # Who leaves something unread is not known here to share anything with others.
+            rest = np.where(self._sparse, 0, self._q_len)
+            shared = () if self._sparse.any() else self.shared
+            self._plan(specs[-1], rest, q_start, shared, fields[last])
+
+    def _plan(
+        self,
+        spec: PlanSpec,
+        q_len: np.ndarray,
+        q_start: np.ndarray,
+        shared: Sequence[SharedPrefix],
+        out: np.ndarray,
+    ) -> None:
         # Decodes without gaps are planned several times as fast.
-        has_gaps = (q_start != np.cumsum(self._q_len) - self._q_len).any()
-        for name, spec in zip(fields_of(specs), specs, strict=True):
-            make_plan(
-                spec,
-                self._q_len,
-                self._table,
-                q_start=q_start if has_gaps else None,
-                shared=self.shared if spec.cascade_levels else (),
-                out=fields[name],
-            )
+        has_gaps = (q_start != np.cumsum(q_len) - q_len).any()
+        make_plan(
+            spec,
+            q_len,
+            self._table,
+            q_start=q_start if has_gaps else None,
+            shared=shared if spec.cascade_levels else (),
+            out=out,
+        )
 
 
 def fields_of(specs: tuple[PlanSpec, ...]) -> dict[str, tuple[int]]:

@@ -110,6 +110,11 @@ class SequenceState:
         return "" if adapter is None else adapter.key
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether its decodes leave something unread, by what the device is told of its share."""
+        return bool(self.segments) and bool(np.float32(self.attention_mass) < 1)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens known or in flight, as far as they must ever be computed."""
         return min(len(self.token_ids) + self.num_in_flight, self.max_total_len - 1)

@@ -506,7 +506,7 @@ def assemble(
         config = dataclasses.replace(config, cache=cache)
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
-    check_sparse(config, model.mesh)
+    check_sparse(config, model.mesh, has_own=attention is not None)
     dtype = str(jax.tree.leaves(cast(Any, model.state)["norm"])[0].dtype)
     arrays = flatten_params(model.state)
     scheme = scheme_of(arrays)
@@ -527,15 +527,15 @@ def assemble(
     sparse = sparse_spec(
         config, model.config, num_pages=plan.num_pages, max_model_len=plan.max_model_len
     )
-    chosen = None
-    if sparse is None:
-        chosen = choose_kernels(
-            config,
-            model.mesh,
-            _kernel_plans(config, model, dtype, plan, attention),
-            has_draft=draft is not None,
-            use_pages=plan.use_pages,
-        )
+    chosen = choose_kernels(
+        config,
+        model.mesh,
+        dataclasses.replace(
+            _kernel_plans(config, model, dtype, plan, attention), has_sparse=sparse is not None
+        ),
+        has_draft=draft is not None,
+        use_pages=plan.use_pages,
+    )
     if chosen is None:
         backend = choose_backend(runner_options.attention_backend, model.mesh)
     else:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxserve.attention.metadata import Backend
 from jaxserve.attention.tactic.config import ClusterConfig, EstimatorConfig, TacticConfig
 from jaxserve.attention.tactic.rows import (
     LayerClusters,
@@ -22,6 +21,7 @@ from jaxserve.cache.buffers import KvLayer
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.sparse import SparseConfig
+from jaxserve.engine.kernel_choice import PAGED_BACKENDS
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.models.config import ModelConfig
 
@@ -31,7 +31,7 @@ Clusters = tuple[LayerClusters | None, ...]
 Reading = tuple[tuple[jax.Array, jax.Array], ...]
 """What each layer counted; see `attention.tactic.rows.attend_rows`."""
 
-_BACKENDS: tuple[Backend, ...] = ("xla", "llvm")
+_BACKENDS = ("xla", "llvm", *PAGED_BACKENDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +93,13 @@ def sparse_layers(config: TacticConfig, shape: ModelConfig) -> tuple[bool, ...]:
     )
 
 
-def check_sparse(config: EngineConfig, mesh: jax.sharding.Mesh) -> None:
+def check_sparse(config: EngineConfig, mesh: jax.sharding.Mesh, *, has_own: bool = False) -> None:
     """Check that an engine's other settings go with sparse attention.
+
+    Args:
+        config: Settings.
+        mesh: Where the model is.
+        has_own: Whether attention is the caller's own.
 
     Raises:
         ConfigError: If they do not.
@@ -106,6 +111,10 @@ def check_sparse(config: EngineConfig, mesh: jax.sharding.Mesh) -> None:
         raise ConfigError(
             f"sparse_attention works with attention_backend {' or '.join(_BACKENDS)}, got "
             f"{wanted!r}; use 'auto'."
+        )
+    if has_own:
+        raise ConfigError(
+            "sparse_attention knows no attention but the model's own; leave one of them out."
         )
     if mesh.devices.size != 1:
         raise ConfigError(

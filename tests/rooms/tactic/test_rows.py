@@ -90,6 +90,7 @@ def run(q, keys, values, length, entries, p, paged, layer, *, config, layout, ba
 WAYS = [
     ("slots", "xla"),
     ("pages", "xla"),
+    ("pages", "reference"),
     pytest.param("slots", "llvm", marks=needs_llvm),
 ]
 
@@ -148,7 +149,7 @@ def test_all_ways_read_the_same(layout, backend):
     _, first = step(3, length, [0.9, 0.8, 0.9], layout="slots", backend="xla")
     _, other = step(3, length, [0.9, 0.8, 0.9], layout=layout, backend=backend)
     # The kernels add up in another order, which may decide about a cluster.
-    np.testing.assert_allclose(other[0], first[0], atol=1e-5 if backend == "xla" else 0.05)
+    np.testing.assert_allclose(other[0], first[0], atol=0.05 if backend == "llvm" else 1e-5)
     np.testing.assert_allclose(other[1], first[1], atol=64)  # a cluster more or less
     np.testing.assert_allclose(other[2], first[2], rtol=0.02)
 

@@ -10,8 +10,9 @@ the rest is ours.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,10 @@ from jaxserve import cpu_kernels
 from jaxserve.attention.softmax import MASKED, State
 from jaxserve.attention.tactic.clustering import ClusterIndex
 from jaxserve.attention.tactic.config import TacticConfig
-from jaxserve.attention.tactic.counting import Samples
+from jaxserve.attention.tactic.counting import Samples, sample_ranks
 from jaxserve.attention.tactic.ranking import Keys, axes_of, slots_of, take
-from jaxserve.attention.tactic.select import Selection, select
+from jaxserve.attention.tactic.select import Selection, has_kernel, sampling, select
+from jaxserve.attention.tactic.tokens import TokenCut
 from jaxserve.core.errors import UnsupportedError
 
 _TILE = 256
@@ -33,8 +35,14 @@ _TILE = 256
 Kept = tuple[Array, Array, Array]
 """Runs that are always read: first places, sizes `[rows, kv_heads, runs]`, and tokens of all."""
 
-SpanBackend = Literal["xla", "llvm"]
-"""`xla` gathers tiles of tokens; `llvm` reads runs where they lie, on a CPU."""
+SpanBackend = Literal["xla", "llvm", "triton", "reference"]
+"""`xla` gathers tiles of tokens; `llvm` reads runs where they lie, on a CPU.
+
+The others are given lists of tokens in pages, by `attend_rows` alone; see `token_attention`.
+"""
+
+Attend = Callable[[Array, Array, Array], State]
+"""From runs of places, first places, sizes and tokens of all, to states of the queries."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,11 +52,13 @@ class SparseStats:
 
     Attributes:
         tokens: Tokens read by each head, sinks and recent tokens included.
+        values: Tokens of these whose values were read too; None if all were.
         mass: Estimated share of the mass that lies on them, for the query head with the least.
     """
 
     tokens: Int[Array, "rows kv_heads"]
     mass: Float[Array, "rows kv_heads"]
+    values: Int[Array, "rows kv_heads"] | None = None
 
 
 @partial(jax.jit, static_argnames=("scale", "config", "backend"))
@@ -86,12 +96,130 @@ def sparse_decode(
     """
     if backend == "llvm":
         _check_kernels(keys, values)
+        if has_kernel(index.sizes.shape[-1], config):
+            return _decode_compiled(q, keys, values, length, index, p, scale=scale, config=config)
     states, stats = decode_states(
         q, keys, values, length, index, p, scale=scale, config=config, backend=backend
     )
     out, _, mass = merge(states)
     out = out / jnp.maximum(mass, 1e-30)[..., None]
     return out.reshape(*q.shape[:2], values.shape[-1]), stats
+
+
+def _decode_compiled(
+    q: Array,
+    keys: Array,
+    values: Array,
+    length: Array,
+    index: ClusterIndex,
+    p: Array,
+    *,
+    scale: float,
+    config: TacticConfig,
+) -> tuple[Array, SparseStats]:
+    """Attend with the kernel for this machine's CPU: an index is an entry for each row."""
+    rows, kv_heads = index.sizes.shape[:2]
+    kept = kept_spans(index.end, length, kv_heads, config)
+    whole = LayerEntries(
+        centroids=index.centroids,
+        spread=index.spread,
+        value_means=index.value_means,
+        sizes=index.sizes,
+        begin=index.begin,
+        order=None,
+    )
+    return attend_entries(
+        q,
+        keys,
+        values,
+        whole,
+        jnp.arange(rows, dtype=jnp.int32)[:, None],
+        (index.end > 0).astype(jnp.int32),
+        (*kept, jnp.sum(kept[1], axis=-1)),
+        sample_ranks(jnp.maximum(index.end - config.sinks, 0), config=config.estimator),
+        jnp.where(length < config.min_context, 1.0, p.astype(jnp.float32)),
+        scale=scale,
+        config=config,
+    )[1:]
+
+
+class LayerEntries(NamedTuple):
+    """Clusters in entries that rows name.
+
+    Attributes:
+        centroids: Mean key of each cluster.
+        spread: Variance of its keys in each dimension.
+        value_means: Mean value.
+        sizes: Tokens.
+        begin: Place of its first token in the segment; the others follow.
+        order: Which token of the segment comes to each place; None if tokens lie where they come.
+    """
+
+    centroids: Float[Array, "entries kv_heads clusters head_dim"]
+    spread: Float[Array, "entries kv_heads clusters head_dim"]
+    value_means: Float[Array, "entries kv_heads clusters head_dim"]
+    sizes: Int[Array, "entries kv_heads clusters"]
+    begin: Int[Array, "entries kv_heads clusters"]
+    order: Int[Array, "entries kv_heads segment_len"] | None
+
+
+def attend_entries(
+    q: Float[Array, "rows q_heads head_dim"],
+    keys: Float[Array, "slots kv_heads capacity head_dim"],
+    values: Float[Array, "slots kv_heads capacity head_dim"],
+    layer: LayerEntries,
+    entries: Int[Array, "rows segments"],
+    num_segments: Int[Array, " rows"],
+    kept: Kept,
+    samples: Samples,
+    p: Float[Array, " rows"],
+    *,
+    scale: float,
+    config: TacticConfig,
+) -> tuple[State, Float[Array, "rows q_heads head_dim"], SparseStats]:
+    """Attend with one kernel for this machine's CPU, which copies no clusters together.
+
+    Args:
+        q: Queries, rotated.
+        keys: Slots.
+        values: Likewise.
+        layer: Clusters; `has_kernel` must say that the kernel can go through them.
+        entries: Entries of the segments of each row.
+        num_segments: Segments of each row that have entries.
+        kept: What is always read.
+        samples: Which ranks are looked at.
+        p: Share of the mass.
+        scale: Multiplies the scores.
+        config: Settings.
+
+    Returns:
+        The state of what was read, of queries `[rows, kv_heads, group]`; outputs in float32; and
+        what was read.
+    """
+    rows, kv_heads = kept[2].shape
+    done = cpu_kernels.attend_clusters(
+        q.astype(jnp.float32) * scale,
+        keys,
+        values,
+        entries.astype(jnp.int32),
+        num_segments.astype(jnp.int32),
+        *(x.astype(jnp.int32) for x in kept[:2]),
+        layer.centroids,
+        layer.spread,
+        layer.value_means,
+        layer.sizes,
+        layer.begin,
+        p,
+        config.max_share,
+        *samples,
+        layer.order,
+        sampling=sampling(config),
+        uses_tail=config.tail == "mean",
+    )
+    out, top, mass = (x.reshape(rows, kv_heads, -1, *x.shape[2:]) for x in done.read)
+    share = jnp.min(done.share.reshape(rows, kv_heads, -1), axis=-1)
+    stats = SparseStats(tokens=done.num_tokens + kept[2], mass=share)
+    return (out, top, mass), done.out, stats
 
 
 def decode_states(
@@ -108,6 +236,7 @@ def decode_states(
     order: Int[Array, "rows kv_heads capacity"] | None = None,
     spans: Kept | None = None,
     samples: Samples | None = None,
+    attend: Attend | None = None,
 ) -> tuple[list[State], SparseStats]:
     """Attend from one token of each row, and return the parts before they are merged.
 
@@ -125,6 +254,7 @@ def decode_states(
             position; None if they are in order of place.
         spans: What is always read, if it is known already.
         samples: Which ranks are looked at, if it is known already.
+        attend: Attends to runs, in place of the backend.
 
     Returns:
         States of what is always read, of what was selected, and of the stand-in for the rest if
@@ -133,7 +263,8 @@ def decode_states(
     rows, q_heads, head_dim = q.shape
     kv_heads = index.sizes.shape[1]
     grouped = q.astype(jnp.float32).reshape(rows, kv_heads, q_heads // kv_heads, head_dim) * scale
-    attend = partial(_attend_spans, grouped, keys, values, backend=backend, order=order)
+    if attend is None:
+        attend = partial(_attend_spans, grouped, keys, values, backend=backend, order=order)
     with jax.named_scope("kept"):
         if spans is None:
             begin, size = kept_spans(index.end, length, kv_heads, config)
@@ -150,17 +281,27 @@ def decode_states(
             kept_log,
             p,
             config=config,
-            backend=backend,
+            backend="llvm" if backend == "llvm" else "xla",
             order=order,
             samples=samples,
         )
+    values_read = None
     with jax.named_scope("selected"):
-        states = [kept, attend(chosen.begin, chosen.size, chosen.num_tokens)]
+        runs = chosen.begin, chosen.size, chosen.num_tokens
+        if chosen.cut is None:
+            states = [kept, attend(*runs)]
+        else:
+            part, left, values_read = _attend_cut(grouped, keys, values, *runs, chosen.cut)
+            states = [kept, part]
+            chosen = dataclasses.replace(chosen, tail_mass=chosen.tail_mass + left)
+            values_read = values_read + spans[2]
     if config.tail == "mean":
         with jax.named_scope("tail"):
             states.append(tail_state(chosen, index))
     stats = SparseStats(
-        tokens=chosen.num_tokens + spans[2], mass=jnp.min(chosen.estimated, axis=-1)
+        tokens=chosen.num_tokens + spans[2],
+        mass=jnp.min(chosen.estimated, axis=-1),
+        values=values_read,
     )
     return states, stats
 
@@ -271,6 +412,70 @@ def _attend_head(
     fade = jnp.exp(top - new_top)
     part = jnp.einsum("gn,nd->gd", weights, jnp.where(seen[:, None], take(values, place), 0))
     return out * fade[:, None] + part, new_top, mass * fade + jnp.sum(weights, axis=-1)
+
+
+def _attend_cut(
+    q: Float[Array, "rows kv_heads group head_dim"],
+    keys: Keys,
+    values: Keys,
+    begin: Int[Array, "rows kv_heads runs"],
+    size: Int[Array, "rows kv_heads runs"],
+    num_tokens: Int[Array, "rows kv_heads"],
+    cut: TokenCut,
+) -> tuple[State, Float[Array, "rows kv_heads group runs"], Int[Array, "rows kv_heads"]]:
+    """Attend from each group to the places of its runs that count.
+
+    Returns:
+        The state; the mass of what does not count, by number of the cluster; and what counts.
+    """
+    axes = (None, 0, axes_of(keys), axes_of(values), 0, 0, 0, 0, 0)
+    every = jax.vmap(jax.vmap(_attend_head_cut, in_axes=axes), in_axes=axes)
+    ends = jnp.cumsum(size, axis=-1)
+    tiles = (jnp.max(num_tokens) + _TILE - 1) // _TILE
+    heads = q.shape[:3]
+    start = (
+        jnp.zeros((*heads, (values[0] if isinstance(values, tuple) else values).shape[-1])),
+        jnp.full(heads, MASKED, jnp.float32),
+        jnp.zeros(heads, jnp.float32),
+    )
+    begun = (start, jnp.zeros((*heads, size.shape[-1])), jnp.zeros(heads[:2], jnp.int32))
+
+    def visit(i: Array, so_far: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+        return every(i * _TILE, q, keys, values, begin - ends + size, ends, num_tokens, cut, so_far)
+
+    return lax.fori_loop(0, tiles, visit, begun)
+
+
+def _attend_head_cut(
+    first: Array,
+    q: Array,
+    keys: Keys,
+    values: Keys,
+    shift: Array,
+    ends: Array,
+    num_tokens: Array,
+    cut: TokenCut,
+    so_far: tuple[State, Array, Array],
+) -> tuple[State, Array, Array]:
+    """Let one head see the next tokens of its runs, but for those that do not count."""
+    (out, top, mass), left, count = so_far
+    token = first + jnp.arange(_TILE)
+    run = jnp.searchsorted(ends, token, side="right", method="scan_unrolled")
+    run = jnp.minimum(run, ends.shape[0] - 1)
+    there = token < num_tokens
+    place = jnp.where(there, token + shift[run], 0)
+    scores = jnp.einsum("gd,nd->gn", q, take(keys, place).astype(jnp.float32))
+    counts, weights = cut.counts(scores, run)
+    seen = there & counts
+    lost = jnp.where(there & ~counts, weights, 0.0)
+    left = left.at[:, cut.clusters[run]].add(lost)
+    scores = jnp.where(seen, scores, MASKED)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+    weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
+    fade = jnp.exp(top - new_top)
+    part = jnp.einsum("gn,nd->gd", weights, jnp.where(seen[:, None], take(values, place), 0))
+    state = (out * fade[:, None] + part, new_top, mass * fade + jnp.sum(weights, axis=-1))
+    return state, left, count + jnp.sum(seen, dtype=jnp.int32)
 
 
 def tail_state(chosen: Selection, index: ClusterIndex) -> State:

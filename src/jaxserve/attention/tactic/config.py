@@ -120,6 +120,10 @@ class TacticConfig:
         sinks: First tokens, which are always read.
         window: Last tokens, which are always read.
         tail: What becomes of tokens that are not read.
+        token_level: Share of 1 - p that is left to single tokens of the clusters that are read, the
+            rest of it to whole clusters; see `tokens.py`. 0 reads clusters whole.
+        min_spread: Variance that the logarithms of weights must have within a cluster before its
+            tokens are looked at one by one.
         max_share: Where more than this share of a head's tokens is needed, all are read.
         min_context: Shorter contexts are read whole.
         dense_layers: First layers, which are read whole.
@@ -134,6 +138,8 @@ class TacticConfig:
     sinks: int = 4
     window: int = 128
     tail: Tail = "mean"
+    token_level: float = 0.0
+    min_spread: float = 1.0
     max_share: float = 0.5
     min_context: int = 8192
     dense_layers: int = 2
@@ -152,6 +158,13 @@ class TacticConfig:
                 f"sinks must be fewer than segment_len ({self.clusters.segment_len}), got "
                 f"{self.sinks}."
             )
+        if not 0 <= self.token_level < 1:
+            raise ConfigError(
+                f"token_level must be at least 0 and below 1, got {self.token_level}; 0 reads "
+                "clusters whole."
+            )
+        if not self.min_spread >= 0:
+            raise ConfigError(f"min_spread must be at least 0, got {self.min_spread}.")
         if not 0 < self.max_share <= 1:
             raise ConfigError(f"max_share must be in (0, 1], got {self.max_share}.")
 

@@ -51,3 +51,21 @@ def fewest(
     read = np.zeros(len(found), bool)
     read[order[:count]] = True
     return read
+
+
+def tokens_that_count(
+    q: NDArray[np.floating],
+    keys: NDArray[np.floating],
+    least: NDArray[np.floating],
+    scale: float,
+) -> NDArray[np.bool_]:
+    """Tell which tokens have enough weight for any query of a group: the second level.
+
+    Args:
+        q: Queries of the group, `[group, head_dim]`.
+        keys: Keys, `[tokens, head_dim]`.
+        least: Logarithm of the weight that is enough, for each query.
+        scale: Multiplies the products.
+    """
+    scores = q.astype(np.float64) @ keys.astype(np.float64).T * scale
+    return (scores >= np.asarray(least, np.float64)[:, None]).any(axis=0)

@@ -9,7 +9,6 @@ and whoever reads everything finds the cache as it always was.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.attention.softmax import State
 from jaxserve.attention.tactic.attention import (
+    Attend,
     Kept,
+    LayerEntries,
     SpanBackend,
+    SparseStats,
+    attend_entries,
     decode_states,
     kept_spans,
     merge,
@@ -28,30 +31,18 @@ from jaxserve.attention.tactic.attention import (
 from jaxserve.attention.tactic.clustering import ClusterIndex, Segment, cluster_segment
 from jaxserve.attention.tactic.config import TacticConfig
 from jaxserve.attention.tactic.counting import Samples, sample_ranks
+from jaxserve.attention.tactic.lists import attend_lists, run_lists
 from jaxserve.attention.tactic.ranking import Keys, scattered
+from jaxserve.attention.tactic.select import has_kernel
+from jaxserve.pallas_kernels.paged import PagedKV
 
+LayerClusters = LayerEntries
+"""Entries of one layer, all with orders; entry 0 is that of no segment, and stays empty."""
+
+_KEPT_RUNS = 2
+"""Runs that are always read; all others lie in segments."""
 TOLERANCE = 0.02
 """By how much a measured mass may miss its target without being counted as a miss."""
-
-
-class LayerClusters(NamedTuple):
-    """Entries of one layer; entry 0 is that of no segment, and stays empty.
-
-    Attributes:
-        centroids: Mean key of each cluster, float32.
-        spread: Variance of its keys in each dimension.
-        value_means: Mean value.
-        sizes: Tokens.
-        begin: Place of its first token in the segment; the others follow.
-        order: Which token of the segment comes to each place.
-    """
-
-    centroids: Float[Array, "entries kv_heads clusters head_dim"]
-    spread: Float[Array, "entries kv_heads clusters head_dim"]
-    value_means: Float[Array, "entries kv_heads clusters head_dim"]
-    sizes: Int[Array, "entries kv_heads clusters"]
-    begin: Int[Array, "entries kv_heads clusters"]
-    order: Int[Array, "entries kv_heads segment_len"]
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +113,6 @@ def plan_rows(
     begin, size = kept_spans(end, length, kv_heads, config)
     # All tokens of a segment are in clusters, but for the sinks.
     clustered = jnp.maximum(end - config.sinks, 0)
-    clustered = jnp.broadcast_to(clustered[:, None], (end.shape[0], kv_heads))
     return SparseRows(
         p=p.astype(jnp.float32),
         length=length,
@@ -195,7 +185,7 @@ def set_entry(
 def _index(sparse: SparseRows, capacity: int) -> ClusterIndex:
     """Put the entries of each row together; tokens behind them have their own places."""
     (layer,) = sparse.layers
-    if layer is None:
+    if layer is None or layer.order is None:
         raise ValueError("a layer without clusters cannot be read sparsely.")
     length, segments = sparse.config.clusters.segment_len, sparse.entries.shape[1]
     start = (jnp.arange(segments, dtype=jnp.int32) * length)[None, :, None, None]
@@ -242,7 +232,7 @@ def attend_rows(
         whole: Attends from all rows to everything, for measurements: the state of their queries,
             `[rows, kv_heads, group, ...]`.
         scale: Multiplies the scores.
-        backend: What reads keys and values; `llvm` needs slots.
+        backend: What reads keys and values; `llvm` needs slots, lists need pages.
 
     Returns:
         Outputs in float32, arbitrary for other rows. Counts over all rows: tokens read by key-value
@@ -251,43 +241,16 @@ def attend_rows(
         of measured masses over query heads.
     """
     is_sparse = sparse.is_sparse
-    rows, _, head_dim = q.shape
-    kv_heads, size = keys.shape[1], keys.shape[2]
-    capacity = size if page_table is None else page_table.shape[1] * size
+    kv_heads = keys.shape[1]
 
     def attend() -> tuple[Array, Array, Array]:
-        index = _index(sparse, capacity)
-        where = index.permutation
-        by_place: tuple[Keys, Keys] = keys, values
-        if page_table is not None:
-            page = page_table[jnp.arange(rows)[:, None, None], where // size]
-            head = jnp.arange(kv_heads)[None, :, None]
-            number = (page * kv_heads + head) * size + where % size
-            flat_keys, flat_values = (x.reshape(-1, head_dim) for x in (keys, values))
-            by_place = (flat_keys, number), (flat_values, number)
-        elif backend == "xla":
-            by_place = scattered(keys, where), scattered(values, where)
-        states, stats = decode_states(
-            q,
-            *by_place,
-            sparse.length,
-            index,
-            sparse.p,
-            scale=scale,
-            config=sparse.config,
-            backend=backend,
-            order=where if backend == "llvm" else None,
-            spans=sparse.kept,
-            samples=sparse.samples,
-        )
-        out, _, mass = merge(states)
-        out = out / jnp.maximum(mass, 1e-30)[..., None]
+        part, out, stats = _read(q, keys, values, page_table, sparse, scale=scale, backend=backend)
         read = jnp.sum(jnp.where(is_sparse[:, None], stats.tokens, 0))
         there, heads = kv_heads * jnp.sum(sparse.length), kv_heads * jnp.sum(is_sparse)
         estimated = jnp.sum(jnp.where(is_sparse[:, None], stats.mass, 0.0))
 
         def measure() -> tuple[Array, Array]:
-            found = _share(read_state(states), whole())
+            found = _share(part, whole())
             counts = jnp.broadcast_to(is_sparse[:, None, None], found.shape)
             missed = counts & (found < sparse.p[:, None, None] - TOLERANCE)
             both = jnp.stack([jnp.sum(counts), jnp.sum(missed)]).astype(jnp.int32)
@@ -304,6 +267,77 @@ def attend_rows(
         return (*shape, jnp.zeros((2,), jnp.float32))
 
     return lax.cond(jnp.any(is_sparse), attend, rest)
+
+
+def _read(
+    q: Array,
+    keys: Array,
+    values: Array,
+    page_table: Array | None,
+    sparse: SparseRows,
+    *,
+    scale: float,
+    backend: SpanBackend,
+) -> tuple[State, Array, SparseStats]:
+    """Return the state of what is read, outputs, and what was counted."""
+    config, (layer,) = sparse.config, sparse.layers
+    if layer and backend == "llvm" and has_kernel(layer.sizes.shape[-1], config):
+        return attend_entries(
+            q,
+            keys,
+            values,
+            layer,
+            sparse.entries,
+            sparse.num_segments,
+            sparse.kept,
+            sparse.samples,
+            jnp.where(sparse.length < config.min_context, 1.0, sparse.p),
+            scale=scale,
+            config=config,
+        )
+    kv_heads, size = keys.shape[1], keys.shape[2]
+    capacity = size if page_table is None else page_table.shape[1] * size
+    index = _index(sparse, capacity)
+    most = sparse.entries.shape[1] * config.clusters.segment_len
+    where = index.permutation
+    by_place: tuple[Keys, Keys] = keys, values
+    if page_table is not None:
+        page = page_table[jnp.arange(len(q))[:, None, None], where // size]
+        head = jnp.arange(kv_heads)[None, :, None]
+        number = (page * kv_heads + head) * size + where % size
+        flat_keys, flat_values = (x.reshape(-1, q.shape[-1]) for x in (keys, values))
+        by_place = (flat_keys, number), (flat_values, number)
+    elif backend == "xla":
+        by_place = scattered(keys, where), scattered(values, where)
+    attend: Attend | None = None
+    if page_table is not None and (backend == "triton" or backend == "reference"):
+        cache, lists_backend = PagedKV(k=keys, v=values), backend
+        query = q.astype(keys.dtype)
+
+        def attend_runs(begin: Array, run_size: Array, _total: Array) -> State:
+            room = capacity if begin.shape[-1] <= _KEPT_RUNS else most
+            lists = run_lists(begin, run_size, where, where.shape[0] * kv_heads * room)
+            return attend_lists(
+                query, cache, page_table, sparse.length, lists, scale=scale, backend=lists_backend
+            )
+
+        attend = attend_runs
+    states, stats = decode_states(
+        q,
+        *by_place,
+        sparse.length,
+        index,
+        sparse.p,
+        scale=scale,
+        config=config,
+        backend=backend,
+        order=where if backend == "llvm" else None,
+        spans=sparse.kept,
+        samples=sparse.samples,
+        attend=attend,
+    )
+    out, _, mass = merge(states)
+    return read_state(states), out / jnp.maximum(mass, 1e-30)[..., None], stats
 
 
 def _share(part: State, whole: State) -> Float[Array, "rows kv_heads group"]:

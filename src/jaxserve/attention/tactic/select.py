@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,10 @@ from jaxserve.attention.tactic.ranking import (
     scattered,
     slots_of,
 )
+from jaxserve.attention.tactic.tokens import TokenCut, cluster_share, cut_tokens
+
+if TYPE_CHECKING:
+    from jaxserve.cpu_kernels.cluster_choice import Sampling
 
 _LANES = 16
 """Most lanes of a vector: what the kernel's number of clusters is a multiple of."""
@@ -38,13 +42,14 @@ class Selection:
     """Runs of places that each head reads, beside sinks and recent tokens.
 
     Attributes:
-        begin: First place of each run, the most important first.
+        begin: First place of each run, in any order.
         size: Places of each run; runs of size 0 follow those that are read.
         num_tokens: Tokens that are read.
         tail_mass: Estimated mass of the part of each cluster that is not read, relative to the
             level of its query head; by number of the cluster.
         level: Logarithm of what masses are relative to.
         estimated: Estimated share of the mass that is read.
+        cut: Which tokens of the runs count after all; None if all of them do.
     """
 
     begin: Int[Array, "*heads clusters"]
@@ -53,6 +58,7 @@ class Selection:
     tail_mass: Float[Array, "*heads group clusters"]
     level: Float[Array, "*heads group"]
     estimated: Float[Array, "*heads group"]
+    cut: TokenCut | None = None
 
 
 @partial(jax.jit, static_argnames=("config", "backend"))
@@ -78,17 +84,17 @@ def select(
         p: Share of the mass that each row must read; 1 reads everything.
         config: Settings; its own `p` is not asked.
         backend: What chooses.
-        order: With `llvm`: position of the token of each place, where slots are in order of
+        order: With slots: position of the token of each place, where slots are in order of
             position; None if they are in order of place.
         samples: With `llvm`: which ranks are looked at, if it is known already.
     """
     q = q.astype(jnp.float32)
-    if backend == "llvm" and _has_kernel(index, config):
+    if backend == "llvm" and order is None and has_kernel(index.sizes.shape[-1], config):
         if samples is None:
-            samples = counting.sample_ranks(jnp.sum(index.sizes, axis=-1), config=config.estimator)
-        return _select_compiled(
-            q, slots_of(keys), index, kept, p, samples, config=config, order=order
-        )
+            samples = counting.sample_ranks(
+                jnp.sum(index.sizes[:, 0], axis=-1), config=config.estimator
+            )
+        return _select_compiled(q, slots_of(keys), index, kept, p, samples, config=config)
     if order is not None:
         keys = scattered(slots_of(keys), order)
     one_head, axes = partial(_select_head, config=config), axes_of(keys)
@@ -99,9 +105,29 @@ def select(
     return jax.vmap(heads, in_axes=(0, axes, 0, 0, 0))(q, keys, clusters, kept, p)
 
 
-def _has_kernel(index: ClusterIndex, config: TacticConfig) -> bool:
-    clusters = index.sizes.shape[-1]
-    return config.estimator.name == "sampled" and clusters > 0 and clusters % _LANES == 0
+def has_kernel(clusters: int, config: TacticConfig) -> bool:
+    """Tell whether kernels of the CPU know the settings, and can go through so many clusters."""
+    is_known = config.estimator.name == "sampled" and not config.token_level
+    return is_known and clusters > 0 and clusters % _LANES == 0
+
+
+def sampling(config: TacticConfig) -> "Sampling":
+    """Say the settings in the words of the kernels."""
+    from jaxserve.cpu_kernels.cluster_choice import Sampling  # noqa: PLC0415  llvmlite is optional
+
+    estimator = config.estimator
+    return Sampling(
+        head_len=estimator.head_len,
+        num_strata=estimator.num_strata,
+        drawn=estimator.samples_per_stratum,
+        z=counting.deviations(estimator),
+        uses_spread=estimator.correction == "spread",
+        uses_ratio=estimator.control_variate,
+        most=2 * config.clusters.cluster_size,
+        num_buckets=NUM_BUCKETS,
+        bucket_shift=BUCKET_SHIFT,
+        highest_bucket=HIGHEST_BUCKET,
+    )
 
 
 def _select_compiled(
@@ -113,13 +139,9 @@ def _select_compiled(
     samples: counting.Samples,
     *,
     config: TacticConfig,
-    order: Array | None,
 ) -> Selection:
     """Choose with the kernel for this machine's CPU."""
-    from jaxserve.cpu_kernels.cluster_choice import Sampling  # noqa: PLC0415  llvmlite is optional
-
     rows, kv_heads, group, dim = q.shape
-    estimator = config.estimator
     edges, ranks = samples
     chosen = cpu_kernels.choose_clusters(
         q.reshape(rows, kv_heads * group, dim),
@@ -133,19 +155,7 @@ def _select_compiled(
         config.max_share,
         edges,
         ranks,
-        order,
-        sampling=Sampling(
-            head_len=estimator.head_len,
-            num_strata=estimator.num_strata,
-            drawn=estimator.samples_per_stratum,
-            z=counting.deviations(estimator),
-            uses_spread=estimator.correction == "spread",
-            uses_ratio=estimator.control_variate,
-            most=2 * config.clusters.cluster_size,
-            num_buckets=NUM_BUCKETS,
-            bucket_shift=BUCKET_SHIFT,
-            highest_bucket=HIGHEST_BUCKET,
-        ),
+        sampling=sampling(config),
     )
     tail = chosen.tail_mass.reshape(rows, kv_heads, group, -1)
     level = chosen.level.reshape(rows, kv_heads, group)
@@ -181,7 +191,7 @@ def _select_head(
     q: Array, keys: Keys, clusters: HeadClusters, kept: Array, p: Array, *, config: TacticConfig
 ) -> Selection:
     ranking = rank_clusters(q, clusters, kept, correction=config.estimator.correction)
-    found = count(ranking, q, keys, p, config=config)
+    found = count(ranking, q, keys, cluster_share(p, config), config=config)
     n = ranking.num_tokens
     wanted = _whole_clusters(ranking, jnp.max(found.needed), 2 * config.clusters.cluster_size)
     is_diffuse = (wanted > config.max_share * n) | (p >= 1)
@@ -190,6 +200,9 @@ def _select_head(
     unread = (ranking.sizes - size) / jnp.maximum(ranking.sizes, 1)
     tail = found.mass * unread
     total = ranking.kept + jnp.sum(found.mass, axis=-1)
+    cut = None
+    if config.token_level:
+        cut = cut_tokens(q, clusters, ranking, total, p, wanted, config=config)
     return Selection(
         begin=ranking.begin,
         size=size,
@@ -197,6 +210,7 @@ def _select_head(
         tail_mass=jnp.zeros_like(tail).at[:, ranking.clusters].set(tail),
         level=ranking.level,
         estimated=1 - jnp.sum(tail, axis=-1) / total,
+        cut=cut,
     )
 
 
