@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from benchmarks.rooms.captures import Capture, log_likelihood, run
+from benchmarks.rooms.sparse.captures import Capture, log_likelihood, run
 from jaxserve import cpu_kernels
 from jaxserve.attention.tactic.attention import SpanBackend, sparse_decode
 from jaxserve.attention.tactic.clustering import ClusterIndex, build_index
@@ -96,6 +96,21 @@ class SparseDecoder:
         return layer
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Score:
+    """How a text does behind a prompt.
+
+    Attributes:
+        log_likelihood: Mean over its tokens.
+        read: Share of the tokens there are that are read, in layers that may be sparse.
+        is_greedy: Whether each token is the likeliest one, as greedy decoding would have it.
+    """
+
+    log_likelihood: float
+    read: float
+    is_greedy: bool
+
+
 def score(
     model: CausalLM,
     ids: np.ndarray,
@@ -103,24 +118,30 @@ def score(
     prompt: int,
     config: TacticConfig,
     shares: Sequence[float],
-) -> dict[float, dict[str, float]]:
-    """Return the mean log-likelihood of what follows a prompt, and the share of tokens read.
+    *,
+    first: int | None = None,
+) -> dict[float, Score]:
+    """Score what follows a prompt.
 
     Args:
         model: The model.
         ids: The text.
         layers: What attention works on over the whole text.
-        prompt: Tokens of the prompt.
+        prompt: Tokens of the prompt; those behind it are decoded.
         config: Settings.
         shares: Values of p; 1 is dense attention.
+        first: First token that is scored; the second one behind the prompt if absent.
     """
     before = [dataclasses.replace(x, k=x.k[:prompt], v=x.v[:prompt]) for x in layers]
     decoder = SparseDecoder(before, len(ids) - prompt, config)
+    skipped = 0 if first is None else first - prompt - 1
     found = {}
     for p in shares:
         hidden, _ = run(model, ids[prompt:], decoder.attend(p), first=prompt)
-        found[p] = {
-            "log_likelihood": float(log_likelihood(model, hidden, ids[prompt:]).mean()),
-            "read": float(np.mean(decoder.shares[config.dense_layers :])),
-        }
+        made, greedy = log_likelihood(model, hidden, ids[prompt:])
+        found[p] = Score(
+            log_likelihood=float(made[skipped:].mean()),
+            read=float(np.mean(decoder.shares[config.dense_layers :])),
+            is_greedy=bool(greedy[skipped:].all()),
+        )
     return found
