@@ -15,13 +15,14 @@ import math
 from pathlib import Path
 
 from benchmarks.record import Recorder
-from benchmarks.rooms.sparse import generation, long_texts, needles, plots, speed
+from benchmarks.rooms.sparse import generation, long_texts, needles, plots, positions, speed
 from benchmarks.rooms.sparse.contestants import BASE
 
 _PARTS = {
     "mass": "masses and tokens of every estimator and baseline",
     "ablation": "order of clusters, how tokens are counted, what stands in for the rest",
     "perplexity": "how likely given tokens are behind a prompt",
+    "positions": "how well the model does at far positions, plain and interpolated",
     "needles": "whether planted needles are read, and found",
     "tasks": "synthetic tasks that the engine solves",
     "outputs": "lengths of long outputs that the engine draws",
@@ -90,6 +91,7 @@ def main() -> None:
     if args.mass or args.ablation or args.perplexity:
         long_texts.report(recorder, args)
     for name, report in (
+        ("positions", positions.report),
         ("needles", needles.report),
         ("tasks", generation.report_tasks),
         ("outputs", generation.report_outputs),
