@@ -98,11 +98,16 @@ def _number(rng: np.random.Generator) -> str:
     return str(rng.integers(10_000, 100_000))
 
 
-def _sentence(rng: np.random.Generator) -> str:
-    one, two = _pick(rng, _NOUNS, 2)
-    first, second = _pick(rng, _ADJECTIVES, 2)
-    verb, place = rng.choice(_VERBS), rng.choice(_PLACES)
-    return f"The {first} {one} {verb} the {second} {two} {place}."
+def _sentences(rng: np.random.Generator, count: int) -> list[str]:
+    """Make filler."""
+    columns = [
+        [words[i] for i in rng.integers(len(words), size=count)]
+        for words in (_ADJECTIVES, _NOUNS, _VERBS, _ADJECTIVES, _NOUNS, _PLACES)
+    ]
+    return [
+        f"The {old} {cat} {sees} the {new} {dog} {there}."
+        for old, cat, sees, new, dog, there in zip(*columns, strict=True)
+    ]
 
 
 def _scatter(
@@ -119,7 +124,7 @@ def _scatter(
 
 def _fit(make: Callable[[int], Sample], tokens: int, count: Count) -> Sample:
     """Return the largest task that is short enough, by bisection over units of filler."""
-    few, many = 1, _LARGEST
+    few, many = 1, min(_LARGEST, max(2, tokens))
     if count(make(few).prompt) > tokens:
         raise ValueError(f"the task {make(few).task!r} takes more than {tokens} tokens.")
     while many - few > 1:
@@ -135,7 +140,7 @@ def _needles(
     names = _pick(rng, _NAMES, keys)
     codes = {name: [_number(rng) for _ in range(values)] for name in names}
     facts = [f"The locker code of {name} is {code}." for name in names for code in codes[name]]
-    filler = [_sentence(rng) for _ in range(_LARGEST)]
+    filler = _sentences(rng, _LARGEST)
     seed = int(rng.integers(1 << 30))
     asked = names[0]
     plural = values > 1
@@ -176,13 +181,14 @@ def multi_value(rng: np.random.Generator, tokens: int, count: Count) -> Sample:
 
 def variable_tracking(rng: np.random.Generator, tokens: int, count: Count) -> Sample:
     """Two chains of assignments; which variables have the value of the first?"""
-    names = ["".join(rng.choice(list(string.ascii_uppercase), 4)) for _ in range(6)]
+    letters = rng.integers(len(string.ascii_uppercase), size=(6, 4))
+    names = ["".join(string.ascii_uppercase[i] for i in row) for row in letters]
     values = [_number(rng), _number(rng)]
     facts: list[str] = []
     for chain, value in zip((names[:3], names[3:]), values, strict=True):
         facts.append(f"VAR {chain[0]} = {value}.")
         facts += [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(chain)]
-    filler = [_sentence(rng) for _ in range(_LARGEST)]
+    filler = _sentences(rng, _LARGEST)
     seed = int(rng.integers(1 << 30))
     example = "VAR QQQA = 11111. VAR QQQB = VAR QQQA. VAR QQQC = VAR QQQB."
     asked = "Question: Which variables have the value {}?\nAnswer: The variables are"
@@ -234,7 +240,9 @@ def common_words(rng: np.random.Generator, tokens: int, count: Count) -> Sample:
 def frequent_words(rng: np.random.Generator, tokens: int, count: Count) -> Sample:
     """A coded text of made-up words whose numbers fall like 1 / rank squared."""
     syllables = ("bo", "du", "fi", "ko", "la", "me", "nu", "po", "ri", "sa", "te", "vo", "wi", "zu")
-    made = {"".join(rng.choice(syllables, 3)) for _ in range(200)}
+    made = {
+        "".join(syllables[i] for i in row) for row in rng.integers(len(syllables), size=(200, 3))
+    }
     words = rng.permutation(sorted(made)).tolist()
     share = 1 / np.arange(1, len(words) + 1) ** 2
     draws = rng.choice(len(words), size=_LARGEST, p=share / share.sum())

@@ -165,6 +165,13 @@ def test_equal_tokens_lie_between_settings():
 
 # Decoding ------------------------------------------------------------------------------------
 
+SPARSE = TacticConfig(
+    min_context=0,
+    dense_layers=0,
+    window=16,
+    clusters=ClusterConfig(cluster_size=16, segment_len=64),
+)
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -175,17 +182,13 @@ def test_all_of_the_mass_is_the_model_itself(model):
     ids = np.random.default_rng(0).integers(0, 250, 300).astype(np.int32)
     hidden, layers = captures.run(model, ids)
     expected, greedy = captures.log_likelihood(model, hidden[199:], ids[199:])
-    settings = TacticConfig(
-        min_context=0, dense_layers=0, window=16,
-        clusters=ClusterConfig(cluster_size=16, segment_len=64),
-    )  # fmt: skip
-    found = decode.score(model, ids, layers, 200, settings, [1.0, 0.5])
+    found = decode.score(model, ids, layers, 200, SPARSE, [1.0, 0.5])
     assert found[1.0].log_likelihood == pytest.approx(expected[1:].mean(), abs=1e-4)
     assert found[1.0].read == 1
     assert not greedy.all()
     assert not found[1.0].is_greedy
     assert found[0.5].read < 0.9
-    last = decode.score(model, ids, layers, 200, settings, [1.0], first=290)[1.0]
+    last = decode.score(model, ids, layers, 200, SPARSE, [1.0], first=290)[1.0]
     assert last.log_likelihood == pytest.approx(expected[-10:].mean(), abs=1e-4)
 
 
@@ -195,8 +198,7 @@ def test_a_greedy_continuation_is_recognised(model):
         hidden, layers = captures.run(model, np.asarray(ids, np.int32))
         ids.append(int(jnp.argmax(model.logits(hidden[-1:])[0])))
     _, layers = captures.run(model, np.asarray(ids, np.int32))
-    settings = TacticConfig(min_context=0, window=8, clusters=ClusterConfig(segment_len=64))
-    scored = decode.score(model, np.asarray(ids), layers, 55, settings, [1.0], first=60)
+    scored = decode.score(model, np.asarray(ids), layers, 55, SPARSE, [1.0], first=60)
     assert scored[1.0].is_greedy
 
 
