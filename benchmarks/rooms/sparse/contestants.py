@@ -12,6 +12,7 @@ KNOBS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.985, 0.995)
 """Values of p."""
 BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5)
 """Shares of the optional tokens."""
+ABLATION_P = 0.9
 CLUSTERED = (mass.clustered, mass.cluster_order)
 """Methods that a clustering decides about."""
 DEFAULT = "sampled (default)"
@@ -27,17 +28,17 @@ class Contestant:
     Attributes:
         method: What is read.
         config: Settings.
-        is_budget: Whether its knob is the share of tokens rather than p.
+        knobs: Values of p, or of the share of tokens.
     """
 
     method: mass.Method
     config: TacticConfig = BASE
-    is_budget: bool = False
+    knobs: tuple[float, ...] = KNOBS
 
     @property
-    def knobs(self) -> tuple[float, ...]:
-        """The settings of the knob."""
-        return BUDGETS if self.is_budget else KNOBS
+    def is_budget(self) -> bool:
+        """Whether its knob is the share of tokens rather than p."""
+        return self.knobs == BUDGETS
 
 
 def _estimator(**changes: Any) -> TacticConfig:  # noqa: ANN401
@@ -56,9 +57,9 @@ CONTESTANTS: Mapping[str, Contestant] = {
     ),
     "int4 keys, top-p (Twilight)": Contestant(mass.int4_top_p),
     "page bounds, oracle count": Contestant(mass.pages_top_p),
-    "page bounds, budget (Quest)": Contestant(mass.pages_top_k, is_budget=True),
-    "exact top-k, budget": Contestant(mass.exact_top_k, is_budget=True),
-    "sinks and window": Contestant(mass.sinks_and_window, is_budget=True),
+    "page bounds, budget (Quest)": Contestant(mass.pages_top_k, knobs=BUDGETS),
+    "exact top-k, budget": Contestant(mass.exact_top_k, knobs=BUDGETS),
+    "sinks and window": Contestant(mass.sinks_and_window, knobs=BUDGETS),
 }
 
 _COUNTS: Mapping[str, tuple[mass.Method, Mapping[str, object]]] = {
@@ -70,7 +71,9 @@ _COUNTS: Mapping[str, tuple[mass.Method, Mapping[str, object]]] = {
     "sampled, ratios, bound": (mass.clustered, {}),
 }
 ABLATION: Mapping[str, Contestant] = {
-    f"{order} | {count}": Contestant(method, _estimator(correction=correction, **changes))
+    f"{order} | {count}": Contestant(
+        method, _estimator(correction=correction, **changes), (ABLATION_P,)
+    )
     for order, correction in (("means", "none"), ("spread", "spread"))
     for count, (method, changes) in _COUNTS.items()
 }

@@ -17,6 +17,7 @@ from benchmarks.rooms.sparse import captures, mass
 from benchmarks.rooms.sparse.cases import Case
 from benchmarks.rooms.sparse.contestants import (
     ABLATION,
+    ABLATION_P,
     BASE,
     CLUSTERED,
     CONTESTANTS,
@@ -193,12 +194,12 @@ def report_equal_tokens(found: Mapping[str, Results], recorder: Recorder, facts:
 def report_ablation(
     done: Mapping[str, Case], recorder: Recorder, facts: Mapping, seeds: int
 ) -> None:
-    """Print and record order, count and tail at p = 0.9."""
+    """Print and record order, count and tail, at one p."""
     found = {name: gather(done, name, seeds) for name in ABLATION}
     rows = []
     for name in ABLATION:
-        line = describe(found[name], KNOBS.index(0.9))
-        recorder.write("ablation", method=name, p=0.9, **line, **facts)
+        line = describe(found[name], 0)
+        recorder.write("ablation", method=name, p=ABLATION_P, **line, **facts)
         rows.append(
             [
                 name,
@@ -209,7 +210,7 @@ def report_ablation(
             ]
         )
     header = ["order | count", "read (±seeds)", "mass", "p10", "kept", "dropped", "stand-in"]
-    print("\np = 0.9; the last two are errors of the output without and with a stand-in")
+    print(f"\np = {ABLATION_P}; the last two are errors of the output without and with a stand-in")
     print(table(header, rows))
 
 
