@@ -27,16 +27,20 @@ def score_text(
     args: argparse.Namespace,
 ) -> Case:
     """Score one text with every estimator and clustering."""
-    prompt = len(ids) - args.scored
     found: Case = {}
-    for name, config in ESTIMATORS.items():
-        # Only the default is worth the time of several clusterings.
-        for seed in range(args.seeds if name == "sampled" else 1):
-            shares = TARGETS if found else (1.0, *TARGETS)
-            scores = decode.score(
-                model, ids, layers, prompt, segmented(config, args.segment_len, seed), shares
-            )
-            found[f"{name}/{seed}"] = {str(p): dataclasses.asdict(x) for p, x in scores.items()}
+    for seed in range(args.seeds):
+        runs = [
+            (name, p, segmented(config, args.segment_len, seed))
+            for name, config in ESTIMATORS.items()
+            # Only the default is worth the time of several clusterings.
+            if not seed or name == "sampled"
+            for p in (TARGETS if found or name != "sampled" else (1.0, *TARGETS))
+        ]
+        scores = decode.score(
+            model, ids, layers, len(ids) - args.scored, [(config, p) for _, p, config in runs]
+        )
+        for (name, p, _), one in zip(runs, scores, strict=True):
+            found.setdefault(f"{name}/{seed}", {})[str(p)] = dataclasses.asdict(one)
     return found
 
 

@@ -33,6 +33,7 @@ from jaxserve.models.layers import CausalLM
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Shares of the mass from which on a token is counted."""
 _KINDS = ("single needle", "multi-key needle")
+_ESTIMATORS = ("sampled", "hyperbola", "centroid")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,17 +124,20 @@ def selection(
 def _try(model: CausalLM, trial: Trial, args: argparse.Namespace) -> Case:
     """Measure one needle with every estimator."""
     _, layers = captures.run(model, trial.ids)
+    runs = [
+        (name, p, segmented(ESTIMATORS[name], args.segment_len))
+        for name in _ESTIMATORS
+        for p in (TARGETS if name != "sampled" else (1.0, *TARGETS))
+    ]
+    scores = decode.score(
+        model, trial.ids, layers, trial.prompt, [(config, p) for _, p, config in runs],
+        first=trial.answer,
+    )  # fmt: skip
     found: Case = {"depth": trial.depth, "tokens": len(trial.ids)}
-    for name, config in ESTIMATORS.items():
-        scores = decode.score(
-            model, trial.ids, layers, trial.prompt, segmented(config, args.segment_len),
-            TARGETS if "dense" in found else (1.0, *TARGETS), first=trial.answer,
-        )  # fmt: skip
-        if 1.0 in scores:
-            found["dense"] = dataclasses.asdict(scores.pop(1.0))
-        found[name] = {str(p): dataclasses.asdict(one) for p, one in scores.items()}
-        if config.tail == "mean" or name in ("hyperbola", "centroid"):
-            found[f"{name}/selection"] = selection(layers, trial, config, args.segment_len)
+    for (name, p, _), one in zip(runs, scores, strict=True):
+        found.setdefault(name, {})[str(p)] = dataclasses.asdict(one)
+    for name in _ESTIMATORS:
+        found[f"{name}/selection"] = selection(layers, trial, ESTIMATORS[name], args.segment_len)
     return found
 
 
@@ -178,11 +182,11 @@ def report(recorder: Recorder, args: argparse.Namespace) -> None:
 
 
 def _report_kind(kind: str, found: Mapping[str, Case], recorder: Recorder, facts: Mapping) -> None:
-    dense = [case["dense"] for case in found.values()]
+    dense = [case["sampled"]["1.0"] for case in found.values()]
     right = statistics.fmean(one["is_greedy"] for one in dense)
     facts = {**facts, "task": kind, "samples": len(found), "dense_accuracy": right}
     rows = [["dense", "", f"{right:.0%}", "", "", "", ""]]
-    for name in ESTIMATORS:
+    for name in _ESTIMATORS:
         for p in TARGETS:
             own = [case[name][str(p)] for case in found.values()]
             lost = [
@@ -197,12 +201,8 @@ def _report_kind(kind: str, found: Mapping[str, Case], recorder: Recorder, facts
                 "lost_interval": interval(lost),
                 "read": statistics.fmean(one["read"] for one in own),
             }
-            told = ["", ""]
-            if f"{name}/selection" in next(iter(found.values())):
-                line["selected"] = _selected(found, name, p)
-                told = [
-                    "{read}/{tokens}".format(**line["selected"][key]) for key in ("1 - p", "0.05")
-                ]
+            line["selected"] = _selected(found, name, p)
+            told = ["{read}/{tokens}".format(**line["selected"][key]) for key in ("1 - p", "0.05")]
             recorder.write("needles", method=name, p=p, **line, **facts)
             rows.append(
                 [

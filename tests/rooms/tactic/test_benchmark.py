@@ -182,13 +182,13 @@ def test_all_of_the_mass_is_the_model_itself(model):
     ids = np.random.default_rng(0).integers(0, 250, 300).astype(np.int32)
     hidden, layers = captures.run(model, ids)
     expected, greedy = captures.log_likelihood(model, hidden[199:], ids[199:])
-    found = decode.score(model, ids, layers, 200, SPARSE, [1.0, 0.5])
-    assert found[1.0].log_likelihood == pytest.approx(expected[1:].mean(), abs=1e-4)
-    assert found[1.0].read == 1
+    whole, half = decode.score(model, ids, layers, 200, [(SPARSE, 1.0), (SPARSE, 0.5)])
+    assert whole.log_likelihood == pytest.approx(expected[1:].mean(), abs=1e-4)
+    assert whole.read == 1
     assert not greedy.all()
-    assert not found[1.0].is_greedy
-    assert found[0.5].read < 0.9
-    last = decode.score(model, ids, layers, 200, SPARSE, [1.0], first=290)[1.0]
+    assert not whole.is_greedy
+    assert half.read < 0.9
+    (last,) = decode.score(model, ids, layers, 200, [(SPARSE, 1.0)], first=290)
     assert last.log_likelihood == pytest.approx(expected[-10:].mean(), abs=1e-4)
 
 
@@ -198,8 +198,8 @@ def test_a_greedy_continuation_is_recognised(model):
         hidden, layers = captures.run(model, np.asarray(ids, np.int32))
         ids.append(int(jnp.argmax(model.logits(hidden[-1:])[0])))
     _, layers = captures.run(model, np.asarray(ids, np.int32))
-    scored = decode.score(model, np.asarray(ids), layers, 55, SPARSE, [1.0], first=60)
-    assert scored[1.0].is_greedy
+    (scored,) = decode.score(model, np.asarray(ids), layers, 55, [(SPARSE, 1.0)], first=60)
+    assert scored.is_greedy
 
 
 def test_stretched_positions_are_those_of_a_shorter_context():

@@ -140,11 +140,12 @@ def test_planted_needles_are_read_and_found_as_with_dense_attention(loaded):
     for sample in samples:
         trial = needles.make_trial(sample, tokenizer)
         _, layers = captures.run(model, trial.ids)
-        scores = decode.score(
-            model, trial.ids, layers, trial.prompt, config, (1.0, 0.9), first=trial.answer
-        )
-        assert scores[0.9].is_greedy == scores[1.0].is_greedy
-        right += scores[1.0].is_greedy
+        dense, sparse = decode.score(
+            model, trial.ids, layers, trial.prompt, [(config, 1.0), (config, 0.9)],
+            first=trial.answer,
+        )  # fmt: skip
+        assert sparse.is_greedy == dense.is_greedy
+        right += dense.is_greedy
         selection = needles.selection(layers, trial, config, 512)
         for p, pairs in selection.items():
             shares, read = np.asarray(pairs).T
