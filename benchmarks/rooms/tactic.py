@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="folder of public texts, instead of those made from what is here"
     )
+    parser.add_argument("--texts", nargs="+", metavar="NAME", help="only these of them")
     parser.add_argument("--out", type=Path, help="folder of the result lines")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after these")
     parser.add_argument("--fresh", action="store_true", help="forget cases that are done")
@@ -53,12 +54,15 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--segment-len", type=int, help="tokens clustered together; 1024")
     parser.add_argument("--batch", type=int, help="rows at once; 4 to generate, 1 for times")
-    quality_args = parser.add_argument_group("masses, ablation and perplexity")
+    quality_args = parser.add_argument_group("masses, ablation, perplexity and positions")
     quality_args.add_argument("--generated", type=int, default=128, help="tokens behind the prompt")
     quality_args.add_argument("--queries", type=int, default=4, help="of each layer and text")
     quality_args.add_argument("--first-layer", type=int, default=2, help="the first that is taken")
     quality_args.add_argument("--every", type=int, default=5, help="take each so-many-th layer")
     quality_args.add_argument("--seeds", type=int, default=3, help="clusterings of each text")
+    quality_args.add_argument(
+        "--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="for --positions"
+    )
     quality_args.add_argument("--scored", type=int, default=128, help="tokens that are given")
     made = parser.add_argument_group("needles, tasks and outputs")
     made.add_argument("--samples", type=int, default=8, help="of each kind; seeds of each text")

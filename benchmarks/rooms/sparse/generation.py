@@ -239,7 +239,7 @@ def _prompts(bench: Bench, args: argparse.Namespace) -> dict[str, list[int]]:
     """Make questions about the beginnings of long texts."""
     room = args.context - 128
     found = {}
-    for name, ids in texts.documents(bench.tokenizer, room, args.data).items():
+    for name, ids in texts.documents(bench.tokenizer, room, args.data, args.texts).items():
         asked = _ASKED.format(text=bench.tokenizer.decode(ids.tolist()))
         found[name] = bench.tokenizer.encode_chat([{"role": "user", "content": asked}])
     return found

@@ -39,7 +39,7 @@ class _Text:
 def report(recorder: Recorder, args: argparse.Namespace) -> None:
     """Measure, print and record masses, the ablation and perplexity, as far as they are wanted."""
     model, tokenizer = captures.load(args.model, stretch=args.interpolate)
-    documents = texts.documents(tokenizer, args.context, args.data)
+    documents = texts.documents(tokenizer, args.context, args.data, args.texts)
     measures: Mapping[str, Callable[[_Text], Case]] = {
         "mass": lambda text: quality.measure_text(text.layers, CONTESTANTS, args),
         "ablation": lambda text: quality.measure_text(text.layers, ABLATION, args),

@@ -15,7 +15,6 @@ from benchmarks.rooms.sparse.cases import Case, Cases
 from benchmarks.rooms.sparse.intervals import interval
 from jaxserve.models.layers import CausalLM
 
-FACTORS = (1.0, 2.0, 4.0)
 _RANGE = 1024
 """Tokens whose likelihoods are taken together."""
 
@@ -35,9 +34,9 @@ def report(recorder: Recorder, args: argparse.Namespace) -> None:
     """Measure, print and record."""
     rows: list[list[str]] = []
     header: list[str] = []
-    for factor in FACTORS:
+    for factor in args.factors:
         model, tokenizer = captures.load(args.model, stretch=factor)
-        documents = texts.documents(tokenizer, args.context, args.data)
+        documents = texts.documents(tokenizer, args.context, args.data, args.texts)
         settings = {
             "model": args.model,
             "context": args.context,
