@@ -59,7 +59,7 @@ def _rows(done: Mapping[str, Case], name: str, p: float, seeds: int) -> dict[str
     return {
         "lost": statistics.fmean(lost),
         "lost_documents": interval(lost),
-        "lost_seeds": interval(seed_means),
+        **({"lost_seeds": interval(seed_means)} if seeds > 1 else {}),
         "read": statistics.fmean(read),
         "read_documents": interval(read),
     }
