@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxserve import cpu_kernels
 from jaxserve.core.config import EngineConfig
 from jaxserve.engine.setup import load_model
 from jaxserve.engine.tokenizer import Tokenizer
@@ -20,8 +21,9 @@ from jaxserve.models.layers import CausalLM, project, rope_tables, rotate
 from jaxserve.models.positions import RopeScaling
 from jaxserve.models.registry import abstract_model
 
-_BLOCK, _UNIT = 256, 1024
-"""Queries of a block, and what the number of keys that it sees is rounded up to."""
+_BLOCK, _UNIT, _SLOT_UNIT = 256, 1024, 64
+"""Queries of a block; what the number of keys that it sees is rounded up to through XLA; and what
+slots are rounded up to for the kernel."""
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """From a layer's index, queries, keys and values, each `[tokens, heads, head_dim]`, to outputs."""
@@ -80,6 +82,26 @@ def _attend_block(q: Array, k: Array, v: Array, first: Array, scale: float) -> A
 
 def causal(q: Array, k: Array, v: Array, scale: float) -> Array:
     """Attend causally, block by block, so that long documents fit into memory."""
+    capacity = -(-len(k) // _SLOT_UNIT) * _SLOT_UNIT
+    if cpu_kernels.supports_slots(q.shape[-1], capacity, "float32"):
+        return _attend_slots(q, k, v, scale=scale, capacity=capacity)
+    return _attend_blocks(q, k, v, scale)
+
+
+@partial(jax.jit, static_argnames=("scale", "capacity"))
+def _attend_slots(q: Array, k: Array, v: Array, *, scale: float, capacity: int) -> Array:
+    """Attend with the kernel that the engine has for prompts, which is several times as fast."""
+    tokens = len(q)
+    first = np.arange(0, tokens, _BLOCK)
+    count = np.minimum(_BLOCK, tokens - first)
+    blocks = np.stack([first, np.zeros_like(first), first, count], axis=-1).astype(np.int32)
+    pad = ((0, 0), (0, capacity - tokens), (0, 0))
+    slots = [jnp.pad(x.swapaxes(0, 1), pad)[None] for x in (k, v)]
+    return cpu_kernels.prefill(q, *slots, jnp.asarray(blocks), q_block=_BLOCK, scale=scale)
+
+
+def _attend_blocks(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """Attend through XLA."""
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)

@@ -192,6 +192,22 @@ def test_all_of_the_mass_is_the_model_itself(model):
     assert last.log_likelihood == pytest.approx(expected[-10:].mean(), abs=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_prompts_are_attended_to_causally(tokens):
+    rng = np.random.default_rng(tokens)
+    q = rng.standard_normal((tokens, 4, 16), np.float32)
+    k, v = rng.standard_normal((2, tokens, 2, 16), np.float32)
+    expected = np.zeros(q.shape)
+    for at in range(tokens):
+        for head in range(4):
+            own = k[: at + 1, head // 2].astype(np.float64) @ q[at, head] * 0.3
+            weights = np.exp(own - own.max())
+            expected[at, head] = weights @ v[: at + 1, head // 2] / weights.sum()
+    arrays = [jnp.asarray(x) for x in (q, k, v)]
+    np.testing.assert_allclose(captures.causal(*arrays, 0.3), expected, atol=1e-5)
+    np.testing.assert_allclose(captures._attend_blocks(*arrays, 0.3), expected, atol=1e-5)
+
+
 def test_a_greedy_continuation_is_recognised(model):
     ids = np.random.default_rng(1).integers(0, 250, 60).tolist()
     for _ in range(3):
