@@ -149,7 +149,7 @@ def test_planted_needles_are_read_and_found(loaded):
             first=trial.answer,
         )  # fmt: skip
         same += sparse.is_greedy == dense.is_greedy
-        for p, found in needles.selection(layers, trial, config, 512).items():
+        for p, found in needles.selection(layers, trial, config, 512).needle.items():
             pairs[p] += found
     assert same >= 3
     for p, found in pairs.items():
