@@ -33,7 +33,7 @@ def rows_of(path: Path, what: str) -> list[dict[str, Any]]:
 
 
 def draw(path: Path) -> None:
-    """Draw tokens read and promises kept over contexts, and the heads of the longest one.
+    """Draw tokens read and promises kept over contexts, and heads where most layers were measured.
 
     Args:
         path: The result lines.
@@ -94,8 +94,8 @@ def _draw_contexts(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN4
 def _draw_heads(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN401  a module
     if not lines:
         return
-    longest = max(map(_setting, lines))
-    own = {line["p"]: line for line in lines if _setting(line) == longest}
+    shown = _setting(max(lines, key=lambda line: len(line["layers_measured"])))
+    own = {line["p"]: line for line in lines if _setting(line) == shown}
     figure, axes = plt.subplots(2, len(TARGETS), figsize=(9, 3.8), sharex="col")
     for column, p in enumerate(TARGETS):
         for row, (key, low) in enumerate((("read", 0.0), ("mass", p - 0.05))):
@@ -103,6 +103,8 @@ def _draw_heads(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN401 
                 np.asarray(own[p][key]).T, aspect="auto", vmin=low, vmax=1.0
             )
             figure.colorbar(picture, ax=axes[row, column])
+            axes[row, column].set_yticks(range(len(own[p][key][0])))
+            axes[row, column].tick_params(labelsize=7)
         axes[0, column].set_title(f"p = {p}", fontsize=9)
         layers = own[p]["layers_measured"]
         axes[1, column].set_xticks(range(len(layers)), layers, fontsize=7)
