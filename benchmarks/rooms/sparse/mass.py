@@ -48,8 +48,8 @@ class Layer:
 
 
 def make_layer(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, at: Sequence[int], scale: float, prompt: int,
-    *, config: TacticConfig,
+    q: Array | np.ndarray, k: Array | np.ndarray, v: Array | np.ndarray, at: Sequence[int],
+    scale: float, prompt: int, *, config: TacticConfig,
 ) -> Layer:  # fmt: skip
     """Cluster a prompt, and take queries behind it.
 

@@ -1,12 +1,9 @@
-"""Queries, keys and values of a real model over real documents."""
+"""Queries, keys and values of a real model over a text."""
 
-import gzip
-import json
-import lzma
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,68 +11,22 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from benchmarks.record import ROOT
+from jaxserve import cpu_kernels
 from jaxserve.core.config import EngineConfig
 from jaxserve.engine.setup import load_model
 from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.hub import resolve_model
 from jaxserve.models.layers import CausalLM, project, rope_tables, rotate
+from jaxserve.models.positions import RopeScaling
+from jaxserve.models.registry import abstract_model
 
-DATA = ROOT.parent / "shared" / "data"
-_BLOCK, _UNIT = 256, 1024
-"""Queries of a block, and what the number of keys that it sees is rounded up to."""
+_BLOCK, _UNIT, _SLOT_UNIT = 256, 1024, 64
+"""Queries of a block; what the number of keys that it sees is rounded up to through XLA; and what
+slots are rounded up to for the kernel."""
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """From a layer's index, queries, keys and values, each `[tokens, heads, head_dim]`, to outputs."""
-
-
-def _lines(path: Path, texts: Callable[[dict], str]) -> str:
-    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rt")
-    with opened as file:
-        return "\n\n".join(filter(None, (texts(json.loads(line)) for line in file)))
-
-
-_SOURCES: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "answers": (
-        "requests/mt_bench_reference_gpt4.jsonl",
-        lambda line: "\n\n".join(line["choices"][0]["turns"]),
-    ),
-    "code": (
-        "requests/HumanEval.jsonl.gz",
-        lambda line: line["prompt"] + line["canonical_solution"],
-    ),
-    "encyclopedia": (
-        "rag/2wiki_passages.jsonl.xz",
-        lambda line: f"{line['title']}\n{line['text']}",
-    ),
-    "articles": ("rag/xquad_en.jsonl.gz", lambda line: line.get("text", "")),
-    "arithmetic": (
-        "rl/gsm8k/test.jsonl",
-        lambda line: f"{line['question']}\n{line['answer']}",
-    ),
-    "packages": ("rag/debdesc_passages.jsonl.xz", lambda line: line["text"]),
-}
-
-
-def documents(tokenizer: Tokenizer, num_tokens: int, folder: Path = DATA) -> dict[str, np.ndarray]:
-    """Return the first tokens of six collections of real text, by name.
-
-    Args:
-        tokenizer: Makes the tokens.
-        num_tokens: Tokens of each.
-        folder: Where the texts are.
-
-    Raises:
-        FileNotFoundError: If the data is not beside the repository.
-    """
-    found = {}
-    for name, (path, texts) in _SOURCES.items():
-        # No tokenizer needs more than a dozen characters per token of such texts.
-        text = _lines(folder / path, texts)[: 12 * num_tokens]
-        found[name] = np.asarray(tokenizer.encode(text)[:num_tokens], np.int32)
-        if len(found[name]) < num_tokens:
-            raise ValueError(f"{path} has {len(found[name])} tokens, {num_tokens} were asked for.")
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +46,28 @@ class Capture:
     scale: float
 
 
-def load(name: str) -> tuple[CausalLM, Tokenizer]:
-    """Load a model in float32, and its tokenizer."""
+def load(name: str, *, stretch: float = 1.0) -> tuple[CausalLM, Tokenizer]:
+    """Load a model in float32, and its tokenizer.
+
+    Args:
+        name: Name or path.
+        stretch: By how much positions are interpolated: rotary frequencies are divided by it, so
+            that a context so many times longer has the angles of the original one.
+    """
     loaded = load_model(name, EngineConfig.from_settings({"dtype": "float32"}))
-    return nnx.merge(loaded.graph, loaded.state), Tokenizer.from_path(resolve_model(name))
+    graph, _ = abstract_model(stretched(loaded.config, stretch), dtype=jnp.dtype("float32"))
+    return nnx.merge(graph, loaded.state), Tokenizer.from_path(resolve_model(name))
+
+
+def stretched(config: ModelConfig, stretch: float) -> ModelConfig:
+    """Return a model's configuration for a context so many times longer."""
+    if stretch == 1:
+        return config
+    return dataclasses.replace(
+        config,
+        rope_scaling=RopeScaling(kind="linear", factor=stretch),
+        max_position=int(config.max_position * stretch),
+    )
 
 
 @partial(jax.jit, static_argnames="scale")
@@ -113,6 +82,26 @@ def _attend_block(q: Array, k: Array, v: Array, first: Array, scale: float) -> A
 
 def causal(q: Array, k: Array, v: Array, scale: float) -> Array:
     """Attend causally, block by block, so that long documents fit into memory."""
+    capacity = -(-len(k) // _SLOT_UNIT) * _SLOT_UNIT
+    if cpu_kernels.supports_slots(q.shape[-1], capacity, "float32"):
+        return _attend_slots(q, k, v, scale=scale, capacity=capacity)
+    return _attend_blocks(q, k, v, scale)
+
+
+@partial(jax.jit, static_argnames=("scale", "capacity"))
+def _attend_slots(q: Array, k: Array, v: Array, *, scale: float, capacity: int) -> Array:
+    """Attend with the kernel that the engine has for prompts, which is several times as fast."""
+    tokens = len(q)
+    first = np.arange(0, tokens, _BLOCK)
+    count = np.minimum(_BLOCK, tokens - first)
+    blocks = np.stack([first, np.zeros_like(first), first, count], axis=-1).astype(np.int32)
+    pad = ((0, 0), (0, capacity - tokens), (0, 0))
+    slots = [jnp.pad(x.swapaxes(0, 1), pad)[None] for x in (k, v)]
+    return cpu_kernels.prefill(q, *slots, jnp.asarray(blocks), q_block=_BLOCK, scale=scale)
+
+
+def _attend_blocks(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """Attend through XLA."""
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)
@@ -176,10 +165,15 @@ def run(
     return model.norm(x), captures
 
 
-def log_likelihood(model: CausalLM, hidden: Array, ids: Sequence[int]) -> np.ndarray:
-    """Return the log-probability of each token after the first, given the states before it."""
-    targets = jnp.asarray(ids)[1:]
+def log_likelihood(
+    model: CausalLM, hidden: Array, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score each token after the first, given the states before it.
+
+    Returns:
+        Log-probabilities, and whether each token is the likeliest one.
+    """
+    targets = jnp.asarray(ids)[1:, None]
     logits = model.logits(hidden[:-1])
-    return np.asarray(
-        jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
-    )
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)[:, 0]
+    return np.asarray(chosen), np.asarray(jnp.argmax(logits, axis=-1) == targets[:, 0])
