@@ -316,6 +316,7 @@ class RayReplica:
         """
         if self._failure is not None:
             raise EngineDeadError(f"the engine has stopped: {self._failure}")
+        before = self._refusal
         mode = args[1] if verb == "sleep" and len(args) > 1 else args[0] if args else "abort"
         if verb in ("pause", "sleep") and mode in ("abort", "wait"):
             self._refusal = "generation is paused; try again once it goes on."
@@ -325,6 +326,7 @@ class RayReplica:
             try:
                 answer = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
+                self._refusal = before  # it was refused itself
                 raise error.cause from None
             except self._ray.exceptions.RayError as error:
                 raise EngineDeadError(f"the actor has died: {_first_line(error)}") from None
