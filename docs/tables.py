@@ -121,19 +121,24 @@ def metrics() -> str:
 
     The last ones are those of a fleet alone.
     """
-    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
-    made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
-    status = ReplicaStatus(
-        index=0, state="serving", tier=None, num_open=0, deaths=0, failure=None
-    )  # fmt: skip
-    fleet = FleetMetrics(engines=lambda: {0: made}, statuses=lambda: [status], max_model_len=1)
-    page = fleet.render("model")
+    page = metrics_page()
     rows: list[tuple[str, str, str, str]] = []
     kinds, texts, labels = _read_page(page)
     for name, kind in kinds.items():
         own = [x for x in labels.get(name, ()) if x not in ("engine", "model_name", "le")]
         rows.append((code(name), kind, ", ".join(map(code, own)) or NOTHING, escape(texts[name])))
     return table(("metric", "kind", "labels of its own", "meaning"), rows)
+
+
+def metrics_page() -> str:
+    """Return a page with every metric that there is, of a fleet that has everything."""
+    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
+    made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
+    status = ReplicaStatus(
+        index=0, state="serving", tier=None, num_open=0, deaths=0, failure=None
+    )  # fmt: skip
+    fleet = FleetMetrics(engines=lambda: {0: made}, statuses=lambda: [status], max_model_len=1)
+    return fleet.render("model")
 
 
 def _read_page(page: str) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:

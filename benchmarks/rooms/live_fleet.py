@@ -295,6 +295,9 @@ def measure(router: str, args: argparse.Namespace, file: CostFile, path: Path) -
         "bin_s": BIN_S,
         "recovery_s": recovery(asks, end, plan.kill_at),
         "recovery_after_kill_s": recovery(asks, plan.kill_at, plan.seconds),
+        "offered": {
+            name: sum(a.tier == name for a in asks) for name, _ in TIERS
+        },
         "declined": sum(a.is_declined for a in asks),
         "refused": sum(a.error is not None for a in asks),
         "whole": sum(a.is_whole for a in asks), "lost": len(lost) , "failed": len(failed),
@@ -429,7 +432,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="of what the replicas can do")
     parser.add_argument("--burst", type=float, default=10.0, help="times the load, for 10 s")
     parser.add_argument(
-        "--phases", nargs=3, type=float, default=[20.0, 40.0, 30.0],
+        "--phases", nargs=3, type=float, default=[12.0, 24.0, 16.0],
         help="seconds before the burst, after it, and after the kill",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)

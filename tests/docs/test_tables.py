@@ -69,9 +69,11 @@ def test_defaults_of_flags_are_shown_as_they_are_written():
 
 
 def test_metrics_are_those_of_the_page():
-    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
-    made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
-    page = made.render("m")
+    page = tables.metrics_page()
+    alone = EngineMetrics(cache_config={"a": 1}, num_speculative_tokens=1, has_sparse=True)
+    alone.adapters(max_loras=1, running=(), waiting=(), now=0.0)
+    of_engine = set(re.findall(r"# HELP (\S+)", alone.render("m")))
+    assert of_engine < set(re.findall(r"# HELP (\S+)", page))
     families = {
         family.name + ("_total" if family.type == "counter" else ""): family
         for family in text_string_to_metric_families(page)

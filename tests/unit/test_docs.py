@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import jaxserve
+from docs.tables import metrics_page
 from jaxserve.cli.main import convert_parser
-from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.serve.flags import iter_flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,10 +122,7 @@ def test_flags_and_variables_that_documents_name_exist(document):
 
 
 def test_metrics_that_pages_name_exist():
-    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
-    made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
-    page = made.render("m")
-    known = set(re.findall(r"# HELP (\S+)", page))
+    known = set(re.findall(r"# HELP (\S+)", metrics_page()))
     for document in PAGES:
         named = set(re.findall(r"`(jaxserve:\w+)`", (ROOT / document).read_text()))
         assert named <= known, document

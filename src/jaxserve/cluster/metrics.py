@@ -116,7 +116,9 @@ class FleetMetrics(EngineMetrics):
             *pages.get(ROUTER, ()),
             Family("router_queue_requests", "gauge", "Requests that wait at the router.",
                    [({}, self.num_queued)]),
-            Family("slo_declined_total", "counter", "",
+            Family("slo_declined_total", "counter",
+                   "Requests whose objectives were not promised, by reason, and what became of "
+                   "them.",
                    [({"tier": tier, "reason": reason, "outcome": outcome}, n)
                     for (tier, reason, outcome), n in declined.items()]),
             Family("admission_rejections_total", "counter", "Refused requests, by reason.",

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 """Seconds after which an actor without events tells how it is."""
+_STORE = 256 << 20
+"""Bytes for objects in a cluster that is started here; requests and events are small."""
 THREADS = 16
 """Calls that an actor answers side by side; one of them always waits for events."""
 _TIMES = (
@@ -314,6 +316,7 @@ class RayReplica:
         """
         if self._failure is not None:
             raise EngineDeadError(f"the engine has stopped: {self._failure}")
+        before = self._refusal
         mode = args[1] if verb == "sleep" and len(args) > 1 else args[0] if args else "abort"
         if verb in ("pause", "sleep") and mode in ("abort", "wait"):
             self._refusal = "generation is paused; try again once it goes on."
@@ -323,6 +326,7 @@ class RayReplica:
             try:
                 answer = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
+                self._refusal = before  # it was refused itself
                 raise error.cause from None
             except self._ray.exceptions.RayError as error:
                 raise EngineDeadError(f"the actor has died: {_first_line(error)}") from None
@@ -410,6 +414,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:400]
+
+
 class RayFactory:
     """Makes replicas in Ray actors.
 
@@ -443,6 +451,7 @@ class RayFactory:
 
     def make_first(self, number: int) -> list[RayReplica]:
         """Start the first replicas, all at once, so that they are measured as they will serve."""
+        self._warn_of_what_is_missing(number)
         actors = [self._actor() for _ in range(number)]
         made: list[RayReplica] = []
         try:
@@ -476,13 +485,32 @@ class RayFactory:
         """Take note of the checkpoint that is served now, for replicas to come."""
         self._update = (path, done.version)
 
-    def _actor(self) -> Any:  # noqa: ANN401
+    def _wanted(self) -> dict[str, Any]:
+        """Return the options of an actor."""
         given: Mapping[str, Any] = self._options.ray_actor_options or {}
-        wanted: dict[str, Any] = {"num_cpus": 1, "max_concurrency": THREADS, "max_restarts": 0}
+        wanted: dict[str, Any] = {
+            "num_cpus": 1, "max_concurrency": THREADS, "max_restarts": 0,
+            "scheduling_strategy": "SPREAD",
+        }  # fmt: skip
         if self._ray.cluster_resources().get("GPU", 0) > 0:
             wanted["num_gpus"] = self._config.runner.tensor_parallel_size
+        return {**wanted, **given}
+
+    def _warn_of_what_is_missing(self, number: int) -> None:
+        """Say what actors will wait for, which Ray does without a word."""
+        there, wanted = self._ray.cluster_resources(), self._wanted()
+        for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            needed = number * wanted.get(key, 0)
+            if needed > there.get(name, 0):
+                logger.warning(
+                    "%d replicas need %g %ss, and the cluster has %g; they wait until there are "
+                    "more. Lower ray_actor_options.%s if that is not meant.",
+                    number, needed, name, there.get(name, 0), key,
+                )  # fmt: skip
+
+    def _actor(self) -> Any:  # noqa: ANN401
         try:
-            kind = self._ray.remote(**{**wanted, **given})(ReplicaActor)
+            kind = self._ray.remote(**self._wanted())(ReplicaActor)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"ray_actor_options cannot be used: {_first_line(error)}.") from None
         return kind.remote(self._source, self._config, self.file, self._measure)
@@ -498,7 +526,9 @@ class RayFactory:
             cause = getattr(error, "cause", None) or getattr(error, "base_error", None)
             if isinstance(cause, JaxserveError):
                 raise cause from None
-            raise ConfigError(f"a replica's actor could not be started: {error}") from None
+            raise ConfigError(
+                f"a replica's actor could not be started: {_last_line(error)}"
+            ) from None
 
 
 def open_ray_fleet(
@@ -535,9 +565,10 @@ def open_ray_fleet(
         raise UnsupportedError("adapters are served by replicas of this process only.")
     is_ours = not ray.is_initialized()
     if is_ours:
+        own = {} if options.ray_address is not None else {"object_store_memory": _STORE}
         ray.init(
             address=options.ray_address, include_dashboard=False, log_to_driver=False,
-            logging_level="ERROR",
+            logging_level="ERROR", **own,
         )  # fmt: skip
     made: list[RayReplica] = []
     try:
