@@ -96,7 +96,7 @@ def _index(
     for number in range(segments):
         part = slice(number * length, (number + 1) * length)
         first = config.sinks if number == 0 else 0
-        segment = jax.tree.map(np.asarray, _segments(k[:, part], v[:, part], first, config))
+        segment = _segments(k[:, part], v[:, part], first, config)
         found.append(segment)
         begins.append(number * length + first + segment.sizes.cumsum(-1) - segment.sizes)
         orders.append(number * length + segment.order)
