@@ -6,6 +6,7 @@ float64 to what it chose.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rooms import captures
-from jaxserve.attention.tactic.clustering import ClusterIndex, cluster_segment
+from jaxserve.attention.tactic.clustering import ClusterIndex, Segment, cluster_segment
 from jaxserve.attention.tactic.config import TacticConfig
 from jaxserve.attention.tactic.select import read_mask, select
 from jaxserve.models.layers import CausalLM
@@ -90,14 +91,12 @@ def _index(
 ) -> tuple[ClusterIndex, jax.Array]:
     """Cluster full segments, the same for all rows; return keys by place, too."""
     length, capacity = config.clusters.segment_len, len(capture.k)
-    k, v = (np.asarray(x).swapaxes(0, 1) for x in (capture.k, capture.v))
+    k, v = (x.swapaxes(0, 1) for x in (capture.k, capture.v))
     found, begins, orders = [], [], []
     for number in range(segments):
         part = slice(number * length, (number + 1) * length)
         first = config.sinks if number == 0 else 0
-        one = [cluster_segment(k[h, part], v[h, part], first, length, config=config)
-               for h in range(len(k))]  # fmt: skip
-        segment = jax.tree.map(lambda *x: np.stack(x), *one)
+        segment = _segments(k[:, part], v[:, part], first, config)
         found.append(segment)
         begins.append(number * length + first + segment.sizes.cumsum(-1) - segment.sizes)
         orders.append(number * length + segment.order)
@@ -119,4 +118,11 @@ def _index(
         permutation=every(permutation),
         end=jnp.full((rows,), segments * length, jnp.int32),
     )
-    return index, every(np.take_along_axis(k, permutation[..., None], axis=1))
+    return index, every(np.take_along_axis(np.asarray(k), permutation[..., None], axis=1))
+
+
+@partial(jax.jit, static_argnames="config")
+def _segments(k: jax.Array, v: jax.Array, first: int, config: TacticConfig) -> Segment:
+    """Cluster one segment of all heads."""
+    last = config.clusters.segment_len
+    return jax.vmap(lambda k, v: cluster_segment(k, v, first, last, config=config))(k, v)

@@ -418,7 +418,8 @@ class Choice:
                 low = b.mul(b.add(row, const(lane)), row_bytes)
                 return [e.at(base, low, 1) for base in tables]
 
-            scores = dot_rows(e, factors, places, [table.kind] * len(tables))
+            kinds: list[WeightType] = [table.kind for _ in tables]
+            scores = dot_rows(e, factors, places, kinds)
             size = b.load(e.at(table.sizes, row, 4), align=4, typ=wide)
             b.store(size, e.at(space.size, start, 4), align=4)
             segment = b.udiv(start, const(table.per_entry))

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ _EXTENSION_METADATA = 24
 _METADATA_MAJOR, _METADATA_TRAITS, _METADATA_STATE = 24, 32, 40
 _STAGE_EXECUTE = 3
 _SCHEDULE_BYTES, _NUM_THREADS_BYTES = 40, 32
+
+_PATIENCE = 4096
+"""Looks at a counter before the processor is offered to others: some microseconds; a power of 2."""
 
 _NEXT, _DONE, _REFERENCES, _TOTAL, _WORDS = 0, 64, 128, 136, 192
 """Offsets in the shared record; the two counters that threads fight for have lines of their own."""
@@ -375,10 +379,20 @@ def _call(b: ir.IRBuilder, address: Value, arguments: list[Value]) -> Value:
 
 
 def _emit_wait(e: Emitter, state: Value, total: Value) -> None:
+    """Wait until so many chunks are done; on a busy machine others get the processor meanwhile."""
     b = e.b
-    spin, end = b.append_basic_block("spin"), b.append_basic_block("done")
-    b.branch(spin)
-    b.position_at_end(spin)
+    spins = e.variable(I64, const(0))
+    head, spin, end = (b.append_basic_block(name) for name in ("wait", "spin", "done"))
+    b.branch(head)
+    b.position_at_end(head)
     done = b.load_atomic(e.field(state, _DONE), "acquire", 8, typ=I64)
     b.cbranch(b.icmp_signed("<", done, total), spin, end)
+    b.position_at_end(spin)
+    count = b.add(b.load(spins, typ=I64), const(1))
+    b.store(count, spins)
+    if sys.platform != "win32":
+        is_long = b.icmp_signed("==", b.and_(count, const(_PATIENCE - 1)), const(0))
+        with b.if_then(is_long):
+            b.call(libc(e, "sched_yield", I32, []), [])
+    b.branch(head)
     b.position_at_end(end)

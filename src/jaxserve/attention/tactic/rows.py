@@ -161,6 +161,8 @@ def set_entry(
         entry: Which entry it becomes.
         config: Settings.
     """
+    if layer.order is None:
+        raise ValueError("entries that segments become have orders, got entries without.")
     length = config.clusters.segment_len
     first = jnp.where(number == 0, config.sinks, 0)
 
