@@ -58,6 +58,7 @@ def parse_args() -> argparse.Namespace:
     quality_args.add_argument("--generated", type=int, default=128, help="tokens behind the prompt")
     quality_args.add_argument("--queries", type=int, default=4, help="of each layer and text")
     quality_args.add_argument("--first-layer", type=int, default=2, help="the first that is taken")
+    quality_args.add_argument("--last-layer", type=int, help="the last that is taken")
     quality_args.add_argument("--every", type=int, default=5, help="take each so-many-th layer")
     quality_args.add_argument("--seeds", type=int, default=3, help="clusterings of each text")
     quality_args.add_argument(

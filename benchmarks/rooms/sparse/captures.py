@@ -139,6 +139,7 @@ def run(
     attend: Callable[[int, Capture], Array] | None = None,
     *,
     first: int = 0,
+    num_layers: int | None = None,
 ) -> tuple[Array, list[Capture]]:
     """Run the layers over one text, with attention of the caller's.
 
@@ -147,6 +148,7 @@ def run(
         ids: Tokens.
         attend: Gives the outputs of a layer; None is causal attention.
         first: Position of the first token.
+        num_layers: Layers to run; all if absent. States are not final then.
 
     Returns:
         Final states, normed, and what attention of each layer worked on.
@@ -156,7 +158,7 @@ def run(
         x *= model.config.embedding_scale
     ropes = rope_tables(first + jnp.arange(len(ids)), model.config)
     captures = []
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(list(model.layers)[:num_layers]):
         graph, state = nnx.split(layer)
         q, k, v = _project(graph, state, x, ropes[layer.kind.rope])
         captures.append(Capture(q, k, v, layer.self_attn.scale))

@@ -23,16 +23,17 @@ _ENDS = ("generated", "queries", "first_layer", "every")
 class _Text:
     """A text, and what attention works on over it once somebody asks."""
 
-    def __init__(self, model: CausalLM, ids: np.ndarray) -> None:
+    def __init__(self, model: CausalLM, ids: np.ndarray, num_layers: int | None) -> None:
         self.ids = ids
         self._model = model
+        self._num_layers = num_layers
         self._layers: list[captures.Capture] | None = None
 
     @property
     def layers(self) -> Sequence[captures.Capture]:
-        """All layers."""
+        """The layers, as many as are looked at."""
         if self._layers is None:
-            _, self._layers = captures.run(self._model, self.ids)
+            _, self._layers = captures.run(self._model, self.ids, num_layers=self._num_layers)
         return self._layers
 
 
@@ -45,6 +46,7 @@ def report(recorder: Recorder, args: argparse.Namespace) -> None:
         "ablation": lambda text: quality.measure_text(text.layers, ABLATION, args),
         "perplexity": lambda text: likelihood.score_text(model, text.ids, text.layers, args),
     }
+    num_layers = None if args.perplexity or args.last_layer is None else args.last_layer + 1
     wanted = [part for part in _REPORTS if getattr(args, part)]
     cases = {
         part: Cases(part, _settings(part, args, documents), minutes=args.minutes, fresh=args.fresh)
@@ -52,7 +54,7 @@ def report(recorder: Recorder, args: argparse.Namespace) -> None:
     }
     done: dict[str, dict[str, Case]] = {part: {} for part in wanted}
     for name, ids in documents.items():
-        text = _Text(model, ids)
+        text = _Text(model, ids, num_layers)
         for part in wanted:
             measure = measures[part]
             case = cases[part].run(name, lambda measure=measure, text=text: measure(text))
@@ -82,5 +84,6 @@ def _settings(
         "clustering_seeds": args.seeds,
         "segment_len": args.segment_len,
         "texts": texts.checksum(documents),
+        **({"last_layer": args.last_layer} if args.last_layer is not None else {}),
         **{name: getattr(args, name) for name in names},
     }

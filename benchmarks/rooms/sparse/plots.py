@@ -27,8 +27,8 @@ def rows_of(path: Path, what: str) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line["what"] == what and line.get("complete"):
-            key = tuple(line.get(k) for k in ("context", "interpolation", "method", "p", "task"))
-            found[key] = line
+            names = ("context", "interpolation", "method", "p", "task")
+            found[(_same(line), *map(line.get, names))] = line
     return list(found.values())
 
 
@@ -56,6 +56,11 @@ def draw(path: Path) -> None:
     _draw_heads(plt, rows_of(path, "heads"))
 
 
+def _same(line: dict[str, Any]) -> tuple:
+    """Return what must be alike in lines of different contexts that are compared."""
+    return (line.get("every"), line.get("last_layer"), *line.get("documents", ()))
+
+
 def _setting(line: dict[str, Any]) -> tuple[int, float]:
     return line["context"], line["interpolation"]
 
@@ -66,7 +71,12 @@ def _label(setting: tuple[int, float]) -> str:
 
 
 def _draw_contexts(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN401  a module
-    settings = sorted({_setting(line) for line in lines})
+    series = {_same(line): set() for line in lines}
+    for line in lines:
+        series[_same(line)].add(_setting(line))
+    widest = max(series, key=lambda one: len(series[one]))
+    lines = [line for line in lines if _same(line) == widest]
+    settings = sorted(series[widest])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, color in _SHOWN.items():
         own = {_setting(line): line for line in lines if (line["method"], line["p"]) == (name, 0.9)}
@@ -94,8 +104,8 @@ def _draw_contexts(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN4
 def _draw_heads(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN401  a module
     if not lines:
         return
-    shown = _setting(max(lines, key=lambda line: len(line["layers_measured"])))
-    own = {line["p"]: line for line in lines if _setting(line) == shown}
+    most = max(len(line["layers_measured"]) for line in lines)
+    own = {line["p"]: line for line in lines if len(line["layers_measured"]) == most}
     figure, axes = plt.subplots(2, len(TARGETS), figsize=(9, 3.8), sharex="col")
     for column, p in enumerate(TARGETS):
         for row, (key, low) in enumerate((("read", 0.0), ("mass", p - 0.05))):

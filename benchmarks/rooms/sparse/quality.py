@@ -59,7 +59,8 @@ def measure_text(
         contestants: Methods.
         args: Which layers and how many queries and clusterings.
     """
-    chosen = range(args.first_layer, len(layers), args.every)
+    end = len(layers) if args.last_layer is None else args.last_layer + 1
+    chosen = range(args.first_layer, end, args.every)
     found: Case = {"layers": list(chosen), "heads": {}}
     for seed in range(args.seeds):
         parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in contestants}
