@@ -89,11 +89,9 @@ docs: $(VENV)/.stamp-docs ## build the documentation into build/docs; warnings a
 
 notebooks: $(VENV)/.stamp-docs ## run the notebooks into build/notebooks, where make docs finds their outputs
 	@$(BIN)/python scripts/pair_notebooks.py
-	@mkdir -p build/notebooks
-	@set -e; for notebook in notebooks/*.ipynb; do \
-	  echo "$$notebook"; cp "$$notebook" build/notebooks/; \
-	  $(BIN)/jupyter-execute --inplace --timeout=600 "build/$$notebook"; \
-	done
+	@mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks/
+	@cd notebooks && printf '%s\n' *.ipynb | (cd .. && xargs -n 1 -P $(JOBS) sh -c \
+	  '$(BIN)/jupyter-execute --inplace --timeout=600 "build/notebooks/$$0" && echo "$$0"')
 
 bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are there: make bench [PEERS=...]
 	@$(BIN)/python -m benchmarks.golden
