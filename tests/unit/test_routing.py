@@ -114,6 +114,8 @@ def test_a_log_is_decided_again_and_a_changed_one_is_noticed(name, tmp_path):
         log.sent_home(view, waits, router.send_home(view, waits))
         router.observe(sequence(number, running=True))
         log.ended(sequence(number, running=True))
+        router.drifted(1.0 + 0.2 * number)
+        log.drifted(1.0 + 0.2 * number)
         if scaler is not None:
             scaler.refused(0.1)
             log.refused(0.1)

@@ -30,6 +30,9 @@ from jaxserve.scheduling.routing import RouterSettings, make_router, polyserve_c
 
 logger = logging.getLogger(__name__)
 
+MOST_MARGIN = 0.1
+"""Largest share by which the router raises measured times of its own accord."""
+
 
 def replica_config(config: EngineConfig) -> EngineConfig:
     """Return settings of a single replica: without the log that all would write to.
@@ -49,14 +52,15 @@ def router_settings(options: ClusterOptions, file: CostFile | None) -> RouterSet
 
     Args:
         options: Settings of the fleet.
-        file: Times of steps, whose margin counts unless the settings have another.
+        file: Times of steps. Their margin counts up to a tenth, unless the settings have another:
+            it is for the slowest steps, and deadlines are kept over many.
 
     Raises:
         ConfigError: For an unknown or impossible setting of polyserve.
     """
     fields: Mapping[str, Any] = options.polyserve_config or {}
     if file is not None and "margin" not in fields:
-        fields = {**fields, "margin": file.margin}
+        fields = {**fields, "margin": min(file.margin, MOST_MARGIN)}
     polyserve: PolyServeConfig = polyserve_config(fields)
     return RouterSettings(polyserve=polyserve, elastic=options.is_elastic)
 

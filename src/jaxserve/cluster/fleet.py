@@ -608,6 +608,12 @@ class Fleet:
             slots = self.roster.present
             if not slots:
                 return
+            ratios = [slot.replica.metrics.drift for slot in slots if slot.replica is not None]
+            if ratios:
+                ratio = sum(ratios) / len(ratios)
+                self._parts.router.drifted(ratio)
+                if self._parts.log is not None:
+                    self._parts.log.drifted(ratio)
             fleet = self.roster.view(slots)
             plan = scaler.plan(fleet)
             if self._parts.log is not None:

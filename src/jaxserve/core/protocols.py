@@ -79,6 +79,10 @@ class QueueingRouter(Protocol):
         """Take note of a request that has ended."""
         ...
 
+    def drifted(self, ratio: float) -> None:
+        """Take note of how long steps take of late, over what the cost model says."""
+        ...
+
 
 class Scaler(Protocol):
     """Decides which replicas of a fleet serve, drain, start or are turned off."""

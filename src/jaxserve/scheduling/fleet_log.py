@@ -25,7 +25,7 @@ FORMAT = "jaxserve fleet log"
 VERSION = 1
 _BUFFER = 1 << 18
 
-Call = Literal["route", "home", "scale", "ended", "refused"]
+Call = Literal["route", "home", "scale", "ended", "refused", "drift"]
 """What a router was asked (a place, a place for somebody who must not wait), what the scaler was
 asked; or what they were told."""
 
@@ -100,6 +100,10 @@ class FleetLogWriter:
         """Write that a request found no room in its tier."""
         self._write({"call": "refused", "tier": tier})
 
+    def drifted(self, ratio: float) -> None:
+        """Write how long steps took, over what the cost model says."""
+        self._write({"call": "drift", "ratio": ratio})
+
     def flush(self) -> None:
         """Write out what is buffered."""
         with self._lock:
@@ -140,6 +144,7 @@ class FleetCall:
         route: What the router answered.
         scale: What the scaler answered.
         tier: Tier in which there was no room.
+        ratio: How long steps took, over what the cost model says.
     """
 
     line: int
@@ -150,6 +155,7 @@ class FleetCall:
     route: RoutePlan | None = None
     scale: ScalePlan | None = None
     tier: float = 0.0
+    ratio: float = 1.0
 
 
 def is_fleet_log(path: Path) -> bool:
@@ -236,7 +242,7 @@ def _read(number: int, line: Mapping[str, Any]) -> FleetCall:
         route=None if plan is None or is_scale else _read_route_plan(plan),
         scale=ScalePlan(actions=tuple(map(_read_action, plan))) if is_scale and plan is not None
         else None,
-        tier=line.get("tier", 0.0),
+        tier=line.get("tier", 0.0), ratio=line.get("ratio", 1.0),
     )  # fmt: skip
 
 

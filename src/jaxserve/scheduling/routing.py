@@ -77,6 +77,9 @@ class ReplicaRouter:
     def observe(self, sequence: SequenceView) -> None:
         """Take no note of what has ended."""
 
+    def drifted(self, ratio: float) -> None:
+        """Take no note of times, which decide nothing here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixAwareConfig:

@@ -94,7 +94,7 @@ def _replay_fleet(log: FleetLogReader) -> Replay:
     shown: list[str] = []
     differences = 0
     for call in log:
-        if call.call in ("ended", "refused"):
+        if call.call in ("ended", "refused", "drift"):
             told += 1
             _tell(router, scaler, call)
             continue
@@ -117,6 +117,8 @@ def _replay_fleet(log: FleetLogReader) -> Replay:
 def _tell(router: QueueingRouter, scaler: Scaler | None, call: FleetCall) -> None:
     if call.call == "ended" and call.sequence is not None:
         router.observe(call.sequence)
+    elif call.call == "drift":
+        router.drifted(call.ratio)
     elif call.call == "refused" and scaler is not None:
         scaler.refused(call.tier)
 

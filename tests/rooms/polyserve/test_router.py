@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.core.cost import PUBLISHED_COSTS
+from jaxserve.core.cost import PUBLISHED_COSTS, StepLoad
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.plan import RoutePlan
 from jaxserve.core.request import Slo
@@ -143,6 +143,22 @@ def test_what_an_idle_server_could_not_do_is_refused_at_the_door():
     assert (late.route, late.reason) == (None, "expired")
     small = fleet((replica(0, pages=10), 0.1))
     assert plan(small, prompt=159).reason == "memory"
+
+
+def test_times_follow_what_steps_take_of_late():
+    router = TierRouter(COST, CONFIG)
+    view = fleet((replica(), 0.1))
+    alone = COST.step_time(StepLoad().with_chunk(2000))
+    wanted = sequence(prompt=2000, ttft=1.2 * alone)
+    assert router.plan(wanted, view).route is not None
+    router.drifted(1.3)
+    assert router.plan(wanted, view).reason == "idle_server"
+    slower = router.times.planes
+    router.drifted(9.0)
+    assert (router.times.planes > slower).all()
+    assert router.times.planes == pytest.approx(1.5 / 1.3 * slower), "not beyond 1.5"
+    router.drifted(1.0)
+    assert router.plan(wanted, view).route is not None
 
 
 def test_whoever_must_not_wait_goes_where_least_is_left():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.core.cost import CostModel
+from jaxserve.core.cost_drift import HIGHEST, LOWEST
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.plan import DeclineReason, Route, RoutePlan, ScaleAction, ScalePlan
 from jaxserve.core.view import FleetView, ReplicaRole, ReplicaStage, ReplicaState, SequenceView
@@ -38,7 +39,7 @@ from jaxserve.scheduling.polyserve.state import (
     empty_servers,
     records,
 )
-from jaxserve.scheduling.step_times import step_seconds, step_times
+from jaxserve.scheduling.step_times import StepTimes, step_seconds, step_times
 
 _STATES: tuple[ReplicaState, ...] = ("off", "starting", "pooled", "serving", "draining")
 _STAGES: tuple[ReplicaStage, ...] = ("whole", "prefill", "decode")
@@ -226,7 +227,7 @@ class TierRouter:
     def __init__(self, cost: CostModel, config: PolyServeConfig | None = None) -> None:
         """Start without having seen any request."""
         self.config = config or PolyServeConfig()
-        self._times = step_times(cost, margin=self.config.margin)
+        self._measured = self._times = step_times(cost, margin=self.config.margin)
         self.means = rules_for(self.config, capacity=1, seats=1, max_tokens=1)
 
     def plan(self, sequence: SequenceView, fleet: FleetView) -> RoutePlan:
@@ -299,6 +300,20 @@ class TierRouter:
         means.arrived[k] += 1
         means.prompt[k] += (sequence.prompt_len - means.prompt[k]) / means.arrived[k]
 
+    @property
+    def times(self) -> StepTimes:
+        """Times of steps that it goes by."""
+        return self._times
+
+    def drifted(self, ratio: float) -> None:
+        """Take note of how long steps take of late, over what the cost model says.
+
+        As where an engine learns, it is not followed beyond 0.7 and 1.5.
+        """
+        scale = min(max(ratio, LOWEST), HIGHEST)
+        planes, grid = self._measured.planes * scale, self._measured.grid * scale
+        self._times = self._measured._replace(planes=planes, grid=grid)
+
     def tier_of(self, sequence: SequenceView) -> float:
         """Return the tier of a request; one that wants more than the tightest belongs to that."""
         return self.config.tiers[self._tier_index(sequence)]
@@ -366,7 +381,6 @@ class TierScaler:
         self._router = router or TierRouter(cost, config)
         self.config = self._router.config
         self._elastic = elastic
-        self._times = step_times(cost, margin=self.config.margin)
         self._watch = empty_watch(len(self.config.tiers))
 
     def refused(self, tier: float) -> None:
@@ -381,14 +395,14 @@ class TierScaler:
         arrays = _Arrays(fleet, config, rules, None)
         sv = arrays.sv
         before = sv.one.state.copy(), sv.one.label.copy()
-        gr = arrays.gradient(rules, self._times)
+        gr = arrays.gradient(rules, self._router.times)
         for s in range(len(sv.one)):
             if sv.one.state[s] == DRAINING and sv.one.decodes[s] + sv.one.pending[s] == 0:
                 sv.one.state[s] = _STATES.index("pooled")
                 sv.one.label[s] = NOBODY
         if config.scales:
             scale_down(
-                self._times, rules, sv, gr, self._watch, fleet.now, config.hold_checks,
+                self._router.times, rules, sv, gr, self._watch, fleet.now, config.hold_checks,
                 config.cooldown_s, config.down_load, config.drain_share,
             )  # fmt: skip
         actions = _actions(config, before, sv, "the others have room")
