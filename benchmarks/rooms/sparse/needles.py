@@ -220,7 +220,7 @@ def _report_kind(kind: str, found: Mapping[str, Case], recorder: Recorder, facts
     for name in _SELECTED:
         for p in TARGETS:
             line: dict[str, Any] = {
-                "selected": _selected(found, name, p),
+                "needle_tokens": _selected(found, name, p),
                 "read": statistics.fmean(
                     case[f"{name}/selection"]["read"][str(p)] for case in found.values()
                 ),
@@ -235,7 +235,9 @@ def _report_kind(kind: str, found: Mapping[str, Case], recorder: Recorder, facts
                     f"{line['lost']:+.3f}±{line['lost_interval']:.3f}",
                 ]
             recorder.write("needles", method=name, p=p, **line, **facts)
-            told = ["{read}/{tokens}".format(**line["selected"][key]) for key in ("1 - p", "0.05")]
+            told = [
+                "{read}/{tokens}".format(**line["needle_tokens"][key]) for key in ("1 - p", "0.05")
+            ]
             rows.append([name, str(p), *cells, *told, f"{line['read']:.1%}"])
     print(f"\n{kind}, {len(found)} samples at random depths; lost: nats per token of the answer;")
     print("tokens of the needle that were read, of those that hold so much of a head's mass; share")
