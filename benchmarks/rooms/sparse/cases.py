@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ Case = dict[str, Any]
 """What was found in one case; JSON."""
 
 _FOLDER = ROOT / "build" / "tactic"
+_TASKS = Path(__file__).with_name("tasks.py")
 
 
-def sources(folders: Iterable[Path] = (ROOT / "src" / "jaxserve",)) -> str:
-    """Return a checksum of the sources below some folders."""
+def sources() -> str:
+    """Return a checksum of the package's sources, and of the tasks that it is given."""
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(path.read_bytes())
+    for path in (*sorted((ROOT / "src" / "jaxserve").rglob("*.py")), _TASKS):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -31,10 +31,7 @@ from jaxserve.models.hub import resolve_model
 SHARES = (1.0, *TARGETS)
 _MARGIN = 64
 """Tokens of the context beyond prompt and output."""
-_ASKED = (
-    "Here is a text.\n\n{text}\n\nExplain in detail, step by step, what it is about, and then "
-    "give three examples of your own."
-)
+_ASKED = "Here is a text.\n\n{text}\n\nExplain in a few paragraphs what it is about."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -275,7 +272,7 @@ def report_outputs(recorder: Recorder, args: argparse.Namespace) -> None:
     """Measure, print and record lengths of outputs."""
     bench = Bench(args, args.output, args.estimators[0])
     prompts = _prompts(bench, args)
-    settings = _settings(args, bench, output=args.output, temperature=0.7)
+    settings = _settings(args, bench, output=args.output, temperature=0.7, question=_ASKED)
     cases = Cases("outputs", settings, minutes=args.minutes, fresh=args.fresh)
     jobs = [(ids, seed) for seed in range(args.samples) for ids in prompts.values()]
     done = []
