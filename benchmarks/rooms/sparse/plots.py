@@ -77,6 +77,8 @@ def _draw_contexts(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN4
     widest = max(series, key=lambda one: len(series[one]))
     lines = [line for line in lines if _same(line) == widest]
     settings = sorted(series[widest])
+    if len(settings) < 2:
+        return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, color in _SHOWN.items():
         own = {_setting(line): line for line in lines if (line["method"], line["p"]) == (name, 0.9)}

@@ -209,13 +209,15 @@ def test_prompts_are_attended_to_causally(tokens):
 
 
 def test_a_greedy_continuation_is_recognised(model):
-    ids = np.random.default_rng(1).integers(0, 250, 60).tolist()
-    for _ in range(3):
-        hidden, layers = captures.run(model, np.asarray(ids, np.int32))
-        ids.append(int(jnp.argmax(model.logits(hidden[-1:])[0])))
-    _, layers = captures.run(model, np.asarray(ids, np.int32))
-    (scored,) = decode.score(model, np.asarray(ids), layers, 55, [(SPARSE, 1.0)], first=60)
+    ids = np.random.default_rng(1).integers(0, 250, 300).astype(np.int32)
+    for last in (298, 299):  # each is the likeliest token behind those before it
+        hidden, _ = captures.run(model, ids)
+        ids[last] = int(jnp.argmax(model.logits(hidden[last - 1 : last])[0]))
+    _, layers = captures.run(model, ids)
+    (scored,) = decode.score(model, ids, layers, 200, [(SPARSE, 1.0)], first=298)
     assert scored.is_greedy
+    (scored,) = decode.score(model, ids, layers, 200, [(SPARSE, 1.0)], first=290)
+    assert not scored.is_greedy
 
 
 def test_stretched_positions_are_those_of_a_shorter_context():
