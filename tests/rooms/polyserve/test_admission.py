@@ -194,7 +194,7 @@ def test_costs_that_loops_cannot_read_are_refused():
     class Odd:
         pass
 
-    with pytest.raises(ConfigError, match="read a LinearCost or a TableCost, got Odd"):
+    with pytest.raises(ConfigError, match="a TableCost or a BucketCost, got Odd"):
         step_times(Odd())
     with pytest.raises(ConfigError, match="margin must be zero or more, got -1"):
         step_times(COST, margin=-1)
