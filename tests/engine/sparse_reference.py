@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rooms import captures
+from benchmarks.rooms.sparse import captures
 from jaxserve.attention.tactic.clustering import ClusterIndex, Segment, cluster_segment
 from jaxserve.attention.tactic.config import TacticConfig
 from jaxserve.attention.tactic.select import read_mask, select
