@@ -73,8 +73,8 @@ def measure(batch: int, lengths: str, mode: str, repeats: int) -> dict[str, Any]
     tables = [page_table(LENGTHS[lengths](rng, batch), rng) for _ in range(repeats)]
     spec = spec_for(batch, max(t.indices.size for t in tables), **MODES[mode])
     if mode == "fixed":
-        most = sum(-(-n // 1024) for n in max(tables, key=lambda t: t.indices.size).kv_len)
-        room = 2 * int(most) * spec.kv_heads
+        most = max(int((-(-table_.kv_len // 1024)).sum()) for table_ in tables)
+        room = most * spec.kv_heads
         spec = spec_for(batch, spec.max_pages, max_items=room, max_units=room, **MODES[mode])
     q_len = np.ones(batch, np.int64)
     out = np.zeros(spec.num_words, np.int32)

@@ -256,7 +256,7 @@ def test_when_nobody_is_left_requests_are_told(start):
 
     for events in run(go()):
         assert events[-1].finish_reason is FinishReason.ERROR
-    assert [one.state for one in llm.replicas] == ["removed", "removed"]
+    wait_until(lambda: [one.state for one in llm.replicas] == ["removed", "removed"])
     with pytest.raises(EngineDeadError, match="no replica is left"):
         run(collect(llm, PROMPT, GREEDY))
     with pytest.raises(EngineDeadError, match="no replica is left"):

@@ -76,7 +76,7 @@ def test_a_declined_request_gets_503_with_its_reason(burst, planned, path, is_st
     for one in refused:
         error = one.json()["error"]
         assert error["type"] == "ServiceUnavailableError"
-        assert error["param"] == "slo.ttft_ms"
+        assert error["param"] in ("slo.ttft_ms", "slo.tpot_ms")  # as fast as the machine is
         assert error["reason"] in ("compute", "memory", "expired")  # there are four rows
         assert "an idle server needs" in error["message"]
         assert int(one.headers["retry-after"]) >= 1

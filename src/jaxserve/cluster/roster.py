@@ -257,9 +257,9 @@ class Roster:
                 if self.metrics is not None:
                     self.metrics.deaths[slot.index] += 1
                 logger.error("replica %d has died: %s", slot.index, slot.failure)
+                self._replace(slot)  # first: whoever is told asks what has become of the replica
                 self.on_death(replica)
                 self._spawn(replica.close, f"jaxserve-bury-{slot.index}")
-                self._replace(slot)
         return dead
 
     def _replace(self, slot: Slot) -> None:
