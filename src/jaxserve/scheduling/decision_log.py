@@ -6,28 +6,22 @@ nothing else. What never changes about a sequence is written once.
 """
 
 import dataclasses
-import json
 import math
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO, cast
+from typing import Any
 
 from jaxserve.core.cost import CostModel, StepLoad
 from jaxserve.core.cost_file import cost_from_json, cost_to_json
-from jaxserve.core.errors import ConfigError
 from jaxserve.core.plan import Rejection, StepPlan, Work
 from jaxserve.core.protocols import Doorkeeper, Scheduler
 from jaxserve.core.request import Slo
 from jaxserve.core.view import ReplicaView, SequenceView
+from jaxserve.scheduling.log_file import MOST_BYTES, LogFile, read_head, read_lines
 from jaxserve.scheduling.policies import PolicySettings
 
 FORMAT = "jaxserve decision log"
 VERSION = 1
-MOST_BYTES = 1 << 30
-"""A log that has become so long ends."""
-_BUFFER = 1 << 18
 _FIXED = ("num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens", "max_loras")
 
 
@@ -48,7 +42,7 @@ class LogHead:
     learns: bool
 
 
-class LogWriter:
+class LogWriter(LogFile):
     """Writes a decision log. Lines cost some microseconds per sequence, and are buffered.
 
     Args:
@@ -62,18 +56,8 @@ class LogWriter:
 
     def __init__(self, path: Path, head: LogHead, *, most_bytes: int = MOST_BYTES) -> None:
         """Open the file and write its first line."""
-        try:
-            self._file: TextIO | None = path.open("w", encoding="utf-8", buffering=_BUFFER)
-        except OSError as error:
-            raise ConfigError(
-                f"the decision log {path.name} cannot be written: {error.strerror or error}."
-            ) from None
-        self._lock = threading.Lock()
-        self._left = most_bytes
-        self._known: set[int] = set()
-        self._slos: dict[Slo, int] = {}
-        self._fixed: tuple[object, ...] | None = None
-        self._write(
+        super().__init__(
+            path,
             {
                 "format": FORMAT,
                 "version": VERSION,
@@ -81,8 +65,12 @@ class LogWriter:
                 "settings": head.settings.to_json(),
                 "cost": None if head.cost is None else cost_to_json(head.cost),
                 "learns": head.learns,
-            }
+            },
+            kind="decision log",
+            most_bytes=most_bytes,
         )
+        self._known: set[int] = set()
+        self._fixed: tuple[object, ...] | None = None
 
     def planned(self, view: ReplicaView, plan: StepPlan | None, error: str | None) -> None:
         """Write a view and what answered it.
@@ -110,37 +98,11 @@ class LogWriter:
         line["plan"] = error if plan is None else _plan_to_json(plan)
         if len(self._known) > 2 * (len(view.running) + len(view.waiting)) + 1024:
             self._known = {s.seq_id for s in (*view.running, *view.waiting)}
-        self._write(line)
+        self.write(line)
 
     def observed(self, load: StepLoad, seconds: float, now: float) -> None:
         """Write how long a step took."""
-        self._write({"load": load, "seconds": seconds, "now": now})
-
-    def flush(self) -> None:
-        """Write out what is buffered."""
-        with self._lock:
-            if self._file is not None:
-                self._file.flush()
-
-    def close(self) -> None:
-        """Write out what is buffered and close the file; harmless when that has happened."""
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
+        self.write({"load": load, "seconds": seconds, "now": now})
 
     def _sequence(self, one: SequenceView, new: list[list[Any]]) -> list[Any]:
         if one.seq_id not in self._known:
@@ -170,19 +132,6 @@ class LogWriter:
             int(one.is_decoding),
             one.first_token_time,
         ]
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line, separators=(",", ":")) + "\n"
-        with self._lock:
-            if self._file is None:
-                return
-            self._left -= len(text)
-            if self._left < 0:
-                self._file.write('{"end":"the log is full"}\n')
-                self._file.close()
-                self._file = None
-                return
-            self._file.write(text)
 
 
 class LoggedScheduler:
@@ -255,21 +204,13 @@ class LogReader:
     def __init__(self, path: Path) -> None:
         """Read the first line."""
         self._path = path
-        try:
-            with path.open(encoding="utf-8") as file:
-                given = json.loads(file.readline() or "null")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path.name} cannot be read: {error}.") from None
-        if not isinstance(given, dict) or given.get("format") != FORMAT:
-            raise ConfigError(
-                f"{path.name} is no decision log; `jaxserve serve --decision-log {path.name}` "
-                "writes one."
-            )
-        if given.get("version") != VERSION:
-            raise ConfigError(
-                f"{path.name} must be of version {VERSION}, got {given.get('version')!r}."
-            )
-        head = cast("dict[str, Any]", given)
+        head = read_head(
+            path,
+            name=FORMAT,
+            version=VERSION,
+            otherwise=f"is no decision log; `jaxserve serve --decision-log {path.name}` writes "
+            "one.",
+        )
         cost = head["cost"]
         self.head = LogHead(
             policy=head["policy"],
@@ -286,30 +227,19 @@ class LogReader:
         """
         facts: dict[int, dict[str, Any]] = {}
         fixed: dict[str, Any] = {}
-        with self._path.open(encoding="utf-8") as file:
-            next(file)
-            for number, text in enumerate(file, start=2):
-                if not text.endswith("\n"):
-                    return  # the engine was stopped while it wrote
-                try:
-                    line = json.loads(text)
-                    if "end" in line:
-                        return
-                    if "load" in line:
-                        load = StepLoad(*line["load"])
-                        yield Observation(load, line["seconds"], line["now"])
-                        continue
-                    fixed |= dict(zip(_FIXED, line.get("fixed", ()), strict=False))
-                    facts |= {row[0]: _facts(row) for row in line.get("new", ())}
-                    view = _view(line, fixed, facts)
-                    found = line["plan"]
-                    plan = None if isinstance(found, str) else _plan_from_json(found)
-                except (KeyError, TypeError, ValueError, IndexError) as error:
-                    raise ConfigError(
-                        f"line {number} of {self._path.name} is damaged: "
-                        f"{type(error).__name__}: {error}."
-                    ) from None
-                yield Decision(number, view, plan, found if isinstance(found, str) else None)
+
+        def read(number: int, line: Mapping[str, Any]) -> Decision | Observation:
+            if "load" in line:
+                return Observation(StepLoad(*line["load"]), line["seconds"], line["now"])
+            fixed.update(zip(_FIXED, line.get("fixed", ()), strict=False))
+            facts.update({row[0]: _facts(row) for row in line.get("new", ())})
+            view = _view(line, fixed, facts)
+            found = line["plan"]
+            if isinstance(found, str):
+                return Decision(number, view, None, found)
+            return Decision(number, view, _plan_from_json(found), None)
+
+        return read_lines(self._path, read)
 
 
 def _facts(row: list[Any]) -> dict[str, Any]:

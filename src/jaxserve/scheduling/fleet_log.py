@@ -5,25 +5,21 @@ answered it, or something that the policy was told. That is all that their state
 """
 
 import dataclasses
-import json
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
+from typing import Any, Literal
 
 from jaxserve.core.cost import CostModel
 from jaxserve.core.cost_file import cost_from_json, cost_to_json
-from jaxserve.core.errors import ConfigError
 from jaxserve.core.plan import Route, RoutePlan, ScaleAction, ScalePlan
 from jaxserve.core.request import Slo
 from jaxserve.core.view import FleetView, ReplicaRole, ReplicaView, SequenceView
-from jaxserve.scheduling.decision_log import MOST_BYTES
+from jaxserve.scheduling.log_file import MOST_BYTES, LogFile, read_head, read_lines
 from jaxserve.scheduling.routing import RouterSettings
 
 FORMAT = "jaxserve fleet log"
 VERSION = 1
-_BUFFER = 1 << 18
 
 Call = Literal["route", "home", "scale", "ended", "refused", "drift"]
 """What a router was asked (a place, a place for somebody who must not wait), what the scaler was
@@ -45,7 +41,7 @@ class FleetLogHead:
     cost: CostModel | None
 
 
-class FleetLogWriter:
+class FleetLogWriter(LogFile):
     """Writes a fleet's decisions; from any thread.
 
     Args:
@@ -59,76 +55,45 @@ class FleetLogWriter:
 
     def __init__(self, path: Path, head: FleetLogHead, *, most_bytes: int = MOST_BYTES) -> None:
         """Open the file and write its first line."""
-        try:
-            self._file: TextIO | None = path.open("w", encoding="utf-8", buffering=_BUFFER)
-        except OSError as error:
-            raise ConfigError(
-                f"the fleet log {path.name} cannot be written: {error.strerror or error}."
-            ) from None
-        self._lock = threading.Lock()
-        self._left = most_bytes
-        self._write(
+        super().__init__(
+            path,
             {
                 "format": FORMAT,
                 "version": VERSION,
                 "router": head.router,
                 "settings": head.settings.to_json(),
                 "cost": None if head.cost is None else cost_to_json(head.cost),
-            }
+            },
+            kind="fleet log",
+            most_bytes=most_bytes,
         )
 
     def routed(self, sequence: SequenceView, fleet: FleetView, plan: RoutePlan) -> None:
         """Write what a request was answered."""
-        self._write({"call": "route", "seq": _sequence(sequence), "fleet": _fleet(fleet),
+        self.write({"call": "route", "seq": _sequence(sequence), "fleet": _fleet(fleet),
                      "plan": _route_plan(plan)})  # fmt: skip
 
     def sent_home(self, fleet: FleetView, waits: RoutePlan, plan: RoutePlan) -> None:
         """Write where a request went that must not wait."""
-        self._write({"call": "home", "fleet": _fleet(fleet), "waits": _route_plan(waits),
+        self.write({"call": "home", "fleet": _fleet(fleet), "waits": _route_plan(waits),
                      "plan": _route_plan(plan)})  # fmt: skip
 
     def scaled(self, fleet: FleetView, plan: ScalePlan) -> None:
         """Write what the scaler answered."""
         actions = [_action(one) for one in plan.actions]
-        self._write({"call": "scale", "fleet": _fleet(fleet), "plan": actions})
+        self.write({"call": "scale", "fleet": _fleet(fleet), "plan": actions})
 
     def ended(self, sequence: SequenceView) -> None:
         """Write that a request has ended."""
-        self._write({"call": "ended", "seq": _sequence(sequence)})
+        self.write({"call": "ended", "seq": _sequence(sequence)})
 
     def refused(self, tier: float) -> None:
         """Write that a request found no room in its tier."""
-        self._write({"call": "refused", "tier": tier})
+        self.write({"call": "refused", "tier": tier})
 
     def drifted(self, ratio: float) -> None:
         """Write how long steps took, over what the cost model says."""
-        self._write({"call": "drift", "ratio": ratio})
-
-    def flush(self) -> None:
-        """Write out what is buffered."""
-        with self._lock:
-            if self._file is not None:
-                self._file.flush()
-
-    def close(self) -> None:
-        """Write out what is buffered and close the file; harmless when that has happened."""
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line, separators=(",", ":")) + "\n"
-        with self._lock:
-            if self._file is None:
-                return
-            self._left -= len(text)
-            if self._left < 0:
-                self._file.write('{"end":"the log is full"}\n')
-                self._file.close()
-                self._file = None
-                return
-            self._file.write(text)
+        self.write({"call": "drift", "ratio": ratio})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,21 +148,13 @@ class FleetLogReader:
     def __init__(self, path: Path) -> None:
         """Read the first line."""
         self._path = path
-        try:
-            with path.open(encoding="utf-8") as file:
-                given = json.loads(file.readline() or "null")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path.name} cannot be read: {error}.") from None
-        if not isinstance(given, dict) or given.get("format") != FORMAT:
-            raise ConfigError(
-                f"{path.name} is no fleet's log; `jaxserve serve --replicas 2 --fleet-log "
-                f"{path.name}` writes one."
-            )
-        if given.get("version") != VERSION:
-            raise ConfigError(
-                f"{path.name} must be of version {VERSION}, got {given.get('version')!r}."
-            )
-        head = cast("dict[str, Any]", given)
+        head = read_head(
+            path,
+            name=FORMAT,
+            version=VERSION,
+            otherwise="is no fleet's log; `jaxserve serve --replicas 2 --fleet-log "
+            f"{path.name}` writes one.",
+        )
         cost = head["cost"]
         self.head = FleetLogHead(
             router=head["router"],
@@ -211,22 +168,7 @@ class FleetLogReader:
         Raises:
             ConfigError: If a line is damaged; the last one may have been cut short.
         """
-        with self._path.open(encoding="utf-8") as file:
-            next(file)
-            for number, text in enumerate(file, start=2):
-                if not text.endswith("\n"):
-                    return  # the fleet was stopped while it wrote
-                try:
-                    line = json.loads(text)
-                    if "end" in line:
-                        return
-                    call = _read(number, line)
-                except (KeyError, TypeError, ValueError, IndexError) as error:
-                    raise ConfigError(
-                        f"line {number} of {self._path.name} is damaged: "
-                        f"{type(error).__name__}: {error}."
-                    ) from None
-                yield call
+        return read_lines(self._path, _read)
 
 
 def _read(number: int, line: Mapping[str, Any]) -> FleetCall:
