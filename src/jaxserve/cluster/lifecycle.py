@@ -164,7 +164,7 @@ class FleetLifecycle:
 
         def note(answers: Sequence[Any]) -> bool:
             is_awake = all(answers)
-            self._asleep -= set(SLEEP_TAGS if wanted is None else wanted)  # type: ignore[arg-type]
+            self._asleep.difference_update(SLEEP_TAGS if wanted is None else wanted)
             if is_awake:
                 self._asleep.clear()
             if "scheduling" not in self._asleep:

@@ -21,7 +21,7 @@ from jaxserve.cpu_kernels.emit import (
     const,
     weight_type,
 )
-from jaxserve.cpu_kernels.heads import KEY_BLOCK, LOWEST, Heads
+from jaxserve.cpu_kernels.heads import KEY_BLOCK, LOWEST, Heads, soften
 
 
 def decode(
@@ -147,7 +147,7 @@ class _Head:
             with e.loop(const(0), count, const(e.width)) as i:
                 self._score(queries, keys, scores, start, i, count)
             for g in range(group):
-                self._soften(scores[g], count, top[g], mass[g], sums[g])
+                soften(e, scores[g], count, top[g], mass[g], sums[g])
             with e.loop(const(0), count, const(1)) as i:
                 at = b.add(start, i)
                 parts = [
@@ -193,27 +193,3 @@ class _Head:
         for g, row in enumerate(zip(*lanes, strict=True)):
             kept = b.select(mask, e.sum_vectors(row), e.splat_const(LOWEST))
             e.store(kept, e.at(scores[g], i, 4))
-
-    def _soften(
-        self, scores: Value, count: Value, top: Value, mass: Value, sums: list[Value]
-    ) -> None:
-        """Turn a block's scores into weights relative to the running maximum."""
-        e, b = self.e, self.e.b
-        best = e.variable(e.vector, e.splat_const(LOWEST))
-        with e.loop(const(0), count, const(e.width)) as i:
-            row = e.load(e.at(scores, i, 4), "float32")
-            b.store(e.larger(b.load(best, typ=e.vector), row), best)
-        before = b.load(top, typ=F32)
-        highest = e.max_lanes(b.load(best, typ=e.vector))
-        after = b.select(b.fcmp_ordered(">", highest, before), highest, before)
-        b.store(after, top)
-        fade = e.exp(e.splat(b.fsub(before, after)))
-        b.store(b.fmul(b.load(mass, typ=e.vector), fade), mass)
-        for part in sums:
-            b.store(b.fmul(b.load(part, typ=e.vector), fade), part)
-        shift = e.splat(after)
-        with e.loop(const(0), count, const(e.width)) as i:
-            place = e.at(scores, i, 4)
-            weight = e.exp(b.fsub(e.load(place, "float32"), shift))
-            e.store(weight, place)
-            b.store(b.fadd(b.load(mass, typ=e.vector), weight), mass)

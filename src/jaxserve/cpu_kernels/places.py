@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from jaxserve.cpu_kernels.emit import F32, I32, I64, ITEM_BYTES, Emitter, Value, WeightType, const
-from jaxserve.cpu_kernels.heads import KEY_BLOCK, LOWEST, Heads
+from jaxserve.cpu_kernels.heads import KEY_BLOCK, LOWEST, Heads, soften
 
 PIECE = 512
 """Places that are listed at a time; a multiple of `KEY_BLOCK`."""
@@ -184,7 +184,7 @@ class PlaceReader:
             with e.loop(const(0), own, const(e.width)) as i:
                 self._score(queries, b.add(start, i), i, own)
             for g in range(shape.group):
-                self._soften(g, own)
+                soften(self.e, self.scores[g], own, self.top[g], self.mass[g], self.sums[g])
             scale_add(
                 e,
                 self.sums,
@@ -212,29 +212,6 @@ class PlaceReader:
         for g, scores in enumerate(found):
             kept = b.select(mask, scores, e.splat_const(LOWEST))
             e.store(kept, e.at(self.scores[g], i, 4))
-
-    def _soften(self, g: int, count: Value) -> None:
-        """Turn a block's scores into weights relative to the running maximum."""
-        e, b, scores, top, mass = self.e, self.e.b, self.scores[g], self.top[g], self.mass[g]
-        best = e.variable(e.vector, e.splat_const(LOWEST))
-        b.store(e.splat_const(LOWEST), best)
-        with e.loop(const(0), count, const(e.width)) as i:
-            row = e.load(e.at(scores, i, 4), "float32")
-            b.store(e.larger(b.load(best, typ=e.vector), row), best)
-        before = b.load(top, typ=F32)
-        highest = e.max_lanes(b.load(best, typ=e.vector))
-        after = b.select(b.fcmp_ordered(">", highest, before), highest, before)
-        b.store(after, top)
-        fade = e.exp(e.splat(b.fsub(before, after)))
-        b.store(b.fmul(b.load(mass, typ=e.vector), fade), mass)
-        for part in self.sums[g]:
-            b.store(b.fmul(b.load(part, typ=e.vector), fade), part)
-        shift = e.splat(after)
-        with e.loop(const(0), count, const(e.width)) as i:
-            place = e.at(scores, i, 4)
-            weight = e.exp(b.fsub(e.load(place, "float32"), shift))
-            e.store(weight, place)
-            b.store(b.fadd(b.load(mass, typ=e.vector), weight), mass)
 
     def write(self, to: StatePlace) -> None:
         """Store the state."""

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, SupportsIndex, cast
 
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.control import PauseMode, SleepTag, WeightUpdate
@@ -286,23 +286,26 @@ class AbstractHost(abc.ABC):
             ConfigError: If the adapter is damaged, missing, or does not fit the model.
         """
         text: str | None = None
+        tokens: object = prompt
         if isinstance(prompt, Mapping):
             cache_salt = str(prompt.get("cache_salt") or cache_salt)
-            output_token_ids = prompt.get("output_token_ids") or output_token_ids  # type: ignore[assignment]
-            text = prompt.get("prompt")  # type: ignore[assignment]
-            ids = prompt.get("prompt_token_ids")
-            if ids is None and text is None:
+            output_token_ids = cast(
+                Sequence[int], prompt.get("output_token_ids") or output_token_ids
+            )
+            text = cast(str | None, prompt.get("prompt"))
+            tokens = prompt.get("prompt_token_ids")
+            if tokens is None and text is None:
                 raise RequestError(
                     "a prompt mapping needs 'prompt' or 'prompt_token_ids', found "
                     f"{sorted(map(str, prompt))}.",
                     param="prompt",
                 )
-            prompt = ids if ids is not None else text  # type: ignore[assignment]
-        if isinstance(prompt, str):
-            text = prompt
-            ids = self.encode(prompt)
+            tokens = text if tokens is None else tokens
+        if isinstance(tokens, str):
+            text = tokens
+            ids = self.encode(tokens)
         else:
-            ids = self._check_ids(prompt)
+            ids = self._check_ids(tokens)
         output = self._check_ids(output_token_ids, "output_token_ids") if output_token_ids else ()
         return Request(
             request_id=RequestId(request_id or new_request_id()),
@@ -334,7 +337,7 @@ class AbstractHost(abc.ABC):
     def _check_ids(self, tokens: object, param: str = "prompt") -> list[int]:
         try:
             # operator.index takes every kind of integer and nothing that would have to be rounded.
-            ids = [operator.index(token) for token in tokens]  # type: ignore[attr-defined]
+            ids = [operator.index(token) for token in cast(Iterable[SupportsIndex], tokens)]
         except TypeError:
             form = "a list of token ids" if param != "prompt" else "a string or a list of token ids"
             raise RequestError(

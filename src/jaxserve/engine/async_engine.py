@@ -294,7 +294,7 @@ class AsyncLLM(AsyncControls):
         slo: SloFields | None = None,
         lora_request: LoRARequest | Adapter | None = None,
     ) -> Request:
-        """Turn a prompt into a request; see `EngineHost.make_request`."""
+        """Turn a prompt into a request; see `AbstractHost.make_request`."""
         self.require("generate")
         return self._host.make_request(
             prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt,

@@ -216,22 +216,9 @@ class Engine(Inbox):
                 if sequence is not None:
                     members[sequence.request.request_id, sequence.index] = seen
         if view is None or not members:
-            view = self._empty_view()
+            # Without adapters: only the loop may ask who holds them.
+            view = self._view_of(self._clock.now(), (), (), frozenset())
         return EngineReport(view=view, members=members)
-
-    def _empty_view(self) -> ReplicaView:
-        spec = self.runner.spec
-        return ReplicaView(
-            now=self._clock.now(),
-            running=(),
-            waiting=(),
-            num_free_pages=self.pool.num_free,
-            num_pages=self.pool.num_pages,
-            page_size=spec.page_size,
-            max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_loras=self.adapters.max_loras,
-        )
 
     # The loop: one thread ----------------------------------------------------------------------
 
@@ -391,16 +378,31 @@ class Engine(Inbox):
                 continue
             cached = self.placement.match(sequence) if len(waiting) < num_rows_free else []
             waiting.append(sequence.view(num_cached=len(cached) * spec.page_size))
+        return self._view_of(
+            self.times.plan_time(),
+            tuple(s.view(num_draft=self._num_draft(s)) for s in running),
+            tuple(waiting),
+            self.adapters.held,
+        )
+
+    def _view_of(
+        self,
+        now: float,
+        running: tuple[SequenceView, ...],
+        waiting: tuple[SequenceView, ...],
+        adapters: frozenset[str],
+    ) -> ReplicaView:
+        spec = self.runner.spec
         return ReplicaView(
-            now=self.times.plan_time(),
-            running=tuple(s.view(num_draft=self._num_draft(s)) for s in running),
-            waiting=tuple(waiting),
+            now=now,
+            running=running,
+            waiting=waiting,
             num_free_pages=self.pool.num_free,
             num_pages=self.pool.num_pages,
             page_size=spec.page_size,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
-            adapters=self.adapters.held,
+            adapters=adapters,
             max_loras=self.adapters.max_loras,
             draft_sizes=spec.shapes.draft_sizes(len(running)),
         )
