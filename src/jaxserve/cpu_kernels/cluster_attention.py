@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 from llvmlite import ir
 
 from jaxserve.cpu_kernels import ffi
-from jaxserve.cpu_kernels.cluster_choice import (
+from jaxserve.cpu_kernels.choice_emitter import Choice
+from jaxserve.cpu_kernels.cluster_tables import (
     CLUSTER_BLOCK,
-    Choice,
     Sampling,
     Table,
     Workspace,

@@ -29,8 +29,8 @@ from jaxserve.scheduling.polyserve.state import (
     records,
 )
 from jaxserve.scheduling.step_times import step_times
-from jaxserve.sim import fleet_loop
-from jaxserve.sim.fleet_loop import (
+from jaxserve.sim import fleet_board, fleet_loop
+from jaxserve.sim.fleet_board import (
     DECLINED,
     LATE_FIRST,
     LATE_GAP,
@@ -198,7 +198,7 @@ class FleetReport:
         tier: `[requests]`: tier of each.
         first: `[requests]`: when the first token came; not a number without one.
         finish: `[requests]`: when the last one came, or when the request was declined.
-        missed: `[requests]`: bits of `fleet_loop`.
+        missed: `[requests]`: bits of `fleet_board`.
         server: `[requests]`: where it ended, or -1.
         preemptions: `[requests]`: how often it lost its pages.
         timeline: `[checks, columns]`, see `columns`.
@@ -326,7 +326,7 @@ def simulate_fleet(
         most=config.down_load, share=config.drain_share, reserve=reserve, start=config.start_s,
     )  # fmt: skip
     board = _board(spec.servers, many, rival.seed if rival else 0)
-    out = records(fleet_loop.RESULT, count)
+    out = records(fleet_board.RESULT, count)
     out.first[:], out.finish[:], out.last[:], out.server[:] = np.nan, np.nan, -1.0, NOBODY
     length = float(trace.arrival[-1]) if count else 0.0
     timeline = np.zeros((int(length / config.check_s) + 500, 6 + many))
@@ -339,12 +339,12 @@ def simulate_fleet(
     return FleetReport(
         trace=trace, tier=tier, first=out.first, finish=out.finish, missed=out.missed,
         server=out.server, preemptions=out.preemptions,
-        timeline=timeline[: int(board.whole[fleet_loop.TICKS])],
+        timeline=timeline[: int(board.whole[fleet_board.TICKS])],
         columns=("time", *rows, "prompts", "draining", "pooled", "starting", "waiting"),
-        steps=int(board.whole[fleet_loop.STEPS]), events=int(board.whole[fleet_loop.EVENTS]),
-        server_seconds=float(board.real[0]), drained=int(board.whole[fleet_loop.DRAINED]),
-        started=int(board.whole[fleet_loop.STARTED]),
-        promoted=int(board.whole[fleet_loop.PROMOTED]),
+        steps=int(board.whole[fleet_board.STEPS]), events=int(board.whole[fleet_board.EVENTS]),
+        server_seconds=float(board.real[0]), drained=int(board.whole[fleet_board.DRAINED]),
+        started=int(board.whole[fleet_board.STARTED]),
+        promoted=int(board.whole[fleet_board.PROMOTED]),
     )  # fmt: skip
 
 
@@ -374,9 +374,9 @@ def _labels(rival: FleetRival, spec: FleetSpec, tiers: int) -> np.ndarray:
 
 
 def _board(servers: int, tiers: int, seed: int) -> Board:
-    desk = records(fleet_loop.DESK, servers)
+    desk = records(fleet_board.DESK, servers)
     desk.tail[:] = desk.spot[:] = NOBODY
-    lines = records(fleet_loop.LINE, tiers + 1)
+    lines = records(fleet_board.LINE, tiers + 1)
     lines.queue[:] = NOBODY
     return Board(
         desk, lines, np.array([(seed * 7919 + 12345) % (1 << 31), -1]),

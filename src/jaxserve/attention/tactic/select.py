@@ -27,7 +27,7 @@ from jaxserve.attention.tactic.ranking import (
 from jaxserve.attention.tactic.tokens import TokenCut, cluster_share, cut_tokens
 
 if TYPE_CHECKING:
-    from jaxserve.cpu_kernels.cluster_choice import Sampling
+    from jaxserve.cpu_kernels.cluster_tables import Sampling
 
 _LANES = 16
 """Most lanes of a vector: what the kernel's number of clusters is a multiple of."""
@@ -113,7 +113,7 @@ def has_kernel(clusters: int, config: TacticConfig) -> bool:
 
 def sampling(config: TacticConfig) -> "Sampling":
     """Say the settings in the words of the kernels."""
-    from jaxserve.cpu_kernels.cluster_choice import Sampling  # noqa: PLC0415  llvmlite is optional
+    from jaxserve.cpu_kernels.cluster_tables import Sampling  # noqa: PLC0415  llvmlite is optional
 
     estimator = config.estimator
     return Sampling(
