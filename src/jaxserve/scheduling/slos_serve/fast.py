@@ -117,6 +117,7 @@ def _follow(link: _Link, chain: Sequence[Item], planner: SegmentPlanner) -> list
         spare -= item.prefill
         if spare < 0:
             return None
-        counts = _joined(counts, item.tier)
+        tier = item.tier
+        counts = (*counts[:tier], counts[tier] + 1, *counts[tier + 1 :])
         links.append(_Link(counts, spare, end))
     return links

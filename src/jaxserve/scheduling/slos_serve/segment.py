@@ -75,7 +75,8 @@ class SegmentPlanner:
         self._max_tokens = max_tokens
         self._patterns: dict[tuple[int, ...], _Pattern] = {}
         self._rhythms: dict[tuple[int, ...], _Rhythm] = {}
-        self._rooms: dict[tuple[float, int], int] = {}
+        self.rooms: dict[tuple[float, int], int] = {}
+        """Answers of `room`."""
 
     def plan(self, seconds: float, counts: tuple[int, ...]) -> Segment | None:
         """Plan one segment.
@@ -107,9 +108,9 @@ class SegmentPlanner:
     def room(self, horizon: float, decodes: int) -> int:
         """Return the prompt tokens of a batch of at most `horizon` seconds; -1 if it is late."""
         key = (horizon, decodes)
-        room = self._rooms.get(key)
+        room = self.rooms.get(key)
         if room is None:
-            room = self._rooms[key] = self._room(horizon, decodes)
+            room = self.rooms[key] = self._room(horizon, decodes)
         return room
 
     def _room(self, horizon: float, decodes: int) -> int:
@@ -215,21 +216,29 @@ class _Pattern:
         self._rhythm = rhythm
         self._counts = counts
         self._total = sum(counts)
+        self._num_occupied = len(rhythm.occupied)
         self._rooms: list[int] = []
         self._budgets: list[int] = [0]
         """Prompt tokens before each slot."""
         self._is_infeasible = False
 
     def segment(self, seconds: float) -> Segment | None:
-        place = self._reach(seconds)
-        if place is None:
-            return None
+        # Most of the time that admission takes is spent here; `_reach` covers every case.
+        place = self._rhythm.places.get(seconds)
+        if place is None or len(self._rooms) < place.needed:
+            place = self._reach(seconds)
+            if place is None:
+                return None
         turns, slots, used, left, begun, needed = place
         budget = self._budgets[slots]
         if turns:
             budget += turns * self._budgets[needed]
         if left:
-            room = self._planner.room(left, self._decodes(begun))
+            is_whole = len(begun) == self._num_occupied
+            decodes = self._total if is_whole else self._decodes(begun)
+            room = self._planner.rooms.get((left, decodes))
+            if room is None:
+                room = self._planner.room(left, decodes)
             if room >= 0:
                 budget += room
                 used += left
@@ -278,6 +287,6 @@ class _Pattern:
         return not self._is_infeasible
 
     def _decodes(self, begun: tuple[int, ...]) -> int:
-        if len(begun) == len(self._rhythm.occupied):
+        if len(begun) == self._num_occupied:
             return self._total
         return sum([self._counts[tier] for tier in begun])
