@@ -49,7 +49,8 @@ def check(counts: np.ndarray, columns: np.ndarray) -> tuple[int, int, int]:
     """
     n = counts.shape[0]
     total, largest = 0, 0
-    columns[:] = 0
+    for j in range(n):
+        columns[j] = 0
     for i in range(n):
         row = 0
         for j in range(n):
@@ -142,7 +143,9 @@ def free_all(state: np.ndarray) -> None:
 def grow(stages: np.ndarray, room: int) -> np.ndarray:
     """Return a copy with more room at its end."""
     found = np.empty((room, stages.shape[1]), stages.dtype)
-    found[: stages.shape[0]] = stages
+    for k in range(stages.shape[0]):
+        for i in range(stages.shape[1]):
+            found[k, i] = stages[k, i]
     return found
 
 
@@ -236,7 +239,8 @@ def measure_rotations(real: np.ndarray, most: np.ndarray) -> tuple[int, int]:
         The sum of the longest sends, and the number of rotations that send anything.
     """
     n = real.shape[0]
-    most[:] = 0
+    for r in range(n):
+        most[r] = 0
     for i in range(n):
         for j in range(i + 1, n):
             most[j - i] = max(most[j - i], real[i, j])
@@ -320,6 +324,36 @@ def leave(
 
 
 @inlined
+def sort(values: np.ndarray) -> np.ndarray:
+    """Return the order of values, equal ones as they come.
+
+    A merge from runs of one; numpy's own sorts take seconds to compile.
+    """
+    count = values.size
+    places, merged = np.empty(count, np.int64), np.empty(count, np.int64)
+    for k in range(count):
+        places[k] = k
+    run = 1
+    while run < count:
+        for start in range(0, count, 2 * run):
+            middle, end = min(start + run, count), min(start + 2 * run, count)
+            left, right = start, middle
+            for k in range(start, end):
+                if right == end or (
+                    left < middle and values[places[left]] <= values[places[right]]
+                ):
+                    merged[k] = places[left]
+                    left += 1
+                else:
+                    merged[k] = places[right]
+                    right += 1
+        for k in range(count):
+            places[k] = merged[k]
+        run *= 2
+    return places
+
+
+@inlined
 def finish(
     real: np.ndarray, kept: int, perms: np.ndarray, rows: np.ndarray, tail: int, order: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -349,7 +383,10 @@ def finish(
             if most[r]:
                 shift[k], length[kept + k] = r, most[r]
                 k += 1
-    places = np.argsort(-length if order == DESCENDING else length, kind="mergesort")
+    if order == DESCENDING:
+        for k in range(kept + tail):
+            length[k] = -length[k]
+    places = sort(length)
     out_perms = np.empty((kept + tail, n), np.int32)
     out_rows = np.empty((kept + tail, n), np.int64)
     for k in range(kept + tail):

@@ -108,10 +108,9 @@ def measure_rounds(traffic: np.ndarray, most: np.ndarray) -> None:
 
     Args:
         traffic: `[n, m, n, m]`, int64.
-        most: `[2, n * m]`; written: the largest inside servers, and between them.
+        most: `[2, n * m]`, zeros; written: the largest inside servers, and between them.
     """
     n, m = traffic.shape[0], traffic.shape[1]
-    most[:] = 0
     for i in range(n):
         for k in range(m):
             for j in range(n):

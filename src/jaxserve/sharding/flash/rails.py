@@ -57,7 +57,8 @@ def level(
         Moves so far.
     """
     m = over.size
-    moved[:] = 0
+    for k in range(m):
+        moved[0, k], moved[1, k] = 0, 0
     # The first turn sends rows to their final rails, the second one wherever some lack, and the
     # third one even those that are on their final rail.
     for turn in range(3):
@@ -87,7 +88,8 @@ def level(
 def pass_on(part: np.ndarray, moved: np.ndarray) -> None:
     """Write what GPUs of a receiver give and take, `[2, m]`, of rows by rail and final GPU."""
     m = part.shape[0]
-    moved[:] = 0
+    for k in range(m):
+        moved[0, k], moved[1, k] = 0, 0
     for k in range(m):
         for final in range(m):
             if final != k:
@@ -108,9 +110,9 @@ def assign(
     Args:
         traffic: `[n, m, n, m]`, int64, not negative.
         moves: `[room, 6]`; written as far as there is room.
-        balance: `[n, n]`; written.
-        redistribution: `[n, n]`; written.
-        up: `[4, n, m]`; written: rows that each GPU gives and takes before the sends, and behind
+        balance: `[n, n]`, zeros; written, as are the next two.
+        redistribution: `[n, n]`, zeros.
+        up: `[4, n, m]`, zeros: rows that each GPU gives and takes before the sends, and behind
             them.
 
     Returns:
@@ -119,9 +121,6 @@ def assign(
     n, m = traffic.shape[0], traffic.shape[1]
     part, over = np.empty((m, m), np.int64), np.empty(m, np.int64)
     moved = np.empty((2, m), np.int64)
-    balance[:] = 0
-    redistribution[:] = 0
-    up[:] = 0
     count = 0
     for i in range(n):
         for j in range(n):
@@ -162,14 +161,13 @@ def assign_rails(traffic: np.ndarray) -> Rails:
     Differs: It says how much each GPU ends up with; which rows move is ours.
     """
     n, m = traffic.shape[:2]
-    balance, redistribution = np.empty((n, n), np.int64), np.empty((n, n), np.int64)
-    up = np.empty((4, n, m), np.int64)
-    moves = np.empty((4 * n * n * m, 6), np.int64)
-    count = assign(traffic, moves, balance, redistribution, up)
-    if count > len(moves):
-        moves = np.empty((count, 6), np.int64)
-        assign(traffic, moves, balance, redistribution, up)
-    return Rails(moves[:count], balance, redistribution, up)
+    count = 4 * n * n * m
+    while True:
+        moves, up = np.empty((count, 6), np.int64), np.zeros((4, n, m), np.int64)
+        balance, redistribution = np.zeros((n, n), np.int64), np.zeros((n, n), np.int64)
+        count = assign(traffic, moves, balance, redistribution, up)
+        if count <= len(moves):
+            return Rails(moves[:count], balance, redistribution, up)
 
 
 def sum_servers(traffic: np.ndarray) -> np.ndarray:

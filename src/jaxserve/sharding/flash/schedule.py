@@ -110,14 +110,18 @@ class Schedule:
         """
         try:
             values: Mapping[str, Any] = json.loads(text)
-            shapes = {"perms": (-1, values["servers"]), "rows": (-1, values["servers"])}
-            arrays = {
-                name: np.array(values[name], np.int32 if name == "perms" else np.int64).reshape(
-                    shapes.get(name, (-1, 6))
-                )
-                for name in ("perms", "rows", "moves")
-            }
-            return cls(**{name: arrays.get(name, values[name]) for name in cls.__slots__})
+            shape = (-1, values["servers"])
+            return cls(
+                perms=np.array(values["perms"], np.int32).reshape(shape),
+                rows=np.array(values["rows"], np.int64).reshape(shape),
+                gpus=values["gpus"],
+                mode=values["mode"],
+                bottleneck=values["bottleneck"],
+                total=values["total"],
+                num_rotations=values["num_rotations"],
+                seconds=values["seconds"],
+                moves=np.array(values["moves"], np.int64).reshape(-1, 6),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"this is no schedule ({type(error).__name__}: {error}); expected what "

@@ -112,7 +112,7 @@ def _at_once(loads: Loads, cost: CostModel, algorithm: str, ports: Ports) -> flo
 
 def _rounds(loads: Loads, cost: CostModel) -> tuple[float, int]:
     n, m = loads.traffic.shape[:2]
-    most = np.empty((2, n * m), np.int64)
+    most = np.zeros((2, n * m), np.int64)
     measure_rounds(loads.traffic, most)
     inside, across = most[:, 1:]
     times = np.maximum(
