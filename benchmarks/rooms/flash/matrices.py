@@ -1,4 +1,4 @@
-"""Matrices of traffic between GPUs, from seeds: what all-to-alls may have to carry."""
+"""Matrices of traffic between GPUs, from seeds: what an all-to-all may have to carry."""
 
 from collections.abc import Callable
 from typing import Final

@@ -1,4 +1,4 @@
-"""How long all-to-alls take in a model of links, over the least that any scheme takes."""
+"""How long an all-to-all takes in a model of links, over the least that any scheme takes."""
 
 from dataclasses import replace
 from pathlib import Path
