@@ -1,6 +1,7 @@
 """FLASH: all-to-all between servers in one-to-one stages, for traffic that changes at each layer.
 
-Nothing here imports JAX: plans, bounds and simulations are host code on integers.
+Plans, bounds and simulations are host code on integers. Only `collectives`, which sends arrays,
+imports JAX, and is therefore not imported here.
 """
 
 from jaxserve.sharding.flash.bounds import lower_bound as lower_bound

@@ -38,7 +38,7 @@ class Loads(NamedTuple):
         forward: `[2, n, m]`: rows that are then passed on inside the receiver: given, taken.
         destination: Ports if it crosses on the rail of its final GPU.
         handover: `[2, n, m]`: rows that are handed to that rail first: given, taken.
-        balanced: Ports if rails are balanced. Parts of a row count as such.
+        balanced: Ports if rails are balanced.
         rails: What the balance moves.
     """
 
@@ -74,11 +74,9 @@ def measure_loads(traffic: np.ndarray, cost: CostModel) -> Loads:
     by_source, by_final = across.sum(axis=3), across.sum(axis=1)
     servers = by_source.sum(axis=1)
     rails = assign_rails(traffic)
-    balanced = Ports(
-        np.repeat(servers.sum(axis=1)[:, None] / m, m, axis=1),
-        np.repeat(servers.sum(axis=0)[:, None] / m, m, axis=1),
-        np.repeat((servers > 0).sum(axis=0)[:, None], m, axis=1),
-    )
+    rest = np.arange(m) < (servers % m)[:, :, None]  # the first rails have one row more
+    parts = servers[:, :, None] // m + rest
+    balanced = Ports(parts.sum(axis=1), parts.sum(axis=0), (parts > 0).sum(axis=0))
     return Loads(
         traffic=traffic,
         servers=servers,

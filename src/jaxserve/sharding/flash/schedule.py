@@ -190,7 +190,7 @@ def plan(
         type(counts) is np.ndarray
         and counts.dtype == np.int64
         and counts.ndim == 2
-        and counts.shape[0] == counts.shape[1]
+        and 0 < counts.shape[0] == counts.shape[1]
         and counts.flags.c_contiguous
     ):
         counts = as_counts(traffic, cost)

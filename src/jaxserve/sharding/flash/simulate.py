@@ -53,10 +53,10 @@ def simulate(
     schedule: balance, ascending stages, redistribution behind the next stage. `flash`: stages of
     `plan`, with the balance of each behind the stage before it.
 
-    Where all is sent at once, passing rows on costs nothing as long as the ports inside the servers
-    keep up, and the time of a port between servers grows with its senders by `cost.incast`. Of
-    schedules every step counts by itself. Rows that stay in their server go whenever ports inside
-    it are idle.
+    Where all is sent at once, moving rows inside servers costs a fixed time only, as long as the
+    ports there keep up, and the time of a port between servers grows with its senders by
+    `cost.incast`. Of schedules every step counts, but for what others hide. Rows that stay in their
+    server go whenever ports inside it are idle.
 
     Args:
         traffic: Rows, `[n, n]` of servers (spread evenly over their GPUs) or `[n, m, n, m]` of
@@ -84,8 +84,7 @@ def simulate(
     elif algorithm == "spread_out":
         seconds, stages = _rounds(loads, cost)
     else:
-        ports = getattr(loads, algorithm.removesuffix("_rail"))
-        seconds = _at_once(loads, cost, algorithm, ports)
+        seconds = _at_once(loads, cost, algorithm)
         stages = int(loads.bottleneck > 0)
     return Simulation(algorithm, seconds, bound_of(loads, cost), stages)
 
@@ -96,18 +95,22 @@ def _inside(rows: np.ndarray, cost: CostModel) -> float:
     return most / cost.up_rate + cost.up_latency if most else 0.0
 
 
-def _at_once(loads: Loads, cost: CostModel, algorithm: str, ports: Ports) -> float:
+def _at_once(loads: Loads, cost: CostModel, algorithm: str) -> float:
+    ports: Ports = getattr(loads, algorithm.removesuffix("_rail"))
     slowdown = 1 + cost.incast * np.log2(np.maximum(ports.senders, 1))
     across = max(float(ports.sent.max()), float((ports.received * slowdown).max())) / cost.out_rate
     across += cost.out_latency if loads.bottleneck else 0.0
-    if algorithm == "balanced":
-        up = loads.rails.up
-        balance, passed = _inside(up[:2], cost), _inside(up[2:], cost)
-        return balance + across + passed + _left_over(loads, cost, across)
-    passed = {"source_rail": loads.forward, "destination_rail": loads.handover}.get(algorithm)
-    step = _inside(passed, cost) and cost.up_latency if passed is not None else 0.0
-    inside = _inside(loads.inside if passed is None else loads.inside + passed, cost)
-    return max(across + step, inside)
+    up = loads.rails.up
+    hops = {
+        "source_rail": (loads.forward,),
+        "destination_rail": (loads.handover,),
+        "balanced": (up[:2], up[2:]),
+    }.get(algorithm, ())
+    inside = loads.inside.copy()
+    for hop in hops:
+        inside += hop
+        across += cost.up_latency if hop.any() else 0.0
+    return max(across, _inside(inside, cost))
 
 
 def _rounds(loads: Loads, cost: CostModel) -> tuple[float, int]:
@@ -132,7 +135,8 @@ def stage_times(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the seconds of each stage: its balance, its sends, its redistribution; `[stages]`.
 
-    A stage that carries a part of a pair's rows has that part of what the pair must move.
+    A stage that carries a part of a pair's rows has that part of what the pair must move. Rails
+    send whole rows.
     """
     n = schedule.num_servers
     place = (np.arange(n), schedule.perms)
@@ -141,7 +145,7 @@ def stage_times(
     for moved in (loads.rails.balance, loads.rails.redistribution):
         most = (part * moved[place]).max(axis=1, initial=0.0)
         found.append(np.where(most > 0, most / cost.up_rate + cost.up_latency, 0.0))
-    sends = schedule.durations / (cost.gpus * cost.out_rate) + cost.out_latency
+    sends = -(-schedule.durations // cost.gpus) / cost.out_rate + cost.out_latency
     return found[0], sends, found[1]
 
 
