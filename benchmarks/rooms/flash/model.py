@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from benchmarks.record import ROOT, Recorder, table
 from benchmarks.rooms.flash.matrices import MATRICES, MIB, make
 from benchmarks.rooms.flash.optimum import fluid_optimum
 from benchmarks.rooms.flash.planning import lines_of
-from jaxserve.sharding.flash import CostModel
-from jaxserve.sharding.flash.loads import measure_loads
+from jaxserve.sharding.flash import CostModel, Schedule, plan
+from jaxserve.sharding.flash.loads import Loads, measure_loads
 from jaxserve.sharding.flash.policy import choose
 from jaxserve.sharding.flash.simulate import ALGORITHMS, simulate
 
@@ -35,7 +35,7 @@ def measure(recorder: Recorder, max_servers: int, seeds: int) -> None:
             ratios: dict[tuple[str, float], dict[str, Any]] = {}
             for name in MATRICES:
                 many = 1 if n >= _ONE_SEED_FROM else seeds
-                samples = [make(name, n, 8, size, seed) for seed in range(many)]
+                samples = [_Sample.make(name, n, size, seed) for seed in range(many)]
                 for links, cost in LINKS.items():
                     for incast in INCASTS:
                         own = replace(cost, incast=incast)
@@ -58,10 +58,27 @@ def measure(recorder: Recorder, max_servers: int, seeds: int) -> None:
             recorder.write("optimum", servers=n, gpus=m, links=links, ratios=values)
 
 
-def _ratios(traffic: np.ndarray, cost: CostModel) -> dict[str, float]:
+class _Sample(NamedTuple):
+    """Traffic, and what does not depend on links."""
+
+    loads: Loads
+    paper: Schedule
+
+    @classmethod
+    def make(cls, name: str, n: int, size: int, seed: int) -> "_Sample":
+        """Make traffic, and the published schedule."""
+        cost = LINKS["450:50"]
+        loads = measure_loads(make(name, n, 8, size, seed), cost)
+        return cls(loads, plan(loads.servers, cost, "paper"))
+
+
+def _ratios(sample: _Sample, cost: CostModel) -> dict[str, float]:
     """Return the time of each algorithm over the bound, and of what the policy chooses."""
-    loads = measure_loads(traffic, cost)
-    found = {name: simulate(loads, cost, name) for name in ALGORITHMS}
+    loads = sample.loads
+    found = {
+        name: simulate(loads, cost, name, schedule=sample.paper if name == "paper" else None)
+        for name in ALGORITHMS
+    }
     choice, bound = choose(loads, cost), found["flash"].bound
     best = min(one.seconds for one in found.values())
     return {
