@@ -207,7 +207,7 @@ def draw(path: Path) -> None:
         axis.set_yscale("log")
         axis.grid(visible=True, which="both", lw=0.3)
     axes[0].set_ylabel("modelled time / lower bound")
-    axes[-1].legend(fontsize=6)
+    axes[1].legend(fontsize=6, ncol=2, loc="upper left")
     figure.suptitle("8 GPUs per server, 448 and 12.5 GB/s, incast 0.1", fontsize=9)
     figure.tight_layout()
     image = ROOT / "docs" / "images" / "flash_model.png"
