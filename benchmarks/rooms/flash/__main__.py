@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="times of planning")
     parser.add_argument("--model", action="store_true", help="modelled times")
     parser.add_argument("--tables", action="store_true", help="only show what has been recorded")
+    parser.add_argument("--min-servers", type=int, default=2, help="smallest n")
     parser.add_argument("--max-servers", type=int, default=128, help="largest n")
     parser.add_argument("--seeds", type=int, default=3, help="matrices of each kind, to n = 32")
     parser.add_argument("--out", type=Path, default=None, help="folder of results")
@@ -29,9 +30,9 @@ def main() -> None:
         parser.error("say what to do: --plan, --model or --tables.")
     recorder = Recorder("flash", out=args.out)
     if args.plan:
-        planning.measure(recorder, args.max_servers)
+        planning.measure(recorder, args.min_servers, args.max_servers)
     if args.model:
-        model.measure(recorder, args.max_servers, args.seeds)
+        model.measure(recorder, args.min_servers, args.max_servers, args.seeds)
         model.draw(recorder.path)
     if args.plan or args.tables:
         print(planning.report(recorder.path))

@@ -28,9 +28,9 @@ _SMALL: Final = ((2, 2), (2, 4), (3, 2), (4, 2), (3, 4), (4, 4))
 _MAIN: Final = (64 * MIB, "448:12.5")
 
 
-def measure(recorder: Recorder, max_servers: int, seeds: int) -> None:
+def measure(recorder: Recorder, min_servers: int, max_servers: int, seeds: int) -> None:
     """Simulate all matrices, sizes and links, compare small ones with their optima, and record."""
-    for n in (n for n in SERVERS if n <= max_servers):
+    for n in (n for n in SERVERS if min_servers <= n <= max_servers):
         for size in SIZES:
             ratios: dict[tuple[str, float], dict[str, Any]] = {}
             for name in MATRICES:

@@ -37,9 +37,9 @@ def _measure(call: Callable[[], object], seconds: float, least: int) -> np.ndarr
     return np.sort(np.array(times)) / 1000
 
 
-def measure(recorder: Recorder, max_servers: int) -> None:
+def measure(recorder: Recorder, min_servers: int, max_servers: int) -> None:
     """Measure plans of each size, and record them."""
-    for n in (n for n in SERVERS if n <= max_servers):
+    for n in (n for n in SERVERS if min_servers <= n <= max_servers):
         for name in _MATRICES:
             counts = [sum_servers(make(name, n, 8, 64 * MIB, seed)) for seed in range(5)]
             for mode in ("auto", "halving", "bottleneck", "paper", "scipy per stage"):

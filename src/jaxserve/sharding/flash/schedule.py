@@ -16,8 +16,9 @@ from jaxserve.sharding.flash.traffic import as_counts
 type Mode = Literal["auto", "halving", "bottleneck", "any", "rotation", "paper"]
 
 _MOST: Final = int(np.iinfo(np.int64).max)
-_FULL_CUT_SERVERS: Final = 32
-_CUT: Final = 16
+_CUTS: Final = ((32, 0), (64, 16), (_MOST, 8))
+"""Up to how many servers `auto` stops where; see `cut` of `decompose`. Of a hundred servers and more
+a finer decomposition takes longer than what it would save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,7 @@ def plan(
         recipe.order,
         is_choosing,
         recipe.first,
-        _CUT if counts.shape[0] > _FULL_CUT_SERVERS and mode == "auto" else 0,
+        next(cut for most, cut in _CUTS if len(counts) <= most) if mode == "auto" else 0,
         _MOST if max_stages is None else max_stages,
         1 / (cost.gpus * cost.out_rate),
         cost.out_latency,
