@@ -17,8 +17,8 @@ type Mode = Literal["auto", "halving", "bottleneck", "any", "rotation", "paper"]
 
 _MOST: Final = int(np.iinfo(np.int64).max)
 _CUTS: Final = ((32, 0), (64, 16), (_MOST, 8))
-"""Up to how many servers `auto` stops where; see `cut` of `decompose`. Of a hundred servers and more
-a finer decomposition takes longer than what it would save."""
+"""Up to how many servers `auto` stops where; see `cut` of `decompose`. Of a hundred servers and
+more a finer decomposition takes longer than what it would save."""
 
 
 @dataclass(frozen=True, slots=True)
