@@ -57,6 +57,10 @@ def poisson(rate, seconds, seed=0):
     return requests(np.cumsum(gaps) / rate, seed)
 
 
+sample = poisson(1000, 4)
+assert (sample.ttft > sample.prompt * 1.5e-4).all(), "nobody asks for what no server can do"
+
+
 # %% [markdown]
 # Three routers with the same engines behind them. *Least requests* balances load and mixes
 # everybody; *static tiers* keeps paces apart, with servers that were shared out beforehand;
@@ -71,7 +75,7 @@ policies = {
     ),
     "PolyServe": PolyServeConfig(tiers=TIERS),
 }
-optimum = fleet_bound(poisson(1000, 4), servers, TIERS) / servers.servers
+optimum = fleet_bound(sample, servers, TIERS) / servers.servers
 rates = optimum * np.array([0.5, 0.7, 0.85, 1.0, 1.15, 1.3])
 kept = {
     name: [
@@ -84,6 +88,7 @@ kept = {
 }
 assert min(shares[0] for shares in kept.values()) > 0.9, "with little to do, all are in time"
 assert kept["PolyServe"][3] > kept["least requests"][3], "mixing paces costs"
+assert kept["PolyServe"][-1] < kept["PolyServe"][0], "nobody serves more than there is room for"
 
 # %%
 plt.figure(figsize=(7, 4))
@@ -119,9 +124,11 @@ print(f"{report.attainment():.1%} kept with {share:.0%} of the server-seconds of
 print(f"which keep {fixed.attainment():.1%}")
 assert share < 1
 assert report.attainment() > 0.9
+assert fixed.attainment() >= report.attainment() - 0.01
 
 # %%
 timeline = np.array(report.timeline)
+assert timeline[:, 0].max() >= 0.9 * arrival[-1]
 shown = [i for i, name in enumerate(report.columns) if name not in ("time", "waiting", "prompts")]
 plt.figure(figsize=(7, 3.5))
 plt.stackplot(timeline[:, 0], timeline[:, shown].T, labels=[report.columns[i] for i in shown], lw=0)
