@@ -23,6 +23,8 @@ _TENSOR_PARALLEL = MappingProxyType(
         "kv_heads": TENSOR_AXIS,
         "head_dim": None,
         "mlp": TENSOR_AXIS,
+        "expert": None,
+        "latent": None,
         "position": None,
         "segment": None,
         "label": None,

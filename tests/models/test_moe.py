@@ -1,0 +1,351 @@
+"""Routers and experts against plain numpy in float64, and against what transformers chooses."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.attention.metadata import CausalPlan
+from jaxserve.core.errors import ConfigError
+from jaxserve.models.checkpoint import open_checkpoint
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import rope_tables
+from jaxserve.models.loading import load_params
+from jaxserve.models.moe import Experts, MoeMlp, block_rows, over_blocks, route
+from jaxserve.models.parts import ExpertsConfig
+from jaxserve.models.registry import abstract_model, abstract_params, fill
+from jaxserve.sharding.mesh import host_mesh
+from jaxserve.sharding.rules import LogicalAxisRules
+from tests.models.test_parity import GOLDEN, NAMES, TOLERANCE
+
+MODEL = ModelConfig(
+    model_type="mixtral",
+    vocab_size=8,
+    hidden_size=12,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position=16,
+)
+WITH_EXPERTS = [
+    name
+    for name in NAMES
+    if name.startswith(("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek"))
+]
+
+
+@st.composite
+def experts_configs(draw: st.DrawFn) -> ExpertsConfig:
+    groups, size = draw(st.sampled_from([1, 1, 2, 4])), draw(st.integers(2, 5))
+    top_groups = draw(st.integers(1, groups))
+    bounded = draw(st.booleans())
+    return ExpertsConfig(
+        num_experts=groups * size,
+        top_k=draw(st.integers(1, min(4, top_groups * size))),
+        inner_size=draw(st.sampled_from([4, 6])),
+        scoring=draw(st.sampled_from(["softmax", "sigmoid"])),
+        normalize=draw(st.booleans()),
+        scale=draw(st.sampled_from([1.0, 2.5])),
+        num_groups=groups,
+        top_groups=top_groups,
+        group_score=draw(st.sampled_from(["max", "top2"])),
+        has_correction=draw(st.booleans()),
+        has_bias=draw(st.booleans()),
+        swiglu_limit=0.7 if bounded else None,
+    )
+
+
+def numpy_route(
+    logits: np.ndarray, config: ExpertsConfig, correction: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose token by token, in float64, by sorting."""
+    chosen, weights = [], []
+    for row in logits.astype(np.float64):
+        shifted = np.exp(row - row.max())
+        scores = 1 / (1 + np.exp(-row)) if config.scoring == "sigmoid" else shifted / shifted.sum()
+        wanted = scores if correction is None else scores + correction
+        open_experts = list(range(config.num_experts))
+        if config.num_groups > 1:
+            groups = wanted.reshape(config.num_groups, -1)
+            count = 2 if config.group_score == "top2" else 1
+            of_group = np.sort(groups, axis=1)[:, -count:].sum(axis=1)
+            best = np.argsort(-of_group, kind="stable")[: config.top_groups]
+            open_experts = [e for e in open_experts if e // config.group_size in best]
+        picked = sorted(open_experts, key=lambda e: (-wanted[e], e))[: config.top_k]
+        weight = scores[picked]
+        if config.normalize:
+            weight = weight / weight.sum()
+        chosen.append(picked)
+        weights.append(weight * config.scale)
+    return np.array(chosen), np.array(weights)
+
+
+def gaps(logits: np.ndarray, config: ExpertsConfig, correction: np.ndarray | None) -> bool:
+    """Whether float32 can tell all scores apart that decide."""
+    wide = logits.astype(np.float64)
+    scores = 1 / (1 + np.exp(-wide))
+    if config.scoring == "softmax":
+        scores = np.exp(wide - wide.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    wanted = scores if correction is None else scores + correction
+    grouped = np.sort(wanted.reshape(len(wanted), config.num_groups, -1))
+    count = 2 if config.group_score == "top2" else 1
+    of_group = np.sort(grouped[..., -count:].sum(axis=-1))
+    near = [np.diff(np.sort(wanted)), np.diff(of_group)]
+    return all(part.min(initial=1.0) > 1e-6 for part in near)
+
+
+@settings(max_examples=60)
+@given(experts_configs(), st.integers(0, 2**32 - 1))
+def test_tokens_choose_as_numpy_does(config: ExpertsConfig, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (3 * rng.standard_normal((7, config.num_experts))).astype(np.float32)
+    correction = None
+    if config.has_correction:
+        correction = (0.3 * rng.standard_normal(config.num_experts)).astype(np.float32)
+    if not gaps(logits, config, correction):
+        return
+    given = None if correction is None else jnp.asarray(correction)
+    chosen, weights = route(jnp.asarray(logits), config, given)
+    expected, expected_weights = numpy_route(logits, config, correction)
+    np.testing.assert_array_equal(chosen, expected)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_of_equal_scores_the_first_experts_win() -> None:
+    config = ExpertsConfig(num_experts=6, top_k=2, inner_size=1, num_groups=3, top_groups=2)
+    chosen, weights = route(jnp.zeros((1, 6)), config)
+    assert chosen.tolist() == [[0, 1]]
+    np.testing.assert_allclose(weights, [[0.5, 0.5]])
+
+
+# Experts ------------------------------------------------------------------------------------------
+
+
+def random_experts(config: ExpertsConfig, seed: int) -> Experts:
+    experts = Experts(MODEL, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for part in (experts.gate_proj, experts.up_proj, experts.down_proj):
+        if part.bias is not None:
+            part.bias[...] = jnp.asarray(rng.standard_normal(part.bias.shape), jnp.float32)
+    return experts
+
+
+def numpy_experts(
+    experts: Experts, x: np.ndarray, chosen: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Token by token and expert by expert, in float64."""
+
+    def linear(part: nnx.Module, expert: int, row: np.ndarray) -> np.ndarray:
+        y = row @ np.asarray(part.kernel[...], np.float64)[expert]
+        return y if part.bias is None else y + np.asarray(part.bias[...], np.float64)[expert]
+
+    def one(expert: int, row: np.ndarray) -> np.ndarray:
+        gate = linear(experts.gate_proj, expert, row)
+        up = linear(experts.up_proj, expert, row)
+        limit, alpha = experts.experts.swiglu_limit, experts.experts.swiglu_alpha
+        if limit is None:
+            inner = gate / (1 + np.exp(-gate)) * up
+        else:
+            gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+            inner = (up + 1) * gate / (1 + np.exp(-alpha * gate))
+        return linear(experts.down_proj, expert, inner)
+
+    wide = x.astype(np.float64)
+    return np.array(
+        [
+            sum(w * one(e, row) for e, w in zip(picked, weight, strict=True))
+            for row, picked, weight in zip(wide, chosen, weights, strict=True)
+        ]
+    )
+
+
+@settings(max_examples=12)
+@given(experts_configs(), st.integers(1, 9), st.integers(0, 2**32 - 1), st.booleans())
+def test_experts_add_up_as_in_numpy(config, tokens, seed, differentiable) -> None:
+    rng = np.random.default_rng(seed)
+    experts = random_experts(config, seed % 1000)
+    x = rng.standard_normal((tokens, MODEL.hidden_size)).astype(np.float32)
+    logits = rng.standard_normal((tokens, config.num_experts)).astype(np.float32)
+    choice = route(jnp.asarray(logits), config)
+    is_real = rng.random(tokens) < 0.7
+    found = experts(
+        jnp.asarray(x), choice, is_real=jnp.asarray(is_real), differentiable=differentiable
+    )
+    expected = numpy_experts(experts, x, np.asarray(choice[0]), np.asarray(choice[1], np.float64))
+    expected[~is_real] = 0
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 4))
+def test_blocks_give_every_row_to_its_expert(sizes, block, spare) -> None:
+    total = sum(sizes)
+    rows = jnp.arange(1.0, 1 + total + spare)[:, None] if total + spare else jnp.zeros((0, 1))
+    found = over_blocks(rows, jnp.asarray(sizes, jnp.int32), lambda x, e: x * 1000 + e, block=block)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    expected = np.concatenate([np.asarray(rows)[:total, 0] * 1000 + owner, np.zeros(spare)])
+    np.testing.assert_array_equal(found[:, 0], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_token_does_not_notice_its_neighbours(tokens: int) -> None:
+    """Not in the last bit, in steps of one shape."""
+    config = ExpertsConfig(num_experts=4, top_k=2, inner_size=32)
+    mlp = MoeMlp(MODEL, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(3))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((tokens, MODEL.hidden_size)).astype(np.float32)
+
+    @jax.jit
+    def run(x: jax.Array, is_real: jax.Array) -> jax.Array:
+        return mlp.experts(x, mlp.gate(x), is_real=is_real)
+
+    whole = np.asarray(run(x, np.ones(tokens, bool)))
+    for place in {0, tokens // 2, tokens - 1}:
+        others = rng.standard_normal(x.shape).astype(np.float32)
+        others[place] = x[place]
+        for is_real in (np.ones(tokens, bool), np.arange(tokens) == place):
+            found = np.asarray(run(others, is_real))
+            np.testing.assert_array_equal(found[place], whole[place])
+            assert (found[~is_real] == 0).all()
+
+
+def test_infinite_padding_disturbs_nobody() -> None:
+    config = ExpertsConfig(num_experts=4, top_k=2, inner_size=8, has_bias=True)
+    mlp = MoeMlp(MODEL, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(3))
+    x = np.random.default_rng(0).standard_normal((5, MODEL.hidden_size)).astype(np.float32)
+    broken = x.copy()
+    broken[2:4] = np.inf
+    is_real = np.array([True, True, False, False, True])
+    for differentiable in (False, True):
+        out = [
+            np.asarray(
+                mlp.experts(
+                    jnp.asarray(rows),
+                    mlp.gate(jnp.asarray(rows)),
+                    is_real=jnp.asarray(is_real),
+                    differentiable=differentiable,
+                )
+            )
+            for rows in (x, broken)
+        ]
+        np.testing.assert_array_equal(out[0], out[1])
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    config = ExpertsConfig(num_experts=4, top_k=2, inner_size=8, shared_size=6)
+    mlp = MoeMlp(MODEL, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(3))
+    graph, state = nnx.split(mlp)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, MODEL.hidden_size)), jnp.float32)
+
+    def loss(state: nnx.State) -> jax.Array:
+        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x, CausalPlan())))
+
+    jax.test_util.check_grads(loss, (state,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (63, 1), (128, 2), (700, 8), (9999, 32)])
+def test_blocks_are_as_long_as_experts_have_rows(rows: int, expected: int) -> None:
+    assert block_rows(rows, 64) == expected
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> nnx.Module:
+    """Load a model as plain modules, without an engine."""
+    checkpoint = open_checkpoint(folder)
+    graph, state = abstract_model(checkpoint.config, dtype=jnp.dtype("float32"))
+    described = abstract_params(state, mesh=host_mesh(), rules=LogicalAxisRules())
+    return nnx.merge(graph, fill(state, load_params(checkpoint, described)))
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_choices_and_logits_are_those_of_transformers(name: str) -> None:
+    model = load(GOLDEN / name)
+    with np.load(GOLDEN / name / "golden.npz") as data:
+        tokens, prefill = data["tokens_2"], data["prefill_2"]
+        expected = data["routing_2"]
+    ids = jnp.asarray(tokens[: len(prefill)])[None]
+    x, positions = model.embed_tokens(ids), jnp.arange(ids.shape[1])[None]
+    ropes, found = rope_tables(positions, model.config), []
+    with jax.default_matmul_precision("highest"):
+        for layer in model.layers:
+            rope = ropes.get(layer.kind.rope)
+            out, _ = layer.self_attn(layer.input_layernorm(x), rope, None, CausalPlan())
+            x += out
+            inner = layer.post_attention_layernorm(x)
+            if isinstance(layer.mlp, MoeMlp):
+                found.append(np.sort(layer.mlp.gate(inner.reshape(-1, inner.shape[-1]))[0]))
+            x += layer.mlp(inner, CausalPlan())
+        logits = model.logits(model.norm(x))[0]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(logits, prefill, rtol=0, atol=TOLERANCE)
+
+
+def read(**changes: object) -> ModelConfig:
+    plain: Mapping[str, object] = {
+        "vocab_size": 64,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+    }
+    return ModelConfig.from_hf(json.loads(json.dumps({**plain, **changes})))
+
+
+def test_families_choose_by_their_own_rules() -> None:
+    mixtral = read(model_type="mixtral").experts
+    assert (mixtral.num_experts, mixtral.normalize, mixtral.inner_size) == (8, True, 40)
+    qwen = read(model_type="qwen3_moe").experts
+    assert (qwen.num_experts, qwen.normalize, qwen.inner_size) == (128, False, 768)
+    olmoe = read(model_type="olmoe")
+    assert (olmoe.qk_norm, olmoe.qk_norm_per_head, olmoe.qkv_clip) == (True, False, None)
+    oss = read(model_type="gpt_oss")
+    assert [kind.window for kind in oss.kinds] == [128, None, 128, None]
+    assert (oss.attention_sinks, oss.experts.swiglu_limit, oss.head_dim) == (True, 7.0, 64)
+    assert (oss.rope_scaling.kind, oss.rope_scaling.truncate) == ("yarn", False)
+    third = read(model_type="deepseek_v3")
+    assert [kind.has_experts for kind in third.kinds] == [False, False, False, True]
+    assert (third.num_kv_heads, third.head_dim, third.rotary_dim) == (1, 576, 64)
+    assert third.attention_scale == pytest.approx(192**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "cannot use 9 experts"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "a whole number of at least 1"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "'mlp_only_layers', expected a list"),
+        ({"model_type": "deepseek_v3", "n_group": 7}, "must form equal groups, got 256"),
+        ({"model_type": "deepseek_v3", "topk_group": 9}, "cannot use 9 of 8 groups"),
+        ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "expected 'sigmoid'"),
+        ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob true"),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "'group_limited_greedy'"),
+        ({"model_type": "deepseek_v2", "moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
+        ({"model_type": "deepseek_v3", "qk_rope_head_dim": 5}, "must be even"),
+        (
+            {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}},
+            "quant_method 'fp8'",
+        ),
+        (
+            {"model_type": "mixtral", "quantization_config": {"quant_method": "mxfp4"}},
+            "quant_method 'mxfp4'",
+        ),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(changes, words: str) -> None:
+    with pytest.raises((ConfigError, NotImplementedError), match=words):
+        read(**changes)
