@@ -59,9 +59,8 @@ class ExpertSlice:
         if len(self.sources) > 1:
             first = get(self.sources[0])
             stacked = empty_buffer(self.shape, first.dtype)
-            stacked[0] = first
-            for place, name in enumerate(self.sources[1:], 1):
-                stacked[place] = get(name)
+            for place, name in enumerate(self.sources):
+                stacked[place] = get(name) if place else first
             return stacked
         whole = get(self.sources[0])
         if self.scales is not None:

@@ -3,7 +3,7 @@
 Source: transformers' configuration classes (keys and defaults).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxserve.core.errors import CheckpointError, ConfigError, UnsupportedError
@@ -194,7 +194,7 @@ def _read_deepseek_experts(values: Fields, family: str) -> ExpertsConfig:
     )
 
 
-def _expect(values: Fields, key: str, allowed: list[object], family: str) -> None:
+def _expect(values: Fields, key: str, allowed: Sequence[object], family: str) -> None:
     found = values.get(key)
     if found not in allowed:
         named = " or ".join(repr(word) for word in allowed if word is not None)
