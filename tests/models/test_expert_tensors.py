@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from jaxserve import export
 from jaxserve.attention.metadata import CausalPlan
 from jaxserve.core.errors import CheckpointError, UnsupportedError
 from jaxserve.models.checkpoint import open_checkpoint
@@ -117,9 +118,9 @@ def test_four_bits_mean_what_the_format_says(seed: int, rows: int, num_blocks: i
     numbers = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     factors = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
     found = widen_mxfp4(codes[..., ::2] | codes[..., 1::2] << 4, scales)
-    assert found.dtype == np.float32
+    assert found.dtype == ml_dtypes.bfloat16
     expected = (numbers * factors[..., None]).reshape(rows, -1)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found.astype(np.float64), expected)
 
 
 def narrow_gpt_oss(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
@@ -156,7 +157,7 @@ def narrow_gpt_oss(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
             tensors[f"{prefix}{name}_bias"] = rng.standard_normal((experts, rows)).astype(
                 np.float32
             )
-            plain[f"{prefix}{name}"] = widen_mxfp4(blocks, scales)
+            plain[f"{prefix}{name}"] = widen_mxfp4(blocks, scales).astype(np.float32)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return folder, plain
@@ -180,6 +181,18 @@ def test_published_files_of_gpt_oss_are_read(tmp_path: Path) -> None:
             np.testing.assert_array_equal(kernel, rows.swapaxes(1, 2))
         kernel = loaded[f"layers.{layer}.mlp.experts.down_proj.kernel"]
         np.testing.assert_array_equal(kernel, down.swapaxes(1, 2))
+
+
+def test_published_files_of_gpt_oss_are_written_wide(tmp_path: Path) -> None:
+    folder, plain = narrow_gpt_oss(tmp_path / "model")
+    wide = export(folder, tmp_path / "wide", tokenizer="none")
+    assert "quantization_config" not in json.loads((wide / "config.json").read_text())
+    found = stored(wide)["model.layers.0.mlp.experts.down_proj"]
+    expected = plain["model.layers.0.mlp.experts.down_proj"].swapaxes(1, 2)
+    np.testing.assert_array_equal(found.astype(np.float32), expected)
+    before, after = (load_params(open_checkpoint(f), describe(f)) for f in (folder, wide))
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path])
 
 
 def test_bytes_elsewhere_are_refused(tmp_path: Path) -> None:

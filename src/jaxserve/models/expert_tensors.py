@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from jaxserve.core.errors import CheckpointError
@@ -72,7 +73,7 @@ class ExpertSlice:
 
 
 def widen_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Turn weights of four bits into float32.
+    """Turn weights of four bits into bfloat16, which holds them exactly.
 
     Args:
         blocks: Two weights per byte, the lower half first, `[..., blocks, 16]`.
@@ -84,11 +85,12 @@ def widen_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     Source: OCP Microscaling Formats (MX) 1.0; the order of gpt-oss's files.
     """
     table = np.concatenate([_FOUR_BITS, -_FOUR_BITS])
-    pairs = np.stack([table[blocks & 15], table[blocks >> 4]], axis=-1)
-    wide = pairs.reshape(*blocks.shape[:-1], _BLOCK)
-    # ldexp of numpy makes float64 of large exponents' type, so the type is fixed here.
-    exponent = scales.astype(np.int32) - _EXPONENT_BIAS
-    return np.ldexp(wide, exponent[..., None]).reshape(*blocks.shape[:-2], -1)
+    wide = empty_buffer((*blocks.shape[:-1], _BLOCK), ml_dtypes.bfloat16)
+    for place in np.ndindex(blocks.shape[:1]):  # one expert at a time in float32
+        codes, exponent = blocks[place], scales[place].astype(np.int32) - _EXPONENT_BIAS
+        for start, half in enumerate((codes & 15, codes >> 4)):
+            wide[place][..., start::2] = np.ldexp(table[half], exponent[..., None])
+    return wide.reshape(*blocks.shape[:-2], -1)
 
 
 def own_name(config: ModelConfig, name: str) -> str | None:
