@@ -37,6 +37,8 @@ from jaxserve.pallas_kernels.plan import Plan
 
 SINKS = "sinks"
 """What planned kernels call the array of `pallas_kernels.variant.sinks`."""
+_MOST_COMPILED = 4096
+"""Numbers in the queries of one head of keys for which kernels are compiled for the CPU."""
 _MOST_STATIC_BLOCKS = 8
 """Blocks of queries that are unrolled; longer chunks get longer blocks."""
 
@@ -113,7 +115,9 @@ def _attend_slots(
     capacity = keys.shape[2]
     # The kernels know neither windows nor caps nor sinks; such layers take the way through XLA.
     is_plain = rule.window is None and rule.soft_cap is None and sinks is None
-    is_compiled = plan.backend == "llvm" and is_plain
+    # They hold all queries of a head of keys at once, which for latent attention is far too much.
+    is_small = q.shape[1] // k.shape[1] * q.shape[2] <= _MOST_COMPILED
+    is_compiled = plan.backend == "llvm" and is_plain and is_small
     if is_compiled and cpu_kernels.supports_slots(q.shape[2], capacity, keys.dtype.name):
         return _attend_slots_compiled(q, k, v, cache, plan, scale=rule.scale)
     # Padding rows write to the last position, which no sequence reaches.
