@@ -135,9 +135,6 @@ def narrow_gpt_oss(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
         "quantization_config": {"quant_method": "mxfp4"},
     }
     folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k != "quantization_config"})
-    )
     plain, tensors = {}, {}
     for path, spec in _described(config).items():
         if ".experts." not in path:
