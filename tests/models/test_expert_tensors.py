@@ -1,5 +1,6 @@
 """Experts come from checkpoints as they are stored, go back as they came, and can be narrow."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxserve import export
+from jaxserve import LLM, LoRARequest, export
 from jaxserve.attention.metadata import CausalPlan
 from jaxserve.core.errors import CheckpointError, UnsupportedError
 from jaxserve.models.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.expert_tensors import widen_mxfp4
 from jaxserve.models.fused import fuse
 from jaxserve.models.loading import check_tensors, hf_name, load_params
+from jaxserve.models.peft import read_adapter
 from jaxserve.models.quantization import Quantization, dequantized, scale_path
 from jaxserve.models.registry import (
     abstract_model,
@@ -213,7 +215,7 @@ def test_narrow_experts_compute_with_the_numbers_that_they_stand_for(name, schem
     specs = describe(GOLDEN / name, quantization)
     narrow = load_params(checkpoint, specs)
     assert scale_path("layers.1.mlp.experts.up_proj.kernel") in narrow or name == "qwen3_moe_plain"
-    assert not any("mlp.gate" in path and path.endswith("_scale") for path in narrow)
+    assert not any(".mlp.gate." in path and path.endswith("_scale") for path in narrow)
     config = checkpoint.config
     wide = {path: jnp.asarray(value) for path, value in dequantized(narrow)}
     models = []
@@ -244,3 +246,33 @@ def test_weights_are_drawn_for_experts_too() -> None:
     kernel = np.asarray(plain["layers.1.mlp.experts.up_proj.kernel"])
     assert kernel.std() == pytest.approx(kernel.shape[1] ** -0.5, rel=0.1)
     assert flatten_params(drawn).keys() == drawn.keys()
+
+
+# Adapters -----------------------------------------------------------------------------------------
+
+
+def adapter(module: str, in_size: int, out_size: int) -> LoRARequest:
+    prefix = f"base_model.model.model.layers.0.{module}"
+    return LoRARequest(
+        "a",
+        1,
+        lora_tensors={
+            f"{prefix}.lora_A.weight": np.ones((2, in_size), np.float32),
+            f"{prefix}.lora_B.weight": np.ones((out_size, 2), np.float32),
+        },
+        peft_config={"r": 2, "target_modules": [module], "layers_to_transform": [0]},
+    )
+
+
+def test_adapters_of_experts_are_refused_by_name() -> None:
+    config = open_checkpoint(GOLDEN / "qwen3_moe_plain").config
+    attention = adapter("self_attn.q_proj", 24, 32)
+    read = functools.partial(read_adapter, config=config, dtype=np.dtype("float32"), max_rank=4)
+    assert list(read(attention).layers[0]) == ["self_attn.q_proj"]
+    with pytest.raises(UnsupportedError, match=r"experts\.0\.up_proj.* not adapted.*q_proj"):
+        read(adapter("mlp.experts.0.up_proj", 24, 20))
+
+
+def test_latent_attention_has_no_adapters() -> None:
+    with pytest.raises(UnsupportedError, match=r"enable_lora: .*latent attention"):
+        LLM(GOLDEN / "deepseek_v2_greedy", enable_lora=True)
