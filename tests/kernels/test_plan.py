@@ -176,7 +176,7 @@ def test_long_work_is_spread_evenly():
     num_ctas=st.integers(1, 40),
 )
 def test_longest_first_is_what_a_heap_would_do(cost, blocks, num_ctas):
-    place, begins = planner_loops.assign_longest_first(np.array(cost), blocks, num_ctas)
+    found, begins = planner_loops.assign_longest_first(np.array(cost), blocks, num_ctas)
     heap = [(0, cta) for cta in range(num_ctas)]
     chosen: list[list[int]] = [[] for _ in range(num_ctas)]
     costs = cost * blocks
@@ -184,7 +184,8 @@ def test_longest_first_is_what_a_heap_would_do(cost, blocks, num_ctas):
         load, cta = heapq.heappop(heap)
         chosen[cta].append(index)
         heapq.heappush(heap, (load + costs[index], cta))
-    order = np.argsort(place)
+    bits = planner_loops.BLOCK_BITS
+    order = (found & ((1 << bits) - 1)) * len(cost) + (found >> bits)
     bounds = itertools.pairwise([0, *begins, len(costs)])
     assert [list(order[a:b]) for a, b in bounds] == chosen
 

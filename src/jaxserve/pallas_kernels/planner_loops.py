@@ -155,6 +155,9 @@ PARTS = (
 _FIELDS = len(Item)
 _DECODE = int(ItemFlag.DECODE)
 _CTA_BITS = CTA_BITS
+BLOCK_BITS = 20
+"""Of the number of a piece and its block of heads."""
+_BLOCK_BITS = BLOCK_BITS
 
 
 @compiled
@@ -371,22 +374,22 @@ def cut_evenly(
 def cut_at_multiples(
     numbers: np.ndarray, tiles: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Cut items at multiples of the fixed size, if any, counted from the request's first key.
+    """Cut tiles at multiples of the fixed size, if any, counted from the request's first key.
+
+    Every block of heads is cut in the same way, so this is done once for all of them.
 
     Returns:
-        Of each piece its item on the uncut line, its first key and one past its last; then what
-        the pieces of one block of heads cost.
+        Of each piece its tile, its first key, one past its last, and its cost.
     """
-    count, blocks, size = tiles.shape[0], numbers[_BLOCKS], numbers[_SPLIT_SIZE]
-    of_block = count
+    count, size = tiles.shape[0], numbers[_SPLIT_SIZE]
+    num = count
     if size:
-        of_block = 0
+        num = 0
         for tile in range(count):
             low = tiles[tile, _BEGIN] // size
-            of_block += max((tiles[tile, _END] + size - 1) // size - low, 1)
-    num = of_block * blocks
+            num += max((tiles[tile, _END] + size - 1) // size - low, 1)
     items, first, end = np.empty(num, np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
-    cost = np.empty(of_block, np.int64)
+    cost = np.empty(num, np.int64)
     piece = 0
     for tile in range(count):
         begin, stop = tiles[tile, _BEGIN], tiles[tile, _END]
@@ -401,9 +404,6 @@ def cut_at_multiples(
             rounded = (keys + numbers[_TILE_KV] - 1) // numbers[_TILE_KV] * numbers[_TILE_KV]
             cost[piece] = rounded + overhead
             piece += 1
-    for piece in range(of_block, num):
-        items[piece] = items[piece - of_block] + count
-        first[piece], end[piece] = first[piece - of_block], end[piece - of_block]
     return items, first, end, cost
 
 
@@ -419,8 +419,8 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
         ctas: How many CTAs there are.
 
     Returns:
-        Where each piece stands when the CTAs' pieces stand one after another, and where each CTA
-        but the first begins.
+        The pieces of all blocks, CTA after CTA, each with its block in the low `BLOCK_BITS`; and
+        where each CTA but the first begins.
     """
     of_block, num = cost.size, cost.size * blocks
     longest = _longest_first(cost)
@@ -430,30 +430,28 @@ def assign_longest_first(cost: np.ndarray, blocks: int, ctas: int) -> tuple[np.n
     loads = np.empty(ctas + num, np.int64)
     for i in range(ctas):
         loads[i] = i
-    raised = np.empty(num, np.int64)
+    raised, begins = np.empty(num, np.int64), np.zeros(ctas + 1, np.int64)
     first, done, run = 0, 0, 0
     while run < of_block:
         stop = _end_of_run(cost, longest, run)
         step, count = int(cost[longest[run]]) << _CTA_BITS, blocks * (stop - run)
-        first = _share_out(loads, first, ctas, step, cta[done : done + count], raised)
+        first = _share_out(loads, first, ctas, step, cta[done : done + count], raised, begins)
         done += count
         run = stop
-    begins = np.zeros(ctas + 1, np.int64)
-    for i in range(num):
-        begins[cta[i] + 1] += 1
     for i in range(ctas):
         begins[i + 1] += begins[i]
-    place, until = np.empty(num, np.int64), begins.copy()
+    order, until = np.empty(num, np.int64), begins.copy()
     done, run = 0, 0
     while run < of_block:
         stop = _end_of_run(cost, longest, run)
         for block in range(blocks):
             for i in range(run, stop):
-                place[block * of_block + longest[i]] = until[cta[done]]
-                until[cta[done]] += 1
+                owner = np.uint64(cta[done])
+                order[until[owner]] = longest[i] << _BLOCK_BITS | block
+                until[owner] += 1
                 done += 1
         run = stop
-    return place, begins[1:ctas]
+    return order, begins[1:ctas]
 
 
 @compiled
@@ -488,7 +486,13 @@ def _longest_first(cost: np.ndarray) -> np.ndarray:
 
 @inlined
 def _share_out(
-    loads: np.ndarray, first: int, ctas: int, price: int, cta: np.ndarray, raised: np.ndarray
+    loads: np.ndarray,
+    first: int,
+    ctas: int,
+    price: int,
+    cta: np.ndarray,
+    raised: np.ndarray,
+    counts: np.ndarray,
 ) -> int:
     """Give pieces of one cost away, each to the CTA that has least to do.
 
@@ -503,6 +507,7 @@ def _share_out(
         price: What a piece adds.
         cta: Is filled with whose each piece is.
         raised: Room for as many numbers as there are pieces.
+        counts: How many pieces each CTA has, one place further on; raised.
 
     Returns:
         Where loads begin now.
@@ -515,7 +520,9 @@ def _share_out(
         else:
             least = raised[new]
             new += 1
-        cta[i] = least & mask
+        owner = least & mask
+        cta[i] = owner
+        counts[np.uint64(owner + 1)] += 1
         raised[i] = least + price
     # From the back: what is less than all that were raised stays where it is.
     old, last = stop - 1, count - 1
@@ -537,7 +544,7 @@ def number_units(tiles: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, int, 
 
     Args:
         tiles: `[tiles, len(Tile)]`, int64.
-        item: The item of each piece on the uncut line, ascending.
+        item: The item of each piece on the uncut line, or its tile; ascending.
 
     Returns:
         The first unit of each piece, -1 if it has none, the units of all, and whether pieces of
@@ -569,41 +576,19 @@ def number_units(tiles: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, int, 
 
 
 @inlined
-def write_items(
-    buffer: np.ndarray,
-    at: np.ndarray,
-    numbers: np.ndarray,
-    tiles: np.ndarray,
-    item: np.ndarray,
-    begin: np.ndarray,
-    end: np.ndarray,
-    slot: np.ndarray,
-    place: np.ndarray,
-    begins: np.ndarray,
-) -> None:
-    """Write items and whose they are; requests have been written, and there is room.
+def describe_tiles(
+    buffer: np.ndarray, at: np.ndarray, numbers: np.ndarray, tiles: np.ndarray
+) -> np.ndarray:
+    """Return what all items of a tile have in common, int32 `[tiles, len(Item)]`.
 
     Args:
-        buffer: The plan's, int32.
+        buffer: The plan's, int32; requests have been written.
         at: Where its parts begin, by `PARTS`.
         numbers: The spec's, by `Number`.
-        tiles: `[tiles, len(Tile)]`, int64 as all that follows.
-        item: The item of each piece on the uncut line, ascending.
-        begin: Its first key.
-        end: One past its last key.
-        slot: Its first unit of partial state, or -1.
-        place: Where it stands; empty if pieces stay in order.
-        begins: Where each CTA but the first begins; those that are missing have nothing to do.
+        tiles: `[tiles, len(Tile)]`, int64.
     """
-    count, num = tiles.shape[0], item.size
-    work_indptr = buffer[at[_WORK_INDPTR] : at[_WORK_INDPTR] + numbers[_CTAS] + 1]
-    for cta in range(work_indptr.size):
-        work_indptr[cta] = begins[cta - 1] if 0 < cta <= begins.size else num
-    work_indptr[0] = 0
-    buffer[at[_COUNTS] + 2] = num
-    # What the pieces of a tile have in common is written once for each tile, and copied.
-    common = np.zeros((count, _FIELDS), np.int32)
-    for tile in range(count):
+    common = np.zeros((tiles.shape[0], _FIELDS), np.int32)
+    for tile in range(tiles.shape[0]):
         row, line = tiles[tile], common[tile]
         request = row[_REQUEST]
         keys = buffer[at[_REQUEST_KV] + request]
@@ -620,21 +605,99 @@ def write_items(
             first = buffer[at[_MASK_INDPTR] + request]
             line[_ITEM_MASK_BASE] = first + row[_Q_OFFSET] * ((keys + 31) // 32)
         line[_ITEM_FLAGS] = row[_FLAGS]
+    return common
+
+
+@inlined
+def write_in_line(
+    buffer: np.ndarray,
+    at: np.ndarray,
+    numbers: np.ndarray,
+    common: np.ndarray,
+    item: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    slot: np.ndarray,
+) -> None:
+    """Write items in the order in which they stand on the line; there is room.
+
+    Args:
+        buffer: The plan's, int32.
+        at: Where its parts begin, by `PARTS`.
+        numbers: The spec's, by `Number`.
+        common: Of `describe_tiles`.
+        item: The item of each piece on the uncut line, ascending; int64 as all that follows.
+        begin: Its first key.
+        end: One past its last key.
+        slot: Its first unit of partial state, or -1.
+    """
+    num, field_pairs = item.size, np.uint64(_FIELDS // 2)
+    # Two fields at a time, and unsigned indices, as each signed one is looked at for being
+    # negative: together that halves the time of this loop, the longest of a plan.
+    wide = buffer[at[_ITEMS] : at[_ITEMS] + num * _FIELDS].view(np.int64)
     lines = buffer[at[_ITEMS] : at[_ITEMS] + num * _FIELDS].reshape(num, _FIELDS)
+    pairs = common.reshape(-1).view(np.int64)
     tile, last, head, kv_head = 0, 0, 0, 0
-    for piece in range(num):
+    for piece in range(np.uint64(num)):
+        # Items ascend by one at most; dividing each would take most of the time.
         tile, last = tile + item[piece] - last, item[piece]
-        if tile >= count:
-            tile, head = tile - count, head + numbers[_HEADS_PER_TILE]
+        if tile >= common.shape[0]:
+            tile, head = tile - common.shape[0], head + numbers[_HEADS_PER_TILE]
             kv_head = head // numbers[_GROUP]
-        line = lines[place[piece]] if place.size else lines[piece]
-        for field in range(_FIELDS):
-            line[field] = common[tile, field]
-        line[_ITEM_KV_HEAD] = kv_head
-        line[_ITEM_HEAD] = head
-        line[_ITEM_KV_BEGIN] = begin[piece]
-        line[_ITEM_KV_END] = end[piece]
-        line[_ITEM_OUT_SLOT] = slot[piece]
+        begins = np.uint64(tile) * field_pairs
+        for pair in range(field_pairs):
+            wide[piece * field_pairs + pair] = pairs[begins + pair]
+        lines[piece, _ITEM_KV_HEAD] = kv_head
+        lines[piece, _ITEM_HEAD] = head
+        lines[piece, _ITEM_KV_BEGIN] = begin[piece]
+        lines[piece, _ITEM_KV_END] = end[piece]
+        lines[piece, _ITEM_OUT_SLOT] = slot[piece]
+
+
+@inlined
+def write_assigned(
+    buffer: np.ndarray,
+    at: np.ndarray,
+    numbers: np.ndarray,
+    common: np.ndarray,
+    item: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    slot: np.ndarray,
+    units: int,
+    order: np.ndarray,
+) -> None:
+    """Write the items of all blocks of heads, CTA after CTA; there is room.
+
+    Args:
+        buffer: The plan's, int32.
+        at: Where its parts begin, by `PARTS`.
+        numbers: The spec's, by `Number`.
+        common: Of `describe_tiles`.
+        item: The tile of each piece of one block; int64 as all that follows.
+        begin: Its first key.
+        end: One past its last key.
+        slot: Its first unit of partial state, or -1.
+        units: How many units one block has.
+        order: Of `assign_longest_first`.
+    """
+    num, heads, field_pairs = order.size, numbers[_HEADS_PER_TILE], np.uint64(_FIELDS // 2)
+    # As in `write_in_line`.
+    wide = buffer[at[_ITEMS] : at[_ITEMS] + num * _FIELDS].view(np.int64)
+    lines = buffer[at[_ITEMS] : at[_ITEMS] + num * _FIELDS].reshape(num, _FIELDS)
+    pairs = common.reshape(-1).view(np.int64)
+    kv_heads = np.arange(numbers[_BLOCKS]) * heads // numbers[_GROUP]
+    for line in range(np.uint64(num)):
+        piece, block = order[line] >> _BLOCK_BITS, order[line] & ((1 << _BLOCK_BITS) - 1)
+        piece, number = np.uint64(piece), np.uint64(block)
+        tile, unit = np.uint64(item[piece]), slot[piece]
+        for pair in range(field_pairs):
+            wide[line * field_pairs + pair] = pairs[tile * field_pairs + pair]
+        lines[line, _ITEM_KV_HEAD] = kv_heads[number]
+        lines[line, _ITEM_HEAD] = block * heads
+        lines[line, _ITEM_KV_BEGIN] = begin[piece]
+        lines[line, _ITEM_KV_END] = end[piece]
+        lines[line, _ITEM_OUT_SLOT] = unit if unit < 0 else unit + block * units
 
 
 @inlined
@@ -645,8 +708,8 @@ def merge_neighbours(
     tiles: np.ndarray,
     item: np.ndarray,
     slot: np.ndarray,
-    units: int,
-) -> int:
+    blocks: int,
+) -> tuple[int, int]:
     """Write which units merge, where only pieces of one item do: they stand side by side.
 
     Args:
@@ -656,10 +719,11 @@ def merge_neighbours(
         tiles: `[tiles, len(Tile)]`, int64 as all that follows.
         item: The item of each piece on the uncut line, ascending.
         slot: Its first unit, or -1.
-        units: How many units there are.
+        blocks: How often all that will be there.
 
     Returns:
-        How many merges there are; nothing is written if that is too many.
+        How many merges there are, and the most units of one; nothing is written if there is no
+        room for all blocks.
     """
     num, count = item.size, tiles.shape[0]
     merges, tile, last = 0, 0, 0
@@ -671,8 +735,8 @@ def merge_neighbours(
             tile -= count
         if slot[piece] >= 0:
             merges += tiles[tile, _Q_LEN]
-    if merges > numbers[_MAX_MERGES]:
-        return merges
+    if merges * blocks > numbers[_MAX_MERGES]:
+        return merges, 0
     merge, unit, piece, splits = 0, 0, 0, 0
     tile, block, last = 0, 0, 0
     while piece < num:
@@ -693,8 +757,7 @@ def merge_neighbours(
                     buffer[at[_MERGE_UNITS] + unit] = slot[other] + token
                     unit += 1
         piece = stop
-    _finish_merges(buffer, at, numbers, units, merges, splits)
-    return merges
+    return merges, splits
 
 
 @inlined
@@ -706,10 +769,11 @@ def merge_anywhere(
     item: np.ndarray,
     slot: np.ndarray,
     units: int,
-) -> int:
+    blocks: int,
+) -> tuple[int, int]:
     """Write which units merge, where different tiles may have the same rows.
 
-    Args and returns as of `merge_neighbours`.
+    Args and returns as of `merge_neighbours`, and how many units there are.
     """
     count = tiles.shape[0]
     target = np.empty(units, np.int64)
@@ -724,8 +788,8 @@ def merge_anywhere(
     for i in range(units):
         if i == 0 or target[order[i]] != target[order[i - 1]]:
             merges += 1
-    if merges > numbers[_MAX_MERGES]:
-        return merges
+    if merges * blocks > numbers[_MAX_MERGES]:
+        return merges, 0
     merge, splits, since = 0, 0, 0
     for i in range(units):
         if i == 0 or target[order[i]] != target[order[i - 1]]:
@@ -734,18 +798,32 @@ def merge_anywhere(
             merge, since = merge + 1, i
         splits = max(splits, i + 1 - since)
         buffer[at[_MERGE_UNITS] + i] = order[i]
-    _finish_merges(buffer, at, numbers, units, merges, splits)
-    return merges
+    return merges, splits
 
 
 @inlined
-def _finish_merges(
-    buffer: np.ndarray, at: np.ndarray, numbers: np.ndarray, units: int, merges: int, splits: int
+def finish_merges(
+    buffer: np.ndarray,
+    at: np.ndarray,
+    numbers: np.ndarray,
+    units: int,
+    merges: int,
+    splits: int,
+    blocks: int,
 ) -> None:
+    """Repeat the merges of one block of heads for the others, and write how many there are."""
     indptr = buffer[at[_MERGE_INDPTR] : at[_MERGE_INDPTR] + numbers[_MAX_MERGES] + 1]
-    indptr[merges:] = units
+    target = buffer[at[_MERGE_TARGET] : at[_MERGE_TARGET] + merges * blocks]
+    merged = buffer[at[_MERGE_UNITS] : at[_MERGE_UNITS] + units * blocks]
+    for block in range(1, blocks):
+        for i in range(merges):
+            indptr[block * merges + i] = indptr[i] + block * units
+            target[block * merges + i] = target[i] + block
+        for i in range(units):
+            merged[block * units + i] = merged[i] + block * units
+    indptr[merges * blocks :] = units * blocks
     counts = buffer[at[_COUNTS] : at[_COUNTS] + 16]
-    counts[3], counts[4], counts[5] = units, merges, splits
+    counts[3], counts[4], counts[5] = units * blocks, merges * blocks, splits
 
 
 @compiled
@@ -764,23 +842,37 @@ def lay_out(
         The number that says how much room there is for what has too little, or -1; then how much
         it needs.
     """
-    if numbers[_SPLIT_SIZE] < 0:
-        item, begin, end, begins = cut_evenly(numbers, tiles)
-        place = np.empty(0, np.int64)
+    is_balanced = numbers[_SPLIT_SIZE] < 0
+    # Pieces of all blocks of heads, or of one of them where all are cut in the same way.
+    blocks = 1 if is_balanced else numbers[_BLOCKS]
+    if is_balanced:
+        item, begin, end, extra = cut_evenly(numbers, tiles)
     else:
-        item, begin, end, cost = cut_at_multiples(numbers, tiles)
-        place, begins = assign_longest_first(cost, numbers[_BLOCKS], numbers[_CTAS])
-    if item.size > numbers[_MAX_ITEMS]:
-        return _MAX_ITEMS, item.size
+        item, begin, end, extra = cut_at_multiples(numbers, tiles)
+    num = item.size * blocks
+    if num > numbers[_MAX_ITEMS]:
+        return _MAX_ITEMS, num
     slot, units, is_any = number_units(tiles, item)
-    if units > numbers[_MAX_UNITS]:
-        return _MAX_UNITS, units
-    write_items(buffer, at, numbers, tiles, item, begin, end, slot, place, begins)
+    if units * blocks > numbers[_MAX_UNITS]:
+        return _MAX_UNITS, units * blocks
+    common = describe_tiles(buffer, at, numbers, tiles)
+    if is_balanced:
+        begins = extra
+        write_in_line(buffer, at, numbers, common, item, begin, end, slot)
+    else:
+        order, begins = assign_longest_first(extra, blocks, numbers[_CTAS])
+        write_assigned(buffer, at, numbers, common, item, begin, end, slot, units, order)
+    work_indptr = buffer[at[_WORK_INDPTR] : at[_WORK_INDPTR] + numbers[_CTAS] + 1]
+    for cta in range(work_indptr.size):
+        work_indptr[cta] = begins[cta - 1] if 0 < cta <= begins.size else num
+    work_indptr[0] = 0
+    buffer[at[_COUNTS] + 2] = num
     if units:
         if is_any:
-            merges = merge_anywhere(buffer, at, numbers, tiles, item, slot, units)
+            merges, splits = merge_anywhere(buffer, at, numbers, tiles, item, slot, units, blocks)
         else:
-            merges = merge_neighbours(buffer, at, numbers, tiles, item, slot, units)
-        if merges > numbers[_MAX_MERGES]:
-            return _MAX_MERGES, merges
+            merges, splits = merge_neighbours(buffer, at, numbers, tiles, item, slot, blocks)
+        if merges * blocks > numbers[_MAX_MERGES]:
+            return _MAX_MERGES, merges * blocks
+        finish_merges(buffer, at, numbers, units, merges, splits, blocks)
     return -1, 0
