@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxserve.core.errors import UnsupportedError
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.hf_parts import latent_scale_fields, write_parts
+from jaxserve.models.hf_parts_writer import latent_scale_fields, write_parts
 from jaxserve.models.positions import RopeScaling
 
 _NAMES = {

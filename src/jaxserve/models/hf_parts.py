@@ -4,19 +4,16 @@ Source: transformers' configuration classes (keys and defaults).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from jaxserve.core.errors import CheckpointError, ConfigError, UnsupportedError
 from jaxserve.models.fields import Fields
 from jaxserve.models.parts import ExpertsConfig, LatentConfig
 from jaxserve.models.positions import RopeScaling, yarn_magnitude
 
-if TYPE_CHECKING:
-    from jaxserve.models.config import ModelConfig
-
 MXFP4 = "mxfp4"
 """What Hugging Face calls the format in which gpt-oss is published."""
-_DEEPSEEK = ("deepseek_v2", "deepseek_v3")
+DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 
 _DEEPSEEK_DEFAULTS: Mapping[str, object] = {
     "kv_lora_rank": 512,
@@ -106,7 +103,7 @@ def layers_with_experts(values: Fields, family: str, num_layers: int) -> list[bo
     """Tell which layers have experts."""
     if family not in PARTS_DEFAULTS:
         return [False] * num_layers
-    if family in _DEEPSEEK:
+    if family in DEEPSEEK:
         first = values.count("first_k_dense_replace", least=0)
         return [i >= first for i in range(num_layers)]
     if family != "qwen3_moe":
@@ -142,7 +139,7 @@ def read_experts(values: Fields, family: str) -> dict[str, Any]:
 
 
 def _read_experts(values: Fields, family: str) -> ExpertsConfig:
-    if family in _DEEPSEEK:
+    if family in DEEPSEEK:
         return _read_deepseek_experts(values, family)
     top_k = values.count("num_experts_per_tok")
     if family == "gpt_oss" and "experts_per_token" in values:  # its first files
@@ -226,7 +223,7 @@ def read_attention_parts(
         return {"qk_norm_per_head": False, "qkv_clip": clip}
     if family == "gpt_oss":
         return {"attention_sinks": True}
-    if family not in _DEEPSEEK:
+    if family not in DEEPSEEK:
         return {}
     try:
         latent = LatentConfig(
@@ -258,77 +255,3 @@ def _latent_magnitude(values: Fields, scaling: RopeScaling | None) -> float:
     table = values.table("rope_parameters") or values.table("rope_scaling") or {}
     scale = Fields(table, where=f"{values.where}, rope_scaling").number("mscale_all_dim", 0.0)
     return yarn_magnitude(scaling.factor, scale) ** 2 if scale else 1.0
-
-
-def write_parts(config: "ModelConfig") -> dict[str, object]:
-    """Describe experts and special attention in the words that `read_experts` knows."""
-    experts, latent, family = config.experts, config.latent, config.model_type
-    if experts is None:
-        return {}
-    raw: dict[str, object] = {"num_experts_per_tok": experts.top_k}
-    dense = [i for i, kind in enumerate(config.kinds) if not kind.has_experts]
-    if family in _DEEPSEEK:
-        raw |= {
-            "n_routed_experts": experts.num_experts,
-            "moe_intermediate_size": experts.inner_size,
-            "n_shared_experts": experts.shared_size // experts.inner_size,
-            "routed_scaling_factor": experts.scale,
-            "norm_topk_prob": experts.normalize,
-            "n_group": experts.num_groups,
-            "topk_group": experts.top_groups,
-            "first_k_dense_replace": len(dense),
-            "scoring_func": experts.scoring,
-            "topk_method": "noaux_tc" if family == "deepseek_v3" else _v2_method(experts),
-        }
-    elif family == "qwen3_moe":
-        raw |= {
-            "num_experts": experts.num_experts,
-            "moe_intermediate_size": experts.inner_size,
-            "norm_topk_prob": experts.normalize,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": dense,
-        }
-    elif family == "gpt_oss":
-        raw |= {
-            "num_local_experts": experts.num_experts,
-            "swiglu_limit": experts.swiglu_limit,
-            "swiglu_alpha": experts.swiglu_alpha,
-        }
-    elif family == "olmoe":
-        raw |= {
-            "num_experts": experts.num_experts,
-            "norm_topk_prob": experts.normalize,
-            "clip_qkv": config.qkv_clip,
-        }
-    else:
-        raw["num_local_experts"] = experts.num_experts
-    if latent is not None:
-        raw |= {
-            "kv_lora_rank": latent.rank,
-            "q_lora_rank": latent.query_rank,
-            "qk_nope_head_dim": latent.plain_dim,
-            "qk_rope_head_dim": latent.rotary_dim,
-            "v_head_dim": latent.value_dim,
-            "num_key_value_heads": config.num_heads,
-            "head_dim": latent.rotary_dim,
-        }
-        if family == "deepseek_v3":
-            raw["rope_interleave"] = latent.is_interleaved
-    return raw
-
-
-def _v2_method(experts: ExpertsConfig) -> str:
-    return "group_limited_greedy" if experts.num_groups > 1 else "greedy"
-
-
-def latent_scale_fields(config: "ModelConfig") -> dict[str, object]:
-    """Say in the table of a stretched rotation what it multiplies scores with."""
-    latent, scaling = config.latent, config.rope_scaling
-    if latent is None or scaling is None or config.attention_scale is None:
-        return {}
-    magnitude = (config.attention_scale * latent.query_dim**0.5) ** 0.5
-    unit = yarn_magnitude(scaling.factor, 1.0) - 1.0
-    if magnitude <= 1.0 or unit <= 0:
-        return {}
-    # Rounded to what somebody would have written, so that the same number is computed from it.
-    return {"mscale_all_dim": round((magnitude - 1.0) / unit, 6)}
