@@ -22,9 +22,9 @@ from jaxserve.models.loading import load_params
 from jaxserve.models.moe import Experts, MoeMlp, block_rows, over_blocks, route
 from jaxserve.models.parts import ExpertsConfig
 from jaxserve.models.registry import abstract_model, abstract_params, fill
-from jaxserve.sharding.mesh import host_mesh
+from jaxserve.sharding.mesh import host_mesh, make_mesh
 from jaxserve.sharding.rules import LogicalAxisRules
-from tests.cases import quick
+from tests.cases import quick, slow
 from tests.models.test_parity import GOLDEN, NAMES, TOLERANCE
 
 MODEL = ModelConfig(
@@ -295,24 +295,17 @@ def test_blocks_are_as_long_as_experts_have_rows(rows: int, expected: int) -> No
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def load(folder: Path) -> nnx.Module:
+def load(folder: Path, mesh: jax.sharding.Mesh) -> nnx.Module:
     """Load a model as plain modules, without an engine."""
     checkpoint = open_checkpoint(folder)
     graph, state = abstract_model(checkpoint.config, dtype=jnp.dtype("float32"))
-    described = abstract_params(state, mesh=host_mesh(), rules=LogicalAxisRules())
+    described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
     return nnx.merge(graph, fill(state, load_params(checkpoint, described)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    quick(
-        WITH_EXPERTS,
-        *("qwen3_moe_plain", "mixtral_window", "olmoe_clipped", "gpt_oss_plain"),
-        *("deepseek_v2_groups", "deepseek_v3_plain"),
-    ),
-)
-def test_choices_and_logits_are_those_of_transformers(name: str) -> None:
-    graph, state = nnx.split(load(GOLDEN / name))
+def check(name: str, mesh: jax.sharding.Mesh) -> nnx.State:
+    """Compare with transformers, and return the weights."""
+    graph, state = nnx.split(load(GOLDEN / name, mesh))
     with np.load(GOLDEN / name / "golden.npz") as data:
         tokens, prefill, expected = (data[f"{kind}_2"] for kind in ("tokens", "prefill", "routing"))
 
@@ -334,6 +327,42 @@ def test_choices_and_logits_are_those_of_transformers(name: str) -> None:
         found, logits = run(state, jnp.asarray(tokens[: len(prefill)])[None])
     np.testing.assert_array_equal(np.sort(found, axis=-1), expected)
     np.testing.assert_allclose(logits, prefill, rtol=0, atol=TOLERANCE)
+    return state
+
+
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        WITH_EXPERTS,
+        *("qwen3_moe_plain", "mixtral_window", "olmoe_clipped", "gpt_oss_plain"),
+        *("deepseek_v2_groups", "deepseek_v3_plain"),
+    ),
+)
+def test_choices_and_logits_are_those_of_transformers(name: str) -> None:
+    check(name, host_mesh())
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "tensor"),
+    [
+        ("qwen3_moe_plain", 2, 2),
+        slow("mixtral_plain", 4, 1),
+        slow("gpt_oss_plain", 2, 4),
+        slow("deepseek_v3_plain", 4, 2),
+    ],
+)
+def test_experts_split_among_devices_agree(name: str, experts: int, tensor: int) -> None:
+    state = check(name, make_mesh(tensor, experts))
+    kernels = [
+        leaf.get_value()
+        for path, leaf in nnx.to_flat_state(state)
+        if path[-3:] == ("experts", "up_proj", "kernel")
+    ]
+    assert kernels
+    for kernel in kernels:
+        num_experts, hidden, inner = kernel.shape
+        shard = kernel.addressable_shards[0].data.shape
+        assert shard == (num_experts // experts, hidden, inner // tensor)
 
 
 def read(**changes: object) -> ModelConfig:

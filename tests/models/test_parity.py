@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.models.config import ModelConfig
+from jaxserve.sharding.mesh import make_mesh
 from tests.cases import quick, slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,9 +135,9 @@ def test_prefill_in_chunks_agrees(name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", [slow("qwen3_moe_plain"), slow("deepseek_v3_plain")])
-@pytest.mark.parametrize("size", [2])
-def test_experts_agree_on_several_devices(name: str, size: int) -> None:
-    check_engine(GOLDEN / name, tensor_parallel_size=size)
+@pytest.mark.parametrize(("tensor", "experts"), [(2, 1), (2, 2), (1, 4)])
+def test_experts_agree_on_several_devices(name: str, tensor: int, experts: int) -> None:
+    check_engine(GOLDEN / name, mesh=make_mesh(tensor, experts))
 
 
 @pytest.mark.slow

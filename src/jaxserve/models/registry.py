@@ -36,6 +36,7 @@ from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
 from jaxserve.models.qwen3_moe import Qwen3Moe
 from jaxserve.models.smollm3 import SmolLM3
+from jaxserve.sharding.explain import NamedWeight
 from jaxserve.sharding.rules import LogicalAxisRules
 
 FAMILIES: Registry[type[CausalLM]] = Registry("model family")
@@ -102,6 +103,19 @@ def abstract_params(
         sharding = rules.sharding(axes, leaf.shape, mesh)
         described[path_name(path)] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return described
+
+
+def named_weights(state: nnx.State) -> list[NamedWeight]:
+    """List every parameter by path with the names of its axes."""
+    return [
+        NamedWeight(
+            path=path_name(path),
+            shape=tuple(variable.get_value().shape),
+            axes=tuple(variable.get_metadata("axes")),
+            itemsize=variable.get_value().dtype.itemsize,
+        )
+        for path, variable in nnx.to_flat_state(state)
+    ]
 
 
 def flatten_params(params: object) -> dict[str, Any]:
