@@ -481,6 +481,15 @@ def test_yarn_magnitude(given, magnitude):
     assert config.rope_frequencies()[1] == pytest.approx(magnitude)
 
 
+PARTS = (
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "clip_qkv", "swiglu_limit"),
+    *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "topk_method"),
+    *("scoring_func", "routed_scaling_factor", "first_k_dense_replace", "quantization_config"),
+    *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+)
+"""Keys of families with experts."""
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
@@ -516,13 +525,17 @@ json_values = st.recursive(
                 "text_config",
                 "query_pre_attn_scalar",
                 "final_logit_softcapping",
+                *PARTS,
             ]
         ),
         json_values,
         max_size=5,
     ),
     st.sampled_from(
-        ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3", "smollm3"]
+        [
+            *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3"),
+            *("smollm3", "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"),
+        ]
     ),
 )
 def test_any_values_give_a_configuration_or_one_of_our_errors(changes, model_type):

@@ -11,11 +11,15 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.models.config import ModelConfig
+from jaxserve.sharding.mesh import make_mesh
 from tests.cases import quick, slow
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "oracles" / "golden" / "models"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+EXPERTS = ("deepseek", "gpt_oss", "mixtral", "olmoe", "qwen3_moe")
+PLAIN = [name for name in NAMES if not name.startswith(EXPERTS)]
+"""Those with experts are compared without an engine in `test_moe`, which is faster."""
 TOLERANCE = 1e-4
 
 SETTINGS = {
@@ -93,7 +97,7 @@ def test_the_golden_files_name_their_makers() -> None:
     assert meta["torch"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, *PLAIN))
 def test_forward_agrees(name: str) -> None:
     check_forward(GOLDEN / name)
 
@@ -118,10 +122,44 @@ def test_prefill_and_decode_agree_with_pages(name: str, backend: str) -> None:
         ("gemma3_plain", "pages"),
         slow("phi3_window", "pages"),
         slow("smollm3_window_bias", "slots"),
+        slow("qwen3_moe_plain", "slots"),
+        slow("olmoe_clipped", "pages"),
+        slow("gpt_oss_plain", "slots"),
+        ("gpt_oss_plain", "pages"),
+        ("deepseek_v3_plain", "slots"),
+        slow("deepseek_v2_groups", "pages"),
     ],
 )
 def test_prefill_in_chunks_agrees(name: str, layout: str) -> None:
     check_engine(GOLDEN / name, max_num_batched_tokens=8, kv_layout=layout)
+
+
+@pytest.mark.parametrize("name", [slow("qwen3_moe_plain"), slow("deepseek_v3_plain")])
+@pytest.mark.parametrize(("tensor", "experts"), [(2, 1), (2, 2), (1, 4)])
+def test_experts_agree_on_several_devices(name: str, tensor: int, experts: int) -> None:
+    check_engine(GOLDEN / name, mesh=make_mesh(tensor, experts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe_plain", "gpt_oss_plain", "deepseek_v3_plain"])
+@pytest.mark.parametrize("backend", ["reference", "pallas-xla"])
+def test_experts_agree_with_pages(name: str, backend: str) -> None:
+    check_engine(GOLDEN / name, kv_layout="pages", attention_backend=backend)
+
+
+@pytest.mark.parametrize("name", [slow("mixtral_window"), "gpt_oss_plain", "deepseek_v3_plain"])
+def test_found_prefixes_give_the_same_tokens(name: str) -> None:
+    cases = sequences(GOLDEN / name)
+    tokens, prefill, decode = cases[-1]
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=len(decode) + 1, ignore_eos=True, detokenize=False
+    )
+    prompt = tokens[: len(prefill)].tolist()
+    with engine_of(GOLDEN / name, block_size=8, max_num_batched_tokens=16) as llm:
+        first, second = (llm.generate([prompt], sampling, use_tqdm=False)[0] for _ in range(2))
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, (len(prompt) - 1) // 8 * 8)
+    for output in (first, second):
+        assert output.outputs[0].token_ids[:-1] == tokens[len(prefill) :].tolist()
 
 
 def test_every_golden_window_is_shorter_than_the_longest_prompt() -> None:

@@ -20,10 +20,10 @@ from jaxserve.models.quantization import (
     Quantization,
     is_scale,
     narrow_paths,
-    output_axis,
     quantize_array,
     quantize_rows,
     scale_path,
+    summed_axis,
 )
 from jaxserve.models.registry import flatten_params
 from tests.cases import quick
@@ -86,7 +86,7 @@ def test_errors_stay_within_half_a_step(scheme: str, weight: np.ndarray) -> None
     assert (scale[~weight.astype(bool).any(axis=1)] == 0).all()
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_devices_and_hosts_agree_to_the_last_bit(scheme: str, axis: int) -> None:
     rng = np.random.default_rng(3)
@@ -97,16 +97,16 @@ def test_devices_and_hosts_agree_to_the_last_bit(scheme: str, axis: int) -> None
     stored, scale = quantize_rows(weight, KINDS[scheme])
     (device,) = jax.devices()[:1]
     place = jax.sharding.SingleDeviceSharding(device)
-    shape = weight.shape if axis == 0 else weight.shape[::-1]
+    shape = weight.shape if axis == -1 else weight.shape[::-1]
     found, found_scale = quantize_array(
         jnp.asarray(weight),
         jax.ShapeDtypeStruct(shape, KINDS[scheme], sharding=place),
         jax.ShapeDtypeStruct(scale.shape, np.float32, sharding=place),
         axis,
-        turn=axis == 1,
+        turn=axis == -2,
     )
     np.testing.assert_array_equal(found_scale, scale)
-    narrow = np.asarray(found if axis == 0 else found.T)
+    narrow = np.asarray(found if axis == -1 else found.T)
     np.testing.assert_array_equal(narrow.view(np.uint8), stored.view(np.uint8))
 
 
@@ -185,14 +185,16 @@ def own_dequantized(params: dict[str, np.ndarray], scheme: str, narrow: frozense
             made[path] = value
             continue
         rows = np.asarray(value, np.float64)
-        rows = rows.T if output_axis(path) else rows
+        rows = rows.T if summed_axis(path) == -2 else rows
         largest = 127.0 if scheme == "int8" else 448.0
         unit = np.abs(rows).max(axis=1, keepdims=True) / largest
         ratio = rows / np.where(unit == 0, 1, unit)
         grid = np.arange(256, dtype=np.uint8).view(KINDS[scheme]).astype(np.float64)
         grid = np.unique(grid[np.isfinite(grid) & (np.abs(grid) <= largest)])
         near = grid[np.abs(ratio[..., None] - grid).argmin(axis=-1)]
-        made[path] = (near * unit if output_axis(path) == 0 else (near * unit).T).astype(np.float32)
+        made[path] = (near * unit if summed_axis(path) == -1 else (near * unit).T).astype(
+            np.float32
+        )
     return made
 
 
@@ -224,7 +226,9 @@ def test_logits_are_as_near_to_transformers_as_the_bound_allows(name: str, schem
     room = 0.0
     for path in narrow:
         slope = np.abs(np.asarray(slopes[path], np.float64))
-        weight, slope = (plain[path].T, slope.T) if output_axis(path) else (plain[path], slope)
+        weight, slope = (
+            (plain[path].T, slope.T) if summed_axis(path) == -2 else (plain[path], slope)
+        )
         room += (slope * error_bound(weight, scheme)).sum()
     assert abs(found[-1, 7] - golden[-1, 7]) <= 1.1 * room
     assert np.abs(found - golden).max() > 1e-6, "nothing was quantised"
@@ -271,7 +275,7 @@ def test_packed_gguf_files_are_quantised_from_what_their_blocks_stand_for(
     config, state = load_params(path, dtype="float32")
     plain = {name: np.asarray(value) for name, value in flatten_params(state).items()}
     for name, value in found.items():
-        weight, kept = (plain[name].T, value.T) if output_axis(name) else (plain[name], value)
+        weight, kept = (plain[name].T, value.T) if summed_axis(name) == -2 else (plain[name], value)
         bound = error_bound(weight, scheme) if name in narrow else 0.0
         assert (np.abs(kept.astype(np.float64) - weight) <= bound).all(), name
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)

@@ -66,15 +66,23 @@ CASES: dict[str, dict[str, dict]] = {
             "exclude_modules": r".*\.1\.mlp\.\w+",
         },
     },
+    "qwen3_moe_plain": {
+        "attention": {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        },
+    },
 }
 
 
-def random_options(seed: int, is_fused: bool) -> dict:
+def random_options(seed: int, family: str) -> dict:
     """Draw an adapter that no committed case has."""
     rng = random.Random(seed)
     names = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-    if not is_fused:
-        names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    if family != "phi3":
+        inner = () if family in make_models.EXPERTS else ("gate", "up", "down")
+        names = [f"{name}_proj" for name in ("q", "k", "v", "o", *inner)]
     targets = rng.sample(names, rng.randint(1, len(names)))
     return {
         "r": rng.randint(1, 8),
@@ -123,10 +131,14 @@ def main() -> None:
     if args.random is not None:
         if args.out is None:
             parser.error("--random needs --out DIR")
-        case = make_models.random_case(args.random)
+        seed, case = args.random, make_models.random_case(args.random)
+        while case["family"].startswith("deepseek"):  # whose attention has no adapters
+            seed += 1000
+            case = make_models.random_case(seed)
         make_models.write(case, args.random, args.out / "model")
-        is_fused = case["family"] == "phi3"
-        cases = {name: random_options(args.random + i, is_fused) for i, name in enumerate("ab")}
+        cases = {
+            name: random_options(args.random + i, case["family"]) for i, name in enumerate("ab")
+        }
         write_case(args.out / "model", cases, args.out, args.random)
         print(json.dumps({"model": case, "adapters": cases}))
         return

@@ -3,12 +3,14 @@
 Run in the oracle environment (torch and transformers; jaxserve is not imported):
 
     python tests/oracles/make_models.py                    # every case -> golden/models/<name>/
+    python tests/oracles/make_models.py --cases NAME...    # some of them
     python tests/oracles/make_models.py --random SEED --out DIR   # one fresh random case -> DIR
 
 Each directory holds an ordinary Hugging Face checkpoint (config.json, safetensors, tokenizer) and
 `golden.npz`: for sequence i the ids `tokens_i` (a random prompt and its greedy continuation), the
 logits `prefill_i` of the prompt in one forward pass, and the logits `decode_i` of the continuation,
-fed one token at a time through the cache.
+fed one token at a time through the cache. Where there are experts, `routing_i` says which ones each
+layer that has some chose for the prompt, `[layers, tokens, top_k]`, sorted.
 Everything is float32 on the CPU with eager attention. `golden/models/meta.json` names the versions
 and seeds.
 """
@@ -65,6 +67,17 @@ LONGROPE = {
     "rope_theta": 10000.0,
     "long_factor": [1.5, 2.0, 6.0, 8.0],
     "short_factor": [1.0, 1.1, 1.3, 2.0],
+}
+
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 32,
 }
 
 CASES: dict[str, dict] = {
@@ -193,9 +206,133 @@ CASES: dict[str, dict] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "qwen3_moe_plain": {
+        "family": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe_raw_weights": {
+        "family": "qwen3_moe",
+        "num_key_value_heads": 1,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "decoder_sparse_step": 2,
+        "tie_word_embeddings": True,
+    },
+    "mixtral_plain": {
+        "family": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "mixtral_window": {
+        "family": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 1,
+        "sliding_window": 6,
+        "max_shard_size": "40KB",
+    },
+    "olmoe_plain": {
+        "family": "olmoe",
+        "head_dim": 6,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 12,
+    },
+    "olmoe_clipped": {
+        "family": "olmoe",
+        "head_dim": 6,
+        "num_key_value_heads": 2,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "norm_topk_prob": True,
+        "clip_qkv": 0.8,
+        "attention_bias": True,
+    },
+    "gpt_oss_plain": {
+        "family": "gpt_oss",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 7,
+        "intermediate_size": 16,
+    },
+    "gpt_oss_plain_rope": {
+        "family": "gpt_oss",
+        "num_key_value_heads": 1,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "swiglu_limit": 0.5,
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": False,
+    },
+    "deepseek_v2_greedy": {
+        "family": "deepseek_v2",
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 12,
+        "q_lora_rank": None,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "deepseek_v2_groups": {
+        "family": "deepseek_v2",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 3.0,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 6,
+        "rope_parameters": DEEPSEEK_YARN,
+    },
+    "deepseek_v3_plain": {
+        "family": "deepseek_v3",
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 12,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 14,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,  # what is rotated of it, in this family
+        "attention_bias": True,
+        "rope_parameters": DEEPSEEK_YARN,
+    },
 }
 
 FAMILIES = {
+    "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "olmoe": (transformers.OlmoeConfig, transformers.OlmoeForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
@@ -206,6 +343,72 @@ FAMILIES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
+
+
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+
+
+def random_experts(family: str, rng: random.Random) -> dict:
+    """Draw what only families with experts have."""
+    groups, group = rng.choice([1, 2, 4]), rng.choice([2, 3, 4])
+    experts, top_groups = groups * group, rng.randrange(1, groups + 1)
+    case = {"num_experts_per_tok": rng.randrange(1, min(top_groups * group, 5) + 1)}
+    if not family.startswith("deepseek"):
+        case["num_local_experts" if family in ("mixtral", "gpt_oss") else "num_experts"] = experts
+        if family in ("qwen3_moe", "olmoe"):
+            case["norm_topk_prob"] = rng.random() < 0.5
+        if family == "qwen3_moe":
+            case["moe_intermediate_size"] = rng.randrange(4, 40, 4)
+            case["decoder_sparse_step"] = rng.choice([1, 2])
+        if family == "gpt_oss":
+            case["swiglu_limit"] = rng.choice([0.5, 7.0])
+            case["rope_parameters"] = rng.choice(
+                [DEEPSEEK_YARN, {"rope_type": "default", "rope_theta": 1e5}]
+            )
+        return case
+    case |= {
+        "n_routed_experts": experts,
+        "n_shared_experts": rng.choice([1, 2]),
+        "n_group": groups,
+        "topk_group": top_groups,
+        "first_k_dense_replace": rng.choice([0, 1]),
+        "moe_intermediate_size": rng.randrange(4, 40, 4),
+        "routed_scaling_factor": rng.choice([1.0, 2.5]),
+        "q_lora_rank": rng.choice([None, 12]),
+        "kv_lora_rank": rng.randrange(4, 24, 2),
+        "qk_nope_head_dim": rng.choice([3, 8, 16]),
+        "qk_rope_head_dim": rng.choice([2, 4, 8]),
+        "v_head_dim": rng.choice([4, 7, 16]),
+        "rope_parameters": rng.choice([DEEPSEEK_YARN, {"rope_type": "default", "rope_theta": 1e5}]),
+        "num_key_value_heads": None,
+    }
+    case["head_dim"] = case["qk_rope_head_dim"]
+    if family == "deepseek_v2":
+        case["topk_method"] = rng.choice(["greedy", "group_limited_greedy"])
+    else:
+        case["rope_interleave"] = rng.random() < 0.7
+    return case
+
+
+def random_gemma(family: str, rng: random.Random) -> dict:
+    """Draw what only Gemma has."""
+    case = {
+        "query_pre_attn_scalar": rng.randrange(2, 40),
+        "final_logit_softcapping": rng.choice([None, 3.0, 30.0]),
+    }
+    if family == "gemma2":
+        case["attn_logit_softcapping"] = rng.choice([None, 1.0, 50.0])
+        return case
+    case["rope_parameters"] = {
+        "full_attention": rng.choice(
+            [
+                {"rope_type": "default", "rope_theta": 1e6},
+                {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+            ]
+        ),
+        "sliding_attention": {"rope_type": "default", "rope_theta": rng.choice([500.0, 1e4])},
+    }
+    return case
 
 
 def random_case(seed: int) -> dict:
@@ -226,40 +429,30 @@ def random_case(seed: int) -> dict:
         "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-3]),
         "tie_word_embeddings": rng.random() < 0.5,
     }
-    if family == "qwen2":  # this family has no head_dim of its own
+    if family in ("qwen2", "olmoe", "phi3"):  # these families have no head_dim of their own
         case["hidden_size"] = kv_heads * group * head_dim
-    else:
+    if family != "qwen2":
         case["attention_bias"] = rng.random() < 0.5
-    if family in ("phi3", "mistral", "ministral"):
+    if family in ("phi3", "mistral", "ministral", "mixtral"):
         del case["attention_bias"]
+    if family in EXPERTS:
+        case |= random_experts(family, rng)
     if family == "phi3":
-        case["hidden_size"] = kv_heads * group * head_dim
         case["partial_rotary_factor"] = rng.choice([0.5, 1.0])
     types = rng.choices(["full_attention", "sliding_attention"], k=case["num_hidden_layers"])
-    if family not in ("llama", "qwen2", "qwen3"):
+    if family not in ("llama", "qwen2", "qwen3", "olmoe", "deepseek_v2", "deepseek_v3"):
         # Not 1: the cache of transformers then keeps every token, and its decode contradicts its
         # own forward pass over the whole sequence.
         case["sliding_window"] = rng.choice([2, 3, 5, 8, 13, 200])
-    if family in ("gemma2", "gemma3_text", "ministral", "smollm3"):
+    if family == "qwen3_moe":
+        case["use_sliding_window"] = rng.random() < 0.5
+    if family in ("gemma2", "gemma3_text", "ministral", "smollm3", "gpt_oss"):
         case["layer_types"] = types
     if family == "smollm3":
         case["use_sliding_window"] = True
         case["no_rope_layers"] = [rng.randrange(2) for _ in types]
     if family.startswith("gemma"):
-        case["query_pre_attn_scalar"] = rng.randrange(2, 40)
-        case["final_logit_softcapping"] = rng.choice([None, 3.0, 30.0])
-    if family == "gemma2":
-        case["attn_logit_softcapping"] = rng.choice([None, 1.0, 50.0])
-    if family == "gemma3_text":
-        case["rope_parameters"] = {
-            "full_attention": rng.choice(
-                [
-                    {"rope_type": "default", "rope_theta": 1e6},
-                    {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
-                ]
-            ),
-            "sliding_attention": {"rope_type": "default", "rope_theta": rng.choice([500.0, 1e4])},
-        }
+        case |= random_gemma(family, rng)
     if family == "llama":
         case["mlp_bias"] = rng.random() < 0.5
         case["rope_parameters"] = rng.choice(
@@ -288,6 +481,9 @@ def build(case: dict, seed: int) -> transformers.PreTrainedModel:
                 parameter.copy_(noise * (0.3 if case.get("tie_word_embeddings") else 1.0))
             else:
                 parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape))
         if case.get("stored_dtype"):
             for parameter in model.parameters():
                 stored = parameter.to(getattr(torch, case["stored_dtype"]))
@@ -307,10 +503,18 @@ def logits_of(
     """
     generator = torch.Generator().manual_seed(seed + 1)
     out: dict[str, np.ndarray] = {}
+    chosen: list[torch.Tensor] = []
+    for module in model.modules():
+        if type(module).__name__.lower().endswith("topkrouter"):
+            module.register_forward_hook(lambda module, args, out: chosen.append(out[2]))
     for i, length in enumerate(lengths):
         ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
         with torch.no_grad():
+            chosen.clear()
             result = model(ids, use_cache=True)
+            if chosen:
+                routing = torch.stack(chosen).sort(dim=-1).values
+                out[f"routing_{i}"] = routing.numpy().astype(np.int32)
             prefill, cache, steps = result.logits[0], result.past_key_values, []
             last = prefill[-1]
             for _ in range(NUM_DECODE):
@@ -356,6 +560,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--random", type=int, metavar="SEED", help="one fresh random case")
     parser.add_argument("--out", type=Path, help="where the random case goes")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), help="names of cases")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -367,7 +572,11 @@ def main() -> None:
         print(json.dumps(case))
         return
     seeds: dict[str, int] = {}
+    if set(args.cases) != set(CASES):
+        seeds = json.loads((GOLDEN / "meta.json").read_text())["seeds"]
     for number, (name, case) in enumerate(CASES.items()):
+        if name not in args.cases:
+            continue
         seeds[name] = write(case, SEED + number, GOLDEN / name)
         size = sum(path.stat().st_size for path in (GOLDEN / name).iterdir())
         print(f"{name}: {size / 1000:.0f} kB")

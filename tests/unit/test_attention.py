@@ -32,10 +32,12 @@ RULES = [
     {"window": TILE + 3, "soft_cap": 2.0},
     {"window": 2 * LENGTH},
     {"soft_cap": 0.5, "scale": 1.5},
+    {"sinks": np.array([0.5, -20.0, 2.0, 30.0], np.float32)},
+    {"sinks": np.array([1.0, 3.0, -1.0, 0.0], np.float32), "window": 5},
 ]
 
 
-def by_hand(q, keys, values, *, scale=SCALE, window=None, soft_cap=None):
+def by_hand(q, keys, values, *, scale=SCALE, window=None, soft_cap=None, sinks=None):
     """Attend from one token to the last of the given keys `[length, kv_heads, dim]`."""
     out = np.zeros_like(q, np.float64)
     if window is not None:
@@ -46,7 +48,8 @@ def by_hand(q, keys, values, *, scale=SCALE, window=None, soft_cap=None):
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
         weights = np.exp(scores - scores.max())
-        out[head] = weights @ v / weights.sum()
+        rest = 0.0 if sinks is None else np.exp(float(sinks[head]) - scores.max())
+        out[head] = weights @ v / (weights.sum() + rest)
     return out
 
 

@@ -34,7 +34,7 @@ def test_names_of_axes_become_specs(axes, spec):
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown logical axis 'head'; known: head_dim, hidden"):
+    with pytest.raises(ConfigError, match="unknown logical axis 'head'; known: expert, head_dim"):
         LogicalAxisRules().spec(("head",))
 
 

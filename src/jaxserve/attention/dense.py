@@ -35,6 +35,10 @@ from jaxserve.pallas_kernels.attention.api import attention
 from jaxserve.pallas_kernels.paged import PagedKV
 from jaxserve.pallas_kernels.plan import Plan
 
+SINKS = "sinks"
+"""What planned kernels call the array of `pallas_kernels.variant.sinks`."""
+_MOST_COMPILED = 4096
+"""Numbers in the queries of one head of keys for which kernels are compiled for the CPU."""
 _MOST_STATIC_BLOCKS = 8
 """Blocks of queries that are unrolled; longer chunks get longer blocks."""
 
@@ -49,6 +53,7 @@ def attend(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " q_heads"] | None = None,
 ) -> tuple[Float[Array, "*tokens q_heads head_dim"], KvLayer | None]:
     """Append keys and values to the cache and attend.
 
@@ -62,6 +67,7 @@ def attend(
             are the next two.
         window: Keys that a token sees back from itself, itself included; None sees all.
         soft_cap: Scores are bent to stay between minus and plus this; None leaves them.
+        sinks: Score of a key without a value, per head, that every token sees; None has none.
 
     Returns:
         The outputs, and the updated cache. Outputs of padding tokens are arbitrary but finite.
@@ -72,11 +78,13 @@ def attend(
             position = jnp.arange(q.shape[1])
             mask = position[None, :] <= position[:, None]
             mask = (mask & rule.in_window(position[:, None], position[None, :]))[None]
-            return reference.softmax_attend(q, k, v, mask, rule=rule), cache
-        return xla.causal(q, k, v, rule=rule), cache
+            return reference.softmax_attend(q, k, v, mask, rule=rule, sinks=sinks), cache
+        return xla.causal(q, k, v, rule=rule, sinks=sinks), cache
     if isinstance(plan, PaddedPlan):
         if window is not None:
             raise ValueError("a PaddedPlan knows no window, got one; pass None.")
+        if sinks is not None:
+            raise ValueError("a PaddedPlan knows no sinks, got some; pass None.")
         seen = jnp.arange(q.shape[1])[None, :] < plan.lengths[:, None]
         if plan.backend == "reference":
             return reference.softmax_attend(q, k, v, seen[:, None, :], rule=rule), cache
@@ -84,20 +92,32 @@ def attend(
     if cache is None:
         raise ValueError("an AttentionPlan needs a cache, got None; use a CausalPlan without one.")
     if plan.kernel_plans:
-        return _attend_kernels(q, k, v, cache, plan, rule=rule)
+        return _attend_kernels(q, k, v, cache, plan, rule=rule, sinks=sinks)
+    if sinks is not None and plan.sparse is not None:
+        raise ValueError("attention that leaves something unread knows no sinks, got some.")
     if plan.page_table is None:
-        return _attend_slots(q, k, v, cache, plan, rule=rule)
-    return _attend_pages(q, k, v, cache, plan, plan.page_table, rule=rule)
+        return _attend_slots(q, k, v, cache, plan, rule=rule, sinks=sinks)
+    return _attend_pages(q, k, v, cache, plan, plan.page_table, rule=rule, sinks=sinks)
 
 
 def _attend_slots(
-    q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, *, rule: ScoreRule
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KvLayer,
+    plan: AttentionPlan,
+    *,
+    rule: ScoreRule,
+    sinks: Array | None,
 ) -> tuple[Array, KvLayer]:
     rows = plan.rows
     keys, values, *_ = cache
     capacity = keys.shape[2]
-    # The kernels know neither windows nor caps; such layers take the way through XLA.
-    is_compiled = plan.backend == "llvm" and rule.window is None and rule.soft_cap is None
+    # The kernels know neither windows nor caps nor sinks; such layers take the way through XLA.
+    is_plain = rule.window is None and rule.soft_cap is None and sinks is None
+    # They hold all queries of a head of keys at once, which for latent attention is far too much.
+    is_small = q.shape[1] // k.shape[1] * q.shape[2] <= _MOST_COMPILED
+    is_compiled = plan.backend == "llvm" and is_plain and is_small
     if is_compiled and cpu_kernels.supports_slots(q.shape[2], capacity, keys.dtype.name):
         return _attend_slots_compiled(q, k, v, cache, plan, scale=rule.scale)
     # Padding rows write to the last position, which no sequence reaches.
@@ -110,7 +130,8 @@ def _attend_slots(
     if num_prefill:
         keys, values = _append_blocks(keys, values, k[rows:], v[rows:], plan)
     if plan.backend == "reference":
-        return reference.paged_attend(q, keys, values, plan, rule=rule), (keys, values)
+        out = reference.paged_attend(q, keys, values, plan, rule=rule, sinks=sinks)
+        return out, (keys, values)
 
     def decode_keys(start: Array | int, length: int) -> xla.Tile:
         if jnp.ndim(start):
@@ -118,7 +139,18 @@ def _attend_slots(
         return _cut_all(keys, values, rows, start, length)
 
     row_tile = _slot_tiles(keys, values, plan.kv_tile)
-    out = _attend_tiles(q, k, v, plan, decode_keys, row_tile, row_len=capacity, unit=1, rule=rule)
+    out = _attend_tiles(
+        q,
+        k,
+        v,
+        plan,
+        decode_keys,
+        row_tile,
+        row_len=capacity,
+        unit=1,
+        rule=rule,
+        sinks=sinks,
+    )
     return _attend_sparse(out, q, (keys, values), plan, decode_keys, rule=rule)
 
 
@@ -282,6 +314,7 @@ def _attend_tiles(
     row_len: int,
     unit: int,
     rule: ScoreRule,
+    sinks: Array | None,
 ) -> Array:
     """Attend from decode rows and from prefill tokens.
 
@@ -296,6 +329,7 @@ def _attend_tiles(
         row_len: Most keys that a row of the cache can hold.
         unit: Keys that can only be read together: a page.
         rule: How products become scores, and how far back a token sees.
+        sinks: Score of each head's sink; None has none.
     """
     rows, dtype = plan.rows, q.dtype
     q, k, v = _upcast(plan, q, k, v)
@@ -311,7 +345,7 @@ def _attend_tiles(
         keys, values = (part.astype(q.dtype) for part in decode_keys(0, count))
         key = jnp.arange(count)[None, None, :]
         seen = (key < num_seen[:, :, None]) & rule.in_window(position[:, :, None], key)
-        return xla.visit(xla.begin(queries.shape), queries, keys, values, seen, rule=rule)
+        return xla.visit(xla.begin(queries.shape, sinks), queries, keys, values, seen, rule=rule)
 
     def many() -> xla.State:
         # With a window each row begins at the first tile that it sees, wherever others are.
@@ -320,7 +354,7 @@ def _attend_tiles(
             first = jnp.maximum(num_seen[:, 0] - rule.window, 0) // tile_len * tile_len
         count = longest if first is None else jnp.max(num_seen[:, 0] - first)
         return xla.visit_tiles(
-            xla.begin(queries.shape),
+            xla.begin(queries.shape, sinks),
             queries,
             lambda i: decode_keys(i * tile_len + (0 if first is None else first), tile_len),
             (0, (count + tile_len - 1) // tile_len),
@@ -340,7 +374,7 @@ def _attend_tiles(
     out = _by_token(xla.finish(state, dtype), group)[:, 0]
     if q.shape[0] == rows:
         return out
-    prefill = _attend_prefill(q[rows:], k[rows:], v[rows:], plan, row_tile, rule=rule)
+    prefill = _attend_prefill(q[rows:], k[rows:], v[rows:], plan, row_tile, rule=rule, sinks=sinks)
     return jnp.concatenate([out, prefill.astype(dtype)])
 
 
@@ -352,6 +386,7 @@ def _attend_prefill(
     row_tile: Callable[[Array, Array], xla.Tile],
     *,
     rule: ScoreRule,
+    sinks: Array | None,
 ) -> Array:
     """Attend among the step's own prefill tokens, then to what the cache held before.
 
@@ -374,7 +409,7 @@ def _attend_prefill(
         seen &= rule.in_window(own, key)
         parts.append(
             xla.visit(
-                xla.begin(queries.shape),
+                xla.begin(queries.shape, sinks),
                 queries,
                 keys[:, :, first:high],
                 values[:, :, first:high],
@@ -442,7 +477,14 @@ def _pad_tail(x: Array, extra: int) -> Array:
 
 
 def _attend_kernels(
-    q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, *, rule: ScoreRule
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KvLayer,
+    plan: AttentionPlan,
+    *,
+    rule: ScoreRule,
+    sinks: Array | None,
 ) -> tuple[Array, KvLayer]:
     """Attend with planned paged kernels."""
     paged = next((p for p in plan.kernel_plans if p.spec.window == rule.window), None)
@@ -466,7 +508,7 @@ def _attend_kernels(
         q,
         PagedKV(k=keys, v=values),
         paged,
-        extra=plan.extra,
+        extra=plan.extra if sinks is None else {**plan.extra, SINKS: sinks.astype(jnp.float32)},
         sm_scale=rule.scale,
         backend=KERNEL_BACKENDS[plan.backend],
     )
@@ -517,6 +559,7 @@ def _attend_pages(
     page_table: Array,
     *,
     rule: ScoreRule,
+    sinks: Array | None,
 ) -> tuple[Array, KvLayer]:
     page_size = cache[0].shape[2]
     row = jnp.maximum(plan.token_row, 0)
@@ -528,7 +571,12 @@ def _attend_pages(
 
     if plan.backend == "reference":
         out = reference.paged_attend(
-            q, _gather_pages(keys, page_table), _gather_pages(values, page_table), plan, rule=rule
+            q,
+            _gather_pages(keys, page_table),
+            _gather_pages(values, page_table),
+            plan,
+            rule=rule,
+            sinks=sinks,
         )
         return out, (keys, values)
 
@@ -550,6 +598,15 @@ def _attend_pages(
         return _gather_pages(keys, pages), _gather_pages(values, pages)
 
     out = _attend_tiles(
-        q, k, v, plan, decode_keys, row_tile, row_len=row_len, unit=page_size, rule=rule
+        q,
+        k,
+        v,
+        plan,
+        decode_keys,
+        row_tile,
+        row_len=row_len,
+        unit=page_size,
+        rule=rule,
+        sinks=sinks,
     )
     return _attend_sparse(out, q, (keys, values), plan, decode_keys, rule=rule)

@@ -14,14 +14,21 @@ def softmax_attend(
     mask: Array,
     *,
     rule: ScoreRule,
+    sinks: Float[Array, " q_heads"] | None = None,
 ) -> Float[Array, "*batch q_len q_heads head_dim"]:
-    """Attend where `mask[*batch, q_len, kv_len]` is true; rows without any key give zeros."""
+    """Attend where `mask[*batch, q_len, kv_len]` is true; rows without any key give zeros.
+
+    A sink is one more key, with a score of its own and the value zero.
+    """
     group = q.shape[-2] // k.shape[-2]
     k = jnp.repeat(k, group, axis=-2).astype(jnp.float32)
     v = jnp.repeat(v, group, axis=-2).astype(jnp.float32)
     scores = rule.scores(jnp.einsum("...qhd,...shd->...hqs", q.astype(jnp.float32), k))
     scores = jnp.where(mask[..., None, :, :], scores, -jnp.inf)
-    weights = jnp.nan_to_num(jax.nn.softmax(scores, axis=-1))
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jnp.nan_to_num(jax.nn.softmax(scores, axis=-1))[..., : k.shape[-3]]
     return jnp.einsum("...hqs,...shd->...qhd", weights, v).astype(q.dtype)
 
 
@@ -32,6 +39,7 @@ def paged_attend(
     plan: AttentionPlan,
     *,
     rule: ScoreRule,
+    sinks: Float[Array, " q_heads"] | None = None,
 ) -> Float[Array, "tokens q_heads head_dim"]:
     """Attend from every packed token to the keys of its row that it may see."""
     row = jnp.maximum(plan.token_row, 0)
@@ -41,4 +49,4 @@ def paged_attend(
     position = plan.token_position[:, None, None]
     mask = (key_position <= position) & (plan.token_row[:, None, None] >= 0)
     mask &= rule.in_window(position, key_position)
-    return softmax_attend(q[:, None], k, v, mask, rule=rule)[:, 0]
+    return softmax_attend(q[:, None], k, v, mask, rule=rule, sinks=sinks)[:, 0]

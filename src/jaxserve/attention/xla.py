@@ -28,6 +28,7 @@ def causal(
     v: Float[Array, "batch time kv_heads head_dim"],
     *,
     rule: ScoreRule,
+    sinks: Float[Array, " q_heads"] | None = None,
 ) -> Float[Array, "batch time q_heads head_dim"]:
     """Plain causal attention without a cache; differentiable."""
     batch, time, heads, dim = q.shape
@@ -38,7 +39,10 @@ def causal(
     seen = position[None, :] <= position[:, None]
     seen &= rule.in_window(position[:, None], position[None, :])
     scores = jnp.where(seen, rule.scores(scores), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :time].astype(q.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
 
 
@@ -57,13 +61,21 @@ def padded(
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
 
-def begin(shape: tuple[int, ...]) -> State:
-    """Return the state of queries `[..., head_dim]` that have seen no key."""
-    return (
-        jnp.zeros(shape, jnp.float32),
-        jnp.full(shape[:-1], MASKED, jnp.float32),
-        jnp.zeros(shape[:-1], jnp.float32),
-    )
+def begin(shape: tuple[int, ...], sinks: Float[Array, " q_heads"] | None = None) -> State:
+    """Return the state of queries that have seen no key, or each its head's sink.
+
+    Args:
+        shape: Of the queries, `[rows, kv_heads, queries, head_dim]`; those of a head lie side by
+            side.
+        sinks: Score of a key without a value, per head; None has none.
+    """
+    out = jnp.zeros(shape, jnp.float32)
+    if sinks is None:
+        top = jnp.full(shape[:-1], MASKED, jnp.float32)
+        return out, top, jnp.zeros(shape[:-1], jnp.float32)
+    by_head = sinks.astype(jnp.float32).reshape(shape[1], -1)
+    top = jnp.repeat(by_head, shape[2] // by_head.shape[1], axis=1)
+    return out, jnp.broadcast_to(top, shape[:-1]), jnp.ones(shape[:-1], jnp.float32)
 
 
 def visit(

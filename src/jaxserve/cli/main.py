@@ -1,4 +1,4 @@
-"""`jaxserve serve | pull | convert | models | profile | sim | doctor | version`."""
+"""`jaxserve serve | pull | convert | models | profile | shard | sim | doctor | version`."""
 
 import argparse
 import importlib.metadata
@@ -24,6 +24,7 @@ commands:
   convert SOURCE TARGET   write a model as safetensors or Orbax (convert --help lists the flags)
   models                  list the models on this machine
   profile [MODEL]         measure how long steps take here, for --cost-model
+  shard explain MODEL     show how weights lie on several devices: --tp N --ep N
   sim replay LOG          run a policy again on what it saw (--decision-log), and compare
   doctor                  say which kernels this machine runs, and why
   version                 print versions
@@ -171,6 +172,21 @@ def profile(argv: Sequence[str]) -> int:
     return run(argv, _out)
 
 
+def shard(argv: Sequence[str]) -> int:
+    """Show how the weights of a model lie on several devices.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        JaxserveError: If the model cannot be had, or the devices do not divide it.
+    """
+    from jaxserve.cli.shard import run, shard_parser  # noqa: PLC0415  loads JAX
+
+    parser = _Parser(prog="jaxserve shard", description="Weights on several devices.")
+    return run(shard_parser(parser).parse_args(list(argv)), _out)
+
+
 def sim(argv: Sequence[str]) -> int:
     """Run a policy again on the views of a decision log.
 
@@ -238,6 +254,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "models": models,
     "profile": profile,
+    "shard": shard,
     "sim": sim,
     "doctor": doctor,
     "version": version,

@@ -274,6 +274,7 @@ class _Stored(_Origin):
         raw = dict(read_json(self.checkpoint.path / "config.json"))
         if "text_config" in raw:  # only the language model of one that also sees is written
             return super().config_json(dtype)
+        raw.pop("quantization_config", None)  # what is narrow in the source is written wide
         key = "dtype" if "dtype" in raw else "torch_dtype"
         return raw | {key: dtype}
 

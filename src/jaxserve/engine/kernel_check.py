@@ -77,7 +77,9 @@ def _compare(plans: KernelPlans, spec: PlanSpec, lengths: tuple[int, ...]) -> st
     pool = (indices.size + 1, spec.kv_heads, spec.page_size)
     kv = PagedKV(k=random(*pool, spec.head_dim), v=random(*pool, spec.v_dim))
     q = random(spec.max_tokens, spec.q_heads, spec.head_dim).astype(spec.q_dtype)
-    extra = {name: jnp.asarray(value) for name, value in plans.extra.items()}
+    # What every layer has of its own is not known to the plans.
+    extra = {n: random(spec.q_heads) for n, kind in plans.variant.extras.items() if kind == "head"}
+    extra |= {name: jnp.asarray(value) for name, value in plans.extra.items()}
 
     def attend(backend: str) -> np.ndarray:
         run = functools.partial(attention, variant=plans.variant, backend=backend)

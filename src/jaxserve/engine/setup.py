@@ -16,7 +16,7 @@ from flax import nnx
 from jaxserve.attention.custom import CustomAttention
 from jaxserve.cache.buffers import slot_capacity
 from jaxserve.core.config import EngineConfig, ModelOptions
-from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError
+from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
 from jaxserve.engine.constraints import make_constraints
@@ -64,7 +64,7 @@ from jaxserve.models.registry import (
     fill,
     flatten_params,
 )
-from jaxserve.pallas_kernels.variant import compose, soft_cap
+from jaxserve.pallas_kernels.variant import compose, sinks, soft_cap
 from jaxserve.scheduling.policies import PolicySettings
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import LogicalAxisRules
@@ -451,6 +451,8 @@ def _kernel_plans(
     shape, parts = model.config, []
     if shape.attention_soft_cap is not None:
         parts.append(soft_cap(shape.attention_soft_cap))
+    if shape.attention_sinks:
+        parts.append(sinks())
     if attention is not None:
         # A plan has room for few more items than tiles, and a block mask may cut tiles at will.
         parts.append(dataclasses.replace(attention.variant, block_mask=None))
@@ -507,6 +509,12 @@ def assemble(
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
     check_sparse(config, model.mesh, has_own=attention is not None)
+    if config.lora.enable_lora and model.config.latent is not None:
+        raise UnsupportedError(
+            f"enable_lora: adapters are not served with latent attention, which "
+            f"{model.config.model_type} has; leave enable_lora out, and merge the adapter into the "
+            "model."
+        )
     dtype = str(jax.tree.leaves(cast(Any, model.state)["norm"])[0].dtype)
     arrays = flatten_params(model.state)
     scheme = scheme_of(arrays)

@@ -90,7 +90,10 @@ def index_bytes(config: EngineConfig, shape: ModelConfig) -> float:
 def sparse_layers(config: TacticConfig, shape: ModelConfig) -> tuple[bool, ...]:
     """Say which layers may leave something unread: behind the first, those that see everything."""
     return tuple(
-        index >= config.dense_layers and kind.window is None and shape.attention_soft_cap is None
+        index >= config.dense_layers
+        and kind.window is None
+        and shape.attention_soft_cap is None
+        and not shape.attention_sinks
         for index, kind in enumerate(shape.kinds)
     )
 
@@ -152,8 +155,8 @@ def sparse_spec(
     if not any(layers):
         raise ConfigError(
             f"sparse_attention finds no layer to work on: of the model's {len(layers)}, the first "
-            f"{settings.dense_layers} are read whole, and so are those with windows or soft caps. "
-            "Lower dense_layers, or leave sparse_attention out."
+            f"{settings.dense_layers} are read whole, and so are those with windows, soft caps or "
+            "sinks. Lower dense_layers, or leave sparse_attention out."
         )
     pages = settings.segment // config.cache.block_size
     return SparseSpec(

@@ -15,15 +15,15 @@ from flax import nnx
 from jaxserve.core.errors import ConfigError
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.loading import hf_name, is_kernel, load_params
+from jaxserve.models.loading import hf_name, is_kernel, load_params, turned_shape
 from jaxserve.models.quantization import (
     is_finite,
     is_scale,
     not_finite,
-    output_axis,
     quantize_array,
     quantize_rows,
     scale_path,
+    summed_axis,
 )
 from jaxserve.models.registry import flatten_params
 
@@ -103,7 +103,7 @@ def prepare_weights(
             if scale_path(path) in specs and _is_narrow(arrays.get(path), specs[path])
         }
     expected = {
-        name: _turned(specs[path].shape) if turned and is_kernel(path) else specs[path].shape
+        name: turned_shape(specs[path].shape) if turned and is_kernel(path) else specs[path].shape
         for name, path in wanted.items()
     }
     _check(arrays, given, expected, partial=partial)
@@ -242,10 +242,6 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"
 
 
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[::-1])
-
-
 def _is_narrow(array: jax.Array | np.ndarray | None, spec: jax.ShapeDtypeStruct) -> bool:
     return array is not None and array.dtype == spec.dtype
 
@@ -279,25 +275,25 @@ def _quantize(
 ) -> dict[str, jax.Array]:
     """Make narrow weights and scales of plain weights."""
     spec, scale_spec = specs[path], specs[scale_path(path)]
-    axis = output_axis(path)
+    axis = summed_axis(path)
     kinds = (str(array.dtype), str(spec.dtype))
     tally.casts[kinds] = tally.casts.get(kinds, 0) + 1
     if isinstance(array, jax.Array):
         source, is_near = array, array.sharding.device_set == spec.sharding.device_set
         if not is_near:
-            source = jax.device_put(array.T if turn else array, spec.sharding)
+            source = jax.device_put(array.swapaxes(-1, -2) if turn else array, spec.sharding)
             tally.num_moved += 1
         made = quantize_array(source, spec, scale_spec, axis, turn=turn and is_near)
         if donate:
             jax.block_until_ready(made)
             array.delete()
         return dict(zip((path, scale_path(path)), made, strict=True))
-    rows = array if turn or axis == 0 else array.T
+    rows = array if turn or axis == -1 else np.swapaxes(array, -1, -2)
     try:
         stored, scale = quantize_rows(rows, spec.dtype)
     except ValueError:
         raise ConfigError(f"{not_finite([path])} Nothing was changed.") from None
-    narrow = np.ascontiguousarray(stored.T) if axis else stored
+    narrow = stored if axis == -1 else np.ascontiguousarray(np.swapaxes(stored, -1, -2))
     return {
         path: jax.device_put(narrow, spec.sharding),
         scale_path(path): jax.device_put(scale, scale_spec.sharding),
@@ -313,7 +309,7 @@ def _fit(
     donate: bool,
 ) -> jax.Array:
     """Bring one array into the dtype and onto the devices of the one it replaces."""
-    value: jax.Array | np.ndarray = array.T if turn else array
+    value: jax.Array | np.ndarray = array.swapaxes(-1, -2) if turn else array
     if value.dtype != spec.dtype:
         kind = (str(value.dtype), str(spec.dtype))
         tally.casts[kind] = tally.casts.get(kind, 0) + 1

@@ -32,7 +32,7 @@ def prepare_buffer(value: np.ndarray, dtype: DTypeLike, *, transpose: bool) -> n
     Args:
         value: Any array; it may be a view of a file.
         dtype: The element type wanted.
-        transpose: Whether to exchange the two axes.
+        transpose: Whether to exchange the two last axes.
 
     Returns:
         An aligned and contiguous array of its own; `value` itself if it already is one.
@@ -41,11 +41,14 @@ def prepare_buffer(value: np.ndarray, dtype: DTypeLike, *, transpose: bool) -> n
     with np.errstate(over="ignore"):  # a bfloat16 weight beyond float16 becomes infinite
         cast = value.astype(kind, copy=False)
     if transpose:
-        out = empty_buffer(cast.shape[::-1], kind)
+        *stack, num_rows, num_columns = cast.shape
+        out = empty_buffer((*stack, num_columns, num_rows), kind)
         rows = max(1, _ALIGNMENT // kind.itemsize)
-        # A strip as wide as a cache line; one whole transposed copy takes 3 to 6 times as long.
-        for start in range(0, len(cast), rows):
-            out[:, start : start + rows] = cast[start : start + rows].T
+        for place in np.ndindex(*stack):
+            source, target = cast[place], out[place]
+            # A strip as wide as a cache line; one whole transposed copy takes 3 to 6 times as long.
+            for start in range(0, num_rows, rows):
+                target[:, start : start + rows] = source[start : start + rows].T
         return out
     is_own = cast.flags.writeable and cast.flags.c_contiguous
     if is_own and cast.ctypes.data % _ALIGNMENT == 0:

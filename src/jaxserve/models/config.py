@@ -15,6 +15,7 @@ from jaxtyping import Float32
 
 from jaxserve.core.errors import CheckpointError, ConfigError
 from jaxserve.models.hf_config import read_hf_config
+from jaxserve.models.parts import ExpertsConfig, LatentConfig
 from jaxserve.models.positions import LayerKind, RopeScaling, rope_frequencies
 
 HiddenAct = Literal["silu", "gelu_tanh"]
@@ -41,10 +42,14 @@ class ModelConfig:
         qkv_bias: Whether query, key and value projections have biases.
         o_bias: Whether the attention output projection has one.
         mlp_bias: Whether the three MLP projections have them.
-        qk_norm: Whether queries and keys are normed per head before rotation.
+        qk_norm: Whether queries and keys are normed before rotation.
+        qk_norm_per_head: Whether that is done head by head, not over all heads together.
+        qkv_clip: Bound of queries, keys and values before rotation; None has none.
+        attention_sinks: Whether every head has a learnt score that takes a share of the attention
+            and gives no value.
         hidden_act: Activation of the MLP gate.
-        layer_kinds: What each layer makes of positions; empty if all see the whole context and
-            rotate alike.
+        layer_kinds: What each layer makes of positions, and which layers have experts; empty if
+            all see the whole context, rotate alike and have none.
         local_rope_theta: Base of the rotary frequencies of layers whose kind says "local".
         rotary_dim: How many numbers of each head are rotated, from the first; None is all.
         attention_scale: Multiplies the products of queries and keys; None is head_dim ** -0.5.
@@ -52,6 +57,9 @@ class ModelConfig:
         final_soft_cap: Bound of the logits; None has none.
         embedding_scale: Multiplies the embeddings, rounded to the precision of the weights.
         norm_plus_one: Whether norms multiply by one plus their weight, before they round.
+        experts: The feed-forward of layers that have experts.
+        latent: How keys and values are compressed; `num_kv_heads` is 1 then, and `head_dim` the
+            width of what is cached.
         eos_token_ids: Tokens that end a completion.
         bos_token_id: Token that begins a text, if there is one.
         torch_dtype: Name of the checkpoint's own precision, if it says.
@@ -77,6 +85,9 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
+    qkv_clip: float | None = None
+    attention_sinks: bool = False
     hidden_act: HiddenAct = "silu"
     layer_kinds: tuple[LayerKind, ...] = ()
     local_rope_theta: float | None = None
@@ -86,6 +97,8 @@ class ModelConfig:
     final_soft_cap: float | None = None
     embedding_scale: float | None = None
     norm_plus_one: bool = False
+    experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     torch_dtype: str | None = None
@@ -115,6 +128,7 @@ class ModelConfig:
                 f"{len(self.layer_kinds)}."
             )
         self._check_numbers()
+        self._check_parts()
         self._check_rope()
 
     def _check_numbers(self) -> None:
@@ -126,10 +140,24 @@ class ModelConfig:
             "attention_soft_cap",
             "final_soft_cap",
             "embedding_scale",
+            "qkv_clip",
         ):
             value = getattr(self, name)
             if value is not None and (not value > 0 or not math.isfinite(value)):
                 raise ConfigError(f"{name} must be positive, got {value}.")
+
+    def _check_parts(self) -> None:
+        if any(kind.has_experts for kind in self.layer_kinds) and self.experts is None:
+            raise ConfigError("layer_kinds names layers with experts, got no experts.")
+        latent = self.latent
+        if latent is None:
+            return
+        found = self.num_kv_heads, self.head_dim, self.rotary_dim
+        if found != (1, latent.cached_dim, latent.rotary_dim):
+            raise ConfigError(
+                "num_kv_heads, head_dim and rotary_dim of latent attention must be (1, "
+                f"{latent.cached_dim}, {latent.rotary_dim}), got {found}."
+            )
 
     def _check_rope(self) -> None:
         rotary = self.rotary_dim or self.head_dim

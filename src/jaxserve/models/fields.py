@@ -45,15 +45,15 @@ class Fields:
             "download the model again."
         )
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of at least 1.
+    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """Return a whole number of at least `least`.
 
         Raises:
             CheckpointError: If it is missing without a default, or something else.
         """
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise self._wrong(key, value, "a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+            raise self._wrong(key, value, f"a whole number of at least {least}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

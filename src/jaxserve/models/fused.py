@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.expert_tensors import ExpertSlice, find_experts, own_name, unstack
 
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(self_attn\.qkv_proj|mlp\.gate_up_proj)\.(\w+)")
 _PART = re.compile(r"(model\.layers\.\d+\.)(self_attn\.\w+|mlp\.\w+)\.(\w+)")
@@ -64,7 +65,7 @@ def fused_parts(config: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
 
 def slices_of(
     config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str
-) -> dict[str, Slice]:
+) -> dict[str, Slice | ExpertSlice]:
     """Find every tensor of the language model, by its own name.
 
     Args:
@@ -73,20 +74,26 @@ def slices_of(
         where: The checkpoint, for error messages.
 
     Raises:
-        CheckpointError: If a fused tensor has another number of rows than its parts together, or
-            two tensors would have one name.
+        CheckpointError: If a fused tensor has another number of rows than its parts together,
+            two tensors would have one name, or experts are missing.
     """
     fused = fused_parts(config)
+    stacks, taken = find_experts(config, shapes, where)
     found: dict[str, Slice] = {}
     for source, shape in shapes.items():
-        for name, part in _split(source, shape, fused, where):
+        if source in taken:
+            continue
+        for stored, part in _split(source, shape, fused, where):
+            name = own_name(config, stored)
+            if name is None:
+                continue
             if name in found:
                 raise CheckpointError(
                     f"{where}: found tensor {name!r} twice, as {found[name].source!r} and as "
                     f"{source!r}; remove the files that do not belong to the model."
                 )
             found[name] = part
-    return found
+    return {**found, **stacks}
 
 
 def fuse(
@@ -107,7 +114,7 @@ def fuse(
         for part, _ in parts
     }
     held: dict[str, np.ndarray] = {}
-    for name, value in tensors:
+    for name, value in unstack(config, tensors):
         match = _PART.fullmatch(name)
         if match is None or match[2] not in home:
             yield name, value

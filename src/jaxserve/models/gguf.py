@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxserve.core.errors import CheckpointError, UnsupportedError, did_you_mean
+from jaxserve.models.expert_tensors import ExpertSlice
 from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start
 from jaxserve.models.fused import slices_of
@@ -316,6 +317,8 @@ class GgufCheckpoint:
         shapes = {ours: infos[name].shape for ours, name in named.items()}
         tensors: dict[str, TensorInfo] = {}
         for ours, part in slices_of(self.config, shapes, str(self.path)).items():
+            if isinstance(part, ExpertSlice):
+                raise UnsupportedError(f"{self.path}: experts are not read from GGUF files.")
             info = infos[named[part.source]]
             if part.start is not None:
                 # Rows are packed one behind the other.

@@ -11,6 +11,13 @@ from typing import Any, NoReturn
 
 from jaxserve.core.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean
 from jaxserve.models.fields import Fields
+from jaxserve.models.hf_parts import (
+    MXFP4,
+    PARTS_DEFAULTS,
+    layers_with_experts,
+    read_attention_parts,
+    read_experts,
+)
 from jaxserve.models.positions import (
     MOST_LAYERS,
     LayerKind,
@@ -30,6 +37,12 @@ _FAMILY_OF = {
     "gemma3": "gemma3",
     "phi3": "phi3",
     "smollm3": "smollm3",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "gpt_oss": "gpt_oss",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
 }
 """Hugging Face `model_type` -> our family."""
 
@@ -91,6 +104,7 @@ _HF_DEFAULTS: Mapping[str, Mapping[str, object]] = {
         "rope_theta": 2000000.0,
         "tie_word_embeddings": True,
     },
+    **PARTS_DEFAULTS,
 }
 """What a key means when a `config.json` leaves it out; transformers' class defaults."""
 
@@ -151,6 +165,8 @@ def read_hf_config(raw: Mapping[str, object]) -> dict[str, Any]:
         "torch_dtype": values.word("dtype") or values.word("torch_dtype"),
         **_read_biases(values, family),
         **_read_gemma(values, family, hidden_size),
+        **read_experts(values, family),
+        **read_attention_parts(values, family, scaling),
     }
 
 
@@ -173,14 +189,15 @@ def _activation(values: Fields, family: str) -> object:
 
 
 def _read_biases(values: Fields, family: str) -> dict[str, bool]:
-    # mistral and phi3 have no such switch; qwen2 always has biases on q, k and v, never on o.
-    has_switch = family in {"llama", "qwen3", "smollm3", "gemma2", "gemma3"}
+    # mistral, mixtral and phi3 have no such switch; qwen2 always has biases on q, k and v, never on
+    # o.
+    has_switch = family not in {"mistral", "phi3", "qwen2", "mixtral"}
     attention_bias = has_switch and values.flag("attention_bias")
     return {
         "qkv_bias": attention_bias or family == "qwen2",
         "o_bias": attention_bias,
         "mlp_bias": family in {"llama", "smollm3"} and values.flag("mlp_bias"),
-        "qk_norm": family in {"qwen3", "gemma3"},
+        "qk_norm": family in {"qwen3", "gemma3", "qwen3_moe", "olmoe"},
     }
 
 
@@ -216,8 +233,10 @@ def _refuse_variations(values: Fields, model_type: str) -> None:
     if act != expected:
         name = "hidden_act" if expected == "silu" else "hidden_activation"
         _refuse(f"{name} {act!r}", repr(expected), model_type)
-    if values.get("quantization_config") is not None:
-        method = (values.table("quantization_config") or {}).get("quant_method")
+    method = (values.table("quantization_config") or {}).get("quant_method")
+    # What gpt-oss is published in is read, and widened.
+    is_readable = family == "gpt_oss" and method == MXFP4
+    if values.get("quantization_config") is not None and not is_readable:
         raise UnsupportedError(
             f"config.json: found quantization_config with quant_method {method!r}, expected "
             "unquantised safetensors, or a GGUF file; get the original model, and quantise it as "
@@ -245,13 +264,15 @@ def _read_layer_kinds(
             f"config.json: found {num_layers} for 'num_hidden_layers', expected at most "
             f"{MOST_LAYERS}; repair the file or download the model again."
         )
+    experts = layers_with_experts(values, family, num_layers)
     rotates = _read_rope_layers(values, num_layers) if family == "smollm3" else [True] * num_layers
     slides = _read_sliding(values, family, num_layers, rotates)
     window: int | None = None
     if any(slides):
         if family == "llama":
             _refuse("layer_types sliding_attention", "full_attention in every layer", model_type)
-        if family in {"qwen2", "qwen3"} and not values.flag("use_sliding_window"):
+        is_switched = family in {"qwen2", "qwen3", "qwen3_moe"}
+        if is_switched and not values.flag("use_sliding_window"):
             found = "layer_types sliding_attention beside use_sliding_window false"
             _refuse(found, "full_attention in every layer", model_type)
         window = values.count("sliding_window")
@@ -261,8 +282,9 @@ def _read_layer_kinds(
         LayerKind(
             window=window if sliding else None,
             rope="none" if not rotated else "local" if sliding and family == "gemma3" else "global",
+            has_experts=has_experts,
         )
-        for sliding, rotated in zip(slides, rotates, strict=True)
+        for sliding, rotated, has_experts in zip(slides, rotates, experts, strict=True)
     )
     return () if all(kind == LayerKind() for kind in kinds) else kinds
 
@@ -275,14 +297,16 @@ def _read_sliding(values: Fields, family: str, num_layers: int, rotates: list[bo
     has_window = "sliding_window" in values
     switched = has_window and values.flag("use_sliding_window")
     match family:
-        case "mistral" | "phi3":
+        case "mistral" | "phi3" | "mixtral":
             return [has_window] * num_layers
+        case "qwen3_moe":
+            return [switched] * num_layers
         case "qwen2" | "qwen3":
             first = values.number("max_window_layers")
             return [switched and i >= first for i in range(num_layers)]
         case "smollm3":
             return [switched and not rotated for rotated in rotates]
-        case "gemma2":
+        case "gemma2" | "gpt_oss":
             return [i % 2 == 0 for i in range(num_layers)]
         case "gemma3":
             period = values.count("sliding_window_pattern")

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxserve.core.errors import UnsupportedError
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.hf_parts_writer import latent_scale_fields, write_parts
 from jaxserve.models.positions import RopeScaling
 
 _NAMES = {
@@ -17,13 +18,25 @@ _NAMES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "phi3": ("phi3", "Phi3ForCausalLM"),
     "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
+    "mixtral": ("mixtral", "MixtralForCausalLM"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "olmoe": ("olmoe", "OlmoeForCausalLM"),
+    "gpt_oss": ("gpt_oss", "GptOssForCausalLM"),
+    "deepseek_v2": ("deepseek_v2", "DeepseekV2ForCausalLM"),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3ForCausalLM"),
 }
 """Family -> its Hugging Face `model_type` and class."""
 _MIXED_MISTRAL = ("ministral", "MinistralForCausalLM")
 """The Mistral whose layers differ."""
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 _NULLABLE = frozenset(
-    {"pad_token_id", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+    {
+        "pad_token_id",
+        "sliding_window",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "q_lora_rank",
+    }
 )
 """Keys whose absence means a default of the class, and null that there is none."""
 _LLAMA3_CONTEXTS = tuple(2**power for power in range(11, 18))
@@ -77,12 +90,14 @@ def write_hf_config(config: ModelConfig, *, dtype: str) -> dict[str, object]:
         "torch_dtype": dtype,
     }
     raw |= _gemma_fields(config) if is_gemma else {}
-    raw |= _layer_fields(config)
+    raw |= _layer_fields(config) | write_parts(config)
     expected = dataclasses.replace(config, torch_dtype=dtype)
     if config.rope_scaling is not None:
         scaling = _named_scaling(config)
-        raw["rope_scaling"] = _rope_table(config, scaling)
+        raw["rope_scaling"] = _rope_table(config, scaling) | latent_scale_fields(config)
         expected = dataclasses.replace(expected, rope_scaling=scaling)
+    elif config.model_type == "gpt_oss":  # which has yarn where nothing is said
+        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.model_type == "phi3":
         raw |= _phi3_fields(config)
     raw = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
@@ -138,9 +153,11 @@ def _layer_fields(config: ModelConfig) -> dict[str, object]:
         window = window or config.max_position
     types = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
     match family:
-        case "llama":
+        case "llama" | "olmoe" | "deepseek_v2" | "deepseek_v3":
             return {}
-        case "mistral" | "phi3" if all(slides) or not any(slides):
+        case "qwen3_moe":
+            return {"use_sliding_window": any(slides), "sliding_window": window}
+        case "mistral" | "phi3" | "mixtral" if all(slides) or not any(slides):
             return {"sliding_window": window}
         case "qwen2" | "qwen3":
             first = slides.index(True) if any(slides) else config.num_layers

@@ -50,7 +50,7 @@ class TokenModel(Protocol):
         ...
 
 
-def param(value: Array, *axes: str) -> nnx.Param:
+def param(value: Array, *axes: str | None) -> nnx.Param:
     """Wrap a weight, naming its logical axes in the metadata field `axes`."""
     return nnx.Param(value, axes=axes)
 
@@ -214,9 +214,16 @@ _ACTIVATIONS: Mapping[HiddenAct, Callable[[Array], Array]] = {
 class GatedMlp(nnx.Module):
     """The gated feed-forward: SwiGLU, or with a GELU as its gate."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        inner_size: int | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         """Make the three projections."""
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner = config.hidden_size, inner_size or config.intermediate_size
         bias = config.mlp_bias
         self.hidden_act: HiddenAct = config.hidden_act
 
@@ -269,12 +276,18 @@ class Attention(nnx.Module):
         self.v_proj = linear(hidden, kv_heads * dim, "hidden", "kv_heads", use_bias=bias)
         self.o_proj = linear(heads * dim, hidden, "q_heads", "hidden", use_bias=config.o_bias)
 
-        def norm() -> RMSNorm | None:
+        def norm(heads: int, axis: str) -> RMSNorm | None:
             if not config.qk_norm:
                 return None
-            return make_norm(config, dim, axis="head_dim", dtype=dtype)
+            if config.qk_norm_per_head:
+                return make_norm(config, dim, axis="head_dim", dtype=dtype)
+            return make_norm(config, heads * dim, axis=axis, dtype=dtype)
 
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm, self.k_norm = norm(heads, "q_heads"), norm(kv_heads, "kv_heads")
+        self.norm_per_head, self.clip = config.qk_norm_per_head, config.qkv_clip
+        self.sinks: nnx.Param[Array] | None = nnx.data(None)
+        if config.attention_sinks:
+            self.sinks = nnx.data(param(jnp.zeros((heads,), dtype), "q_heads"))
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.scale = config.attention_scale or dim**-0.5
         self.window, self.soft_cap = kind.window, config.attention_soft_cap
@@ -291,11 +304,15 @@ class Attention(nnx.Module):
         lead = x.shape[:-1]
         products = project(x, (self.q_proj, self.k_proj, self.v_proj), plan)
         q, k, v = adapters.adapt(x, products, lora, adapters.QKV)
+        if not self.norm_per_head:
+            q, k = self._norm(q, k)
+        if self.clip is not None:
+            q, k, v = (jnp.clip(part, -self.clip, self.clip) for part in (q, k, v))
         q = q.reshape(*lead, self.heads, self.dim)
         k = k.reshape(*lead, self.kv_heads, self.dim)
         v = v.reshape(*lead, self.kv_heads, self.dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.norm_per_head:
+            q, k = self._norm(q, k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         with jax.named_scope("attend"):
@@ -308,10 +325,46 @@ class Attention(nnx.Module):
                 scale=self.scale,
                 window=self.window,
                 soft_cap=self.soft_cap,
+                sinks=None if self.sinks is None else self.sinks[...],
             )
         out = out.reshape(*lead, self.heads * self.dim)
         products = project(out, (self.o_proj,), plan)
         return adapters.adapt(out, products, lora, adapters.OUT)[0], cache
+
+    def _norm(self, q: Array, k: Array) -> tuple[Array, Array]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+
+@runtime_checkable
+class SelfAttention(Protocol):
+    """What a layer asks of its attention."""
+
+    def __call__(
+        self,
+        x: Float[Array, "*tokens hidden"],
+        rope: Rope | None,
+        cache: KvLayer | None,
+        plan: Plan,
+        lora: LayerLora | None = None,
+    ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
+        """Attend, and return the updated cache."""
+        ...
+
+
+@runtime_checkable
+class FeedForward(Protocol):
+    """What a layer asks of its feed-forward."""
+
+    def __call__(
+        self,
+        x: Float[Array, "*tokens hidden"],
+        plan: Plan | None = None,
+        lora: LayerLora | None = None,
+    ) -> Float[Array, "*tokens hidden"]:
+        """Apply the feed-forward."""
+        ...
 
 
 class DecoderLayer(nnx.Module):
@@ -324,9 +377,26 @@ class DecoderLayer(nnx.Module):
         size = config.hidden_size
         self.kind = kind
         self.input_layernorm = make_norm(config, size, axis="hidden", dtype=dtype)
-        self.self_attn = Attention(config, kind, dtype=dtype, rngs=rngs)
+        self.self_attn = self.make_attention(config, kind, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = make_norm(config, size, axis="hidden", dtype=dtype)
-        self.mlp = GatedMlp(config, dtype=dtype, rngs=rngs)
+        self.mlp = self.make_mlp(config, kind, dtype=dtype, rngs=rngs)
+
+    def make_attention(
+        self, config: ModelConfig, kind: LayerKind, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> SelfAttention:
+        """Make the attention that the family has."""
+        return Attention(config, kind, dtype=dtype, rngs=rngs)
+
+    def make_mlp(
+        self,
+        config: ModelConfig,
+        kind: LayerKind,  # noqa: ARG002  asked by families with experts
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> FeedForward:
+        """Make the feed-forward that the family has."""
+        return GatedMlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,

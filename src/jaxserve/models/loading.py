@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from jaxserve.core.errors import CheckpointError, ModelNotFoundError, UnsupportedError, did_you_mean
 from jaxserve.models.buffer import prepare_buffer
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.expert_tensors import ExpertSlice
 from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
 from jaxserve.models.fused import Slice, slices_of
@@ -26,8 +27,12 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 """The only file, where there is one."""
 _READABLE = ("F64", "F32", "F16", "BF16")
+_FOUR_BITS = ("U8",)
+"""Type of weights and scales in mxfp4."""
 _BUFFERS = ("rotary_emb.inv_freq",)
 """Endings of tensors that old checkpoints hold but that are computed, not learnt."""
+_WEIGHTS = ("kernel", "embedding", "scale", "offset")
+"""Parameters that Hugging Face calls `weight`; others have the same name there."""
 _OUTPUT = "lm_head.weight"
 _MOST_NAMED = 5
 _MAX_THREADS = 4
@@ -95,7 +100,7 @@ class SafetensorsFiles:
                 f"{path / INDEX_FILE}: names {some_names(lost)}, which no file holds; download the "
                 "model again."
             )
-        self._slices = (
+        self._slices: Mapping[str, Slice | ExpertSlice] = (
             {name: Slice(source=name, shape=shape) for name, shape in self._stored.items()}
             if config is None
             else slices_of(config, self._stored, str(path))
@@ -145,18 +150,28 @@ class SafetensorsFiles:
         if part is None:
             hint = did_you_mean(name, self._slices)
             raise CheckpointError(f"{self.path}: no tensor {name!r}.{hint}")
-        shard = self._files[self._file_of[part.source]]
-        stored = shard.get_slice(part.source)
+        if isinstance(part, ExpertSlice):
+            kinds = _READABLE if part.scales is None else (*_READABLE, *_FOUR_BITS)
+            return part.read(lambda source: self._stored_tensor(name, source, kinds))
+        if part.start is None:
+            return self._stored_tensor(name, part.source, _READABLE)
+        return self._slice_of(name, part.source, _READABLE)[part.start : part.start + part.shape[0]]
+
+    def _stored_tensor(self, name: str, source: str, kinds: Sequence[str]) -> np.ndarray:
+        self._slice_of(name, source, kinds)
+        return self._files[self._file_of[source]].get_tensor(source)
+
+    def _slice_of(self, name: str, source: str, kinds: Sequence[str]) -> Any:  # noqa: ANN401  no type of safetensors is public
+        """Return a view of a stored tensor, whose type is checked."""
+        stored = self._files[self._file_of[source]].get_slice(source)
         kind = stored.get_dtype()
-        if kind not in _READABLE:
+        if kind not in kinds:
             raise UnsupportedError(
-                f"{self.path / self._file_of[part.source]}: found tensor {name!r} of type {kind}, "
+                f"{self.path / self._file_of[source]}: found tensor {name!r} of type {kind}, "
                 f"expected one of {', '.join(_READABLE)}; quantised safetensors are not supported, "
                 "get the original model or a GGUF file."
             )
-        if part.start is None:
-            return shard.get_tensor(part.source)
-        return stored[part.start : part.start + part.shape[0]]
+        return stored
 
     def close(self) -> None:
         """Give the files back."""
@@ -278,13 +293,22 @@ def hf_name(path: str) -> str:
     ('model.layers.0.mlp.up_proj.weight', 'lm_head.weight')
     """
     stem, _, kind = path.rpartition(".")
-    name = f"{stem}.{'bias' if kind == 'bias' else 'weight'}"
+    name = f"{stem}.{'weight' if kind in _WEIGHTS else kind}"
     return name if stem == "lm_head" else f"model.{name}"
 
 
 def is_kernel(path: str) -> bool:
-    """Tell whether a parameter is a matrix, which Hugging Face stores transposed."""
+    """Tell whether a parameter is a matrix, or a stack, which Hugging Face stores transposed."""
     return path.endswith(".kernel")
+
+
+def turned_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a matrix, or of a stack of them, whose two last axes are exchanged.
+
+    >>> turned_shape((2, 3)), turned_shape((8, 2, 3))
+    ((3, 2), (8, 3, 2))
+    """
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def check_tensors(source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -299,7 +323,7 @@ def check_tensors(source: TensorSource, abstract: Mapping[str, jax.ShapeDtypeStr
     """
     found = source.tensor_shapes()
     expected = {
-        hf_name(path): tuple(spec.shape[::-1] if is_kernel(path) else spec.shape)
+        hf_name(path): turned_shape(spec.shape) if is_kernel(path) else tuple(spec.shape)
         for path, spec in abstract.items()
         if not is_scale(path)
     }

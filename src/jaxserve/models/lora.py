@@ -7,7 +7,7 @@ Slots are few and ranks small, so that is far less work than to gather weights p
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -48,14 +48,26 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 
 def target_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return input and output size of every projection that can be adapted, by name."""
+    """Return input and output size of every projection that can be adapted, by name.
+
+    Where feed-forwards are made of experts, none of them can be, nor the plain ones beside them.
+    """
     sizes = {
         "hidden": config.hidden_size,
         "q_heads": config.num_heads * config.head_dim,
         "kv_heads": config.num_kv_heads * config.head_dim,
         "mlp": config.intermediate_size,
     }
-    return {name: (sizes[source], sizes[target]) for name, (source, target) in _AXES.items()}
+    return {
+        name: (sizes[source], sizes[target])
+        for name, (source, target) in _AXES.items()
+        if config.experts is None or not name.startswith("mlp.")
+    }
+
+
+def _groups(names: Container[str]) -> list[tuple[str, ...]]:
+    """Return the groups whose projections are among those that can be adapted."""
+    return [group for group in GROUPS if group[0] in names]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +134,7 @@ class StepLora:
 
     def by_layer(self) -> list[LayerLora]:
         """Return what each layer needs."""
-        slots = self.layers[0].b[DOWN[0]].shape[0]
+        slots = self.layers[0].b[OUT[0]].shape[0]
         is_mine = self.slot[:, None] == jnp.arange(1, slots + 1)
         return [
             LayerLora(buffers=layer, is_mine=is_mine, is_invariant=self.is_invariant)
@@ -141,12 +153,13 @@ def adapt(
     Args:
         x: What was multiplied; with adapters, packed `[tokens]`.
         outputs: The products, one per projection.
-        lora: The adapters; None changes nothing.
+        lora: The adapters; None changes nothing, nor do those of a model in which these
+            projections are not adapted.
         group: Names of the projections, one of `GROUPS`.
 
     Source: LoRA (Hu et al., 2021); adapters side by side in one batch: Punica, S-LoRA.
     """
-    if lora is None:
+    if lora is None or group[0] not in lora.buffers.a:
         return outputs
     with jax.named_scope("lora"):
         deltas = (_slot_by_slot if lora.is_invariant else _all_slots)(x, lora, group)
@@ -214,7 +227,7 @@ def allocate(
                     (sizes[group[0]][0], len(group), shape.slots, shape.rank),
                     (_AXES[group[0]][0], None, None, None),
                 )
-                for group in GROUPS
+                for group in _groups(sizes)
             },
             b={
                 name: zeros((shape.slots, shape.rank, out), (None, None, _AXES[name][1]))
@@ -244,7 +257,7 @@ def pack_layer(
     sizes = target_sizes(config)
     packed = np.zeros(layer_size(config, rank), dtype)
     start = 0
-    for group in GROUPS:
+    for group in _groups(sizes):
         in_size = sizes[group[0]][0]
         stop = start + in_size * len(group) * rank
         whole = packed[start:stop].reshape(in_size, len(group), rank)
@@ -269,13 +282,13 @@ def set_slot(
     start = 0
     first: dict[str, Array] = {}
     second: dict[str, Array] = {}
-    for group in GROUPS:
+    for group in _groups(buffers.a):
         old = buffers.a[group[0]]
         part = (*old.shape[:2], old.shape[3])
         stop = start + math.prod(part)
         first[group[0]] = old.at[:, :, slot].set(packed[start:stop].reshape(part))
         start = stop
-    for name in _AXES:
+    for name in (name for name in _AXES if name in buffers.b):
         old = buffers.b[name]
         stop = start + math.prod(old.shape[1:])
         second[name] = old.at[slot].set(packed[start:stop].reshape(old.shape[1:]))

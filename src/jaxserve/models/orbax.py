@@ -19,13 +19,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.core.errors import CheckpointError, ModelNotFoundError, did_you_mean
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.files import AGAIN, read_json
-from jaxserve.models.loading import hf_name, is_kernel, read_generation_config, report_mismatch
+from jaxserve.models.loading import (
+    hf_name,
+    is_kernel,
+    read_generation_config,
+    report_mismatch,
+    turned_shape,
+)
 from jaxserve.models.quantization import (
     is_finite,
     is_scale,
-    output_axis,
     quantize_array,
     scale_path,
+    summed_axis,
 )
 from jaxserve.sharding.mesh import host_mesh
 
@@ -91,7 +97,7 @@ class OrbaxCheckpoint:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, by Hugging Face name and in its orientation."""
         return {
-            hf_name(name): leaf.shape[::-1] if is_kernel(name) else leaf.shape
+            hf_name(name): turned_shape(leaf.shape) if is_kernel(name) else leaf.shape
             for name, (_, leaf) in self._leaves.items()
         }
 
@@ -134,7 +140,7 @@ class OrbaxCheckpoint:
             }
             for path, array in self._read(wanted).items():
                 value = np.asarray(array)
-                yield hf_name(path), value.T if is_kernel(path) else value
+                yield hf_name(path), np.swapaxes(value, -1, -2) if is_kernel(path) else value
 
     def _groups(self, paths: Sequence[str]) -> Iterator[list[str]]:
         group: list[str] = []
@@ -185,7 +191,7 @@ class OrbaxCheckpoint:
                     loaded[name] = array
                     continue
                 scale_spec = abstract[scale_path(name)]
-                stored, scale = quantize_array(array, abstract[name], scale_spec, output_axis(name))
+                stored, scale = quantize_array(array, abstract[name], scale_spec, summed_axis(name))
                 if not is_finite(scale):
                     raise CheckpointError(
                         f"{self._folder}: leaf {name!r}: found a value that is not a finite "

@@ -31,6 +31,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_FEED_FORWARD = re.compile(r"\.layers\.\d+\.(mlp|block_sparse_moe)\.")
 _ALL_LINEAR = "all-linear"
 _OUTSIDE = ("embed_tokens", "lm_head")
 _REFUSED = {
@@ -226,6 +227,12 @@ def _checked_names(
             continue
         found.setdefault(module, set()).add(match[2])
         places[module] = place
+    of_experts = [tensor for tensor in extra if config.experts and _FEED_FORWARD.search(tensor)]
+    if of_experts:
+        raise UnsupportedError(
+            f"{source.where}: found {some_names(of_experts)}, but feed-forwards of a model with "
+            f"experts are not adapted. Adapted can be: {', '.join(parts)}."
+        )
     taken = set(places.values())
     missing = [
         f"{module}.lora_{factor}.weight"

@@ -17,12 +17,13 @@ RopeKind = Literal["linear", "llama3", "yarn", "factors", "longrope"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
-    """How one layer uses positions; layers of one kind share their compiled code.
+    """What differs between the layers of a model; those of one kind share their compiled code.
 
     Attributes:
         window: Tokens that a token sees back from itself, itself included; None sees all.
         rope: Which rotation queries and keys get: "global" (`rope_theta` and `rope_scaling`),
             "local" (`local_rope_theta`, unstretched), or "none".
+        has_experts: Whether the feed-forward is made of experts.
 
     Raises:
         ConfigError: If the window is empty.
@@ -30,6 +31,7 @@ class LayerKind:
 
     window: int | None = None
     rope: Literal["global", "local", "none"] = "global"
+    has_experts: bool = False
 
     def __post_init__(self) -> None:
         """Check the window."""

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float32, Shaped
 from jaxserve.core.errors import ConfigError, did_you_mean
 from jaxserve.models.buffer import empty_buffer
 from jaxserve.models.layers import CausalLM, Embedding, Linear, param
+from jaxserve.models.moe import ExpertLinear
 
 Scheme = Literal["int8", "fp8"]
 KINDS: Mapping[Scheme, np.dtype] = {
@@ -105,8 +106,11 @@ def _fits(entry: str, name: str) -> bool:
 
 
 def is_linear(path: str) -> bool:
-    """Tell whether a parameter is the weight of a linear layer, a tied embedding included."""
-    return path.endswith((".kernel", ".embedding"))
+    """Tell whether a parameter is the weight of a linear layer, a tied embedding included.
+
+    Routers are none: they are small, and a token sent to another expert is a large error.
+    """
+    return path.endswith((".kernel", ".embedding")) and not path.endswith(".mlp.gate.kernel")
 
 
 def layer_name(path: str) -> str:
@@ -177,7 +181,7 @@ def quantized_model(
     def make(state: nnx.State) -> CausalLM:
         module = nnx.merge(graph, state)
         for path, layer in nnx.iter_modules(module):
-            if isinstance(layer, Linear | Embedding):
+            if isinstance(layer, Linear | ExpertLinear | Embedding):
                 _set_form(layer, ".".join(map(str, path)), kind, chosen, dtype)
         return module
 
@@ -185,26 +189,30 @@ def quantized_model(
 
 
 def _set_form(
-    layer: Linear | Embedding,
+    layer: Linear | ExpertLinear | Embedding,
     path: str,
     kind: np.dtype | None,
     chosen: Container[str],
     dtype: jnp.dtype,
 ) -> None:
-    name = "kernel" if isinstance(layer, Linear) else "embedding"
+    name = "embedding" if isinstance(layer, Embedding) else "kernel"
     old = cast(nnx.Param[Array], getattr(layer, name))
-    axes, shape, axis = old.get_metadata("axes"), old.get_value().shape, output_axis(name)
+    axes, shape = list(old.get_metadata("axes")), list(old.get_value().shape)
     narrow = kind if f"{path}.{name}" in chosen else None
     setattr(layer, name, param(jnp.zeros(shape, narrow or dtype), *axes))
-    scale = None if narrow is None else param(jnp.zeros(shape[axis], jnp.float32), axes[axis])
+    scale: nnx.Param[Array] | None = None
+    if narrow is not None:
+        axis = summed_axis(name)
+        del axes[axis], shape[axis]
+        scale = param(jnp.zeros(shape, jnp.float32), *axes)
     setattr(layer, scale_path(name), nnx.data(scale))
     if isinstance(layer, Embedding):
         layer.dtype = dtype
 
 
-def output_axis(path: str) -> int:
-    """Return the axis of a weight that counts output channels; the other is summed over."""
-    return 1 if path.endswith("kernel") else 0
+def summed_axis(path: str) -> int:
+    """Return the axis of a weight, from the end, that is summed over; scales have the others."""
+    return -2 if path.endswith("kernel") else -1
 
 
 # Numbers ----------------------------------------------------------------------------------------
@@ -224,12 +232,13 @@ def _quantize(xp: ModuleType, weight: Any, kind: np.dtype, axis: int) -> tuple[A
 
 
 def quantize_rows(
-    weight: Shaped[np.ndarray, "out_size in_size"], kind: np.dtype
-) -> tuple[Shaped[np.ndarray, "out_size in_size"], Float32[np.ndarray, " out_size"]]:
+    weight: Shaped[np.ndarray, "*stack out_size in_size"], kind: np.dtype
+) -> tuple[Shaped[np.ndarray, "*stack out_size in_size"], Float32[np.ndarray, "*stack out_size"]]:
     """Quantise a weight on the host, a few rows at a time.
 
     Args:
-        weight: Floating-point numbers, one row per output channel; may be a view of a file.
+        weight: Floating-point numbers, one row per output channel; may be a view of a file. Stacks
+            are of experts.
         kind: int8 or float8_e4m3fn.
 
     Returns:
@@ -239,13 +248,15 @@ def quantize_rows(
         ValueError: If a weight is not a finite number.
     """
     stored = empty_buffer(weight.shape, kind)
-    scale = empty_buffer(weight.shape[:1], np.float32)
-    step = max(1, _CHUNK // weight.shape[1])
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
-        if not np.isfinite(weight[part]).all():
-            raise ValueError("found a value that is not a finite number")
-        stored[part], scale[part] = _quantize(np, weight[part], kind, 1)
+    scale = empty_buffer(weight.shape[:-1], np.float32)
+    step = max(1, _CHUNK // weight.shape[-1])
+    for place in np.ndindex(weight.shape[:-2]):
+        rows = weight[place]
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            if not np.isfinite(rows[part]).all():
+                raise ValueError("found a value that is not a finite number")
+            stored[place][part], scale[place][part] = _quantize(np, rows[part], kind, 1)
     return stored, scale
 
 
@@ -263,8 +274,8 @@ def quantize_array(
         weight: Floating-point numbers.
         spec: What the narrow weight shall be.
         scale_spec: What the scales shall be.
-        axis: The axis of `spec` that counts output channels.
-        turn: Whether the weight's axes are exchanged.
+        axis: The axis of `spec`, from the end, that is summed over.
+        turn: Whether the weight's two last axes are exchanged.
 
     Returns:
         The narrow numbers and the scales; scales are not finite where a weight is not.
@@ -278,7 +289,7 @@ def _quantize_program(
     kind: np.dtype, axis: int, shardings: tuple[Any, Any], *, turn: bool
 ) -> Callable[[Array], tuple[Array, Array]]:
     def quantize(weight: Array) -> tuple[Array, Array]:
-        return _quantize(jnp, weight.T if turn else weight, kind, 1 - axis)
+        return _quantize(jnp, weight.swapaxes(-1, -2) if turn else weight, kind, axis)
 
     return jax.jit(quantize, out_shardings=shardings)
 
@@ -306,7 +317,7 @@ def quantize_params(arrays: Mapping[str, Array], specs: Specs) -> dict[str, Arra
         if scale_spec is None:
             made[path] = arrays[path]
             continue
-        stored, scale = quantize_array(arrays[path], spec, scale_spec, output_axis(path))
+        stored, scale = quantize_array(arrays[path], spec, scale_spec, summed_axis(path))
         if not is_finite(scale):
             raise ConfigError(not_finite([path]))
         made[path], made[scale_path(path)] = stored, scale
@@ -334,7 +345,7 @@ def dequantized(arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if scale is None:
             yield path, array
         else:
-            wide = scale[None, :] if output_axis(path) else scale[:, None]
+            wide = scale[..., None, :] if summed_axis(path) == -2 else scale[..., None]
             yield path, array.astype(np.float32) * wide
 
 

@@ -12,24 +12,31 @@ from flax import nnx
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.registry import Registry
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.deepseek_v2 import DeepseekV2
+from jaxserve.models.deepseek_v3 import DeepseekV3
 from jaxserve.models.gemma2 import Gemma2
 from jaxserve.models.gemma3 import Gemma3
+from jaxserve.models.gpt_oss import GptOss
 from jaxserve.models.layers import CausalLM
 from jaxserve.models.llama import Llama
 from jaxserve.models.mistral import Mistral
+from jaxserve.models.mixtral import Mixtral
+from jaxserve.models.olmoe import Olmoe
 from jaxserve.models.phi3 import Phi3
 from jaxserve.models.quantization import (
     KINDS,
     Quantization,
     is_scale,
-    output_axis,
     quantize_array,
     quantized_model,
     scale_path,
+    summed_axis,
 )
 from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
+from jaxserve.models.qwen3_moe import Qwen3Moe
 from jaxserve.models.smollm3 import SmolLM3
+from jaxserve.sharding.explain import NamedWeight
 from jaxserve.sharding.rules import LogicalAxisRules
 
 FAMILIES: Registry[type[CausalLM]] = Registry("model family")
@@ -41,6 +48,22 @@ FAMILIES.register("gemma2")(Gemma2)
 FAMILIES.register("gemma3")(Gemma3)
 FAMILIES.register("phi3")(Phi3)
 FAMILIES.register("smollm3")(SmolLM3)
+FAMILIES.register("qwen3_moe")(Qwen3Moe)
+FAMILIES.register("mixtral")(Mixtral)
+FAMILIES.register("olmoe")(Olmoe)
+FAMILIES.register("gpt_oss")(GptOss)
+FAMILIES.register("deepseek_v2")(DeepseekV2)
+FAMILIES.register("deepseek_v3")(DeepseekV3)
+
+_DEVIATIONS: Mapping[str, float] = {
+    "embedding": 0.02,
+    "scale": 0.0,
+    "offset": 0.0,
+    "bias": 0.0,
+    "e_score_correction_bias": 0.0,
+    "sinks": 1.0,
+}
+"""How far drawn parameters spread, by kind; the others are matrices."""
 
 
 def path_name(path: tuple[object, ...]) -> str:
@@ -80,6 +103,19 @@ def abstract_params(
         sharding = rules.sharding(axes, leaf.shape, mesh)
         described[path_name(path)] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return described
+
+
+def named_weights(state: nnx.State) -> list[NamedWeight]:
+    """List every parameter by path with the names of its axes."""
+    return [
+        NamedWeight(
+            path=path_name(path),
+            shape=tuple(variable.get_value().shape),
+            axes=tuple(variable.get_metadata("axes")),
+            itemsize=variable.get_value().dtype.itemsize,
+        )
+        for path, variable in nnx.to_flat_state(state)
+    ]
 
 
 def flatten_params(params: object) -> dict[str, Any]:
@@ -146,9 +182,9 @@ def draw_params(
             continue
         kind = name.rpartition(".")[2]
         scale_spec = described.get(scale_path(name))
-        deviation = {"embedding": 0.02, "scale": 0.0, "offset": 0.0, "bias": 0.0}.get(kind)
+        deviation = _DEVIATIONS.get(kind)
         if deviation is None:
-            deviation = 1 / math.sqrt(spec.shape[0])
+            deviation = 1 / math.sqrt(spec.shape[-2])
         # One small program per distinct shape: a single program over all weights of a deep model
         # takes half a minute to compile.
         dtype = spec.dtype if scale_spec is None else jnp.dtype("float32")
@@ -159,7 +195,7 @@ def draw_params(
             drawn[name] = value
         else:
             drawn[name], drawn[scale_path(name)] = quantize_array(
-                value, spec, scale_spec, output_axis(name)
+                value, spec, scale_spec, summed_axis(name)
             )
     return drawn
 

@@ -14,8 +14,10 @@ from jaxserve.core.errors import ConfigError
 
 TENSOR_AXIS = "tensor"
 """Mesh axis along which the heads and the feed-forward are split."""
+EXPERT_AXIS = "expert"
+"""Mesh axis along which experts are split: a device has some of them, or its part of those."""
 
-_TENSOR_PARALLEL = MappingProxyType(
+_DEFAULT = MappingProxyType(
     {
         "vocab": TENSOR_AXIS,
         "hidden": None,
@@ -23,6 +25,8 @@ _TENSOR_PARALLEL = MappingProxyType(
         "kv_heads": TENSOR_AXIS,
         "head_dim": None,
         "mlp": TENSOR_AXIS,
+        "expert": EXPERT_AXIS,
+        "latent": None,
         "position": None,
         "segment": None,
         "label": None,
@@ -36,10 +40,10 @@ class LogicalAxisRules:
 
     Attributes:
         mesh_axis: Logical axis -> mesh axis. The default splits heads, feed-forward and
-            vocabulary (tensor parallelism).
+            vocabulary (tensor parallelism), and on meshes that have such an axis experts.
     """
 
-    mesh_axis: Mapping[str, str | None] = field(default_factory=lambda: _TENSOR_PARALLEL)
+    mesh_axis: Mapping[str, str | None] = field(default_factory=lambda: _DEFAULT)
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """Turn logical axis names into a partition spec.

@@ -1,0 +1,112 @@
+"""Where weights would lie on a mesh, and how much of them on each device; none is needed."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from jax.sharding import PartitionSpec
+
+from jaxserve.core.errors import ConfigError
+from jaxserve.sharding.rules import LogicalAxisRules
+
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedWeight:
+    """A weight that need not exist.
+
+    Attributes:
+        path: Its name.
+        shape: Its shape.
+        axes: Logical axis of each of its axes; None has no name and is never split.
+        itemsize: Bytes per element.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    itemsize: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole weight."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How a weight lies on a mesh.
+
+    Attributes:
+        weight: The weight.
+        spec: Mesh axis along which each of its axes is split, or None.
+        device_bytes: Bytes of it on every device.
+    """
+
+    weight: NamedWeight
+    spec: PartitionSpec
+    device_bytes: int
+
+
+def explain(
+    weights: Iterable[NamedWeight], sizes: Mapping[str, int], rules: LogicalAxisRules | None = None
+) -> list[Placement]:
+    """Place weights on a mesh, strictly: what a mesh axis does not divide is an error.
+
+    `LogicalAxisRules.sharding` keeps such a weight whole on every device instead.
+
+    Args:
+        weights: The weights.
+        sizes: Devices along each axis of the mesh; axes of one device split nothing.
+        rules: Which mesh axis each logical axis lies on.
+
+    Raises:
+        ConfigError: If a size is impossible, a mesh axis of several devices splits nothing, or one
+            does not divide what lies on it; the sizes that do are named.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"mesh axis {name!r} must have at least 1 device, got {size}.")
+    rules = LogicalAxisRules() if rules is None else rules
+    given = list(weights)
+    specs = [_split_axes(rules.spec(weight.axes), sizes) for weight in given]
+    pairs = list(zip(given, specs, strict=True))
+    for name, size in sizes.items():
+        if size > 1:
+            _check_axis(name, size, pairs)
+    return [
+        Placement(
+            weight=weight,
+            spec=spec,
+            device_bytes=weight.num_bytes // math.prod(sizes[name] for name in spec if name),
+        )
+        for weight, spec in pairs
+    ]
+
+
+def _split_axes(spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
+    return PartitionSpec(*(name if sizes.get(name, 1) > 1 else None for name in spec))
+
+
+def _check_axis(name: str, size: int, pairs: list[tuple[NamedWeight, PartitionSpec]]) -> None:
+    on_axis = [
+        (weight, weight.axes[place], weight.shape[place])
+        for weight, spec in pairs
+        for place, found in enumerate(spec)
+        if found == name
+    ]
+    if not on_axis:
+        raise ConfigError(
+            f"mesh axis {name!r} of {size} devices splits no weight of this model; make it 1."
+        )
+    odd = [f"{logical} of {weight.path} ({n})" for weight, logical, n in on_axis if n % size]
+    if odd:
+        common = math.gcd(*(n for _, _, n in on_axis))
+        fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+        more = f" and {len(odd) - _MOST_NAMED} more" if len(odd) > _MOST_NAMED else ""
+        raise ConfigError(
+            f"mesh axis {name!r} of {size} devices does not divide "
+            f"{', '.join(odd[:_MOST_NAMED])}{more}; sizes that divide all that lies on it: "
+            f"{', '.join(fitting)}."
+        )
