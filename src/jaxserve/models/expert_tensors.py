@@ -57,13 +57,14 @@ class ExpertSlice:
         Returns:
             `[experts, out, in]`, or `[experts, out]` for biases.
         """
-        if len(self.sources) > 1:
-            first = get(self.sources[0])
-            stacked = empty_buffer(self.shape, first.dtype)
-            for place, name in enumerate(self.sources):
-                stacked[place] = get(name) if place else first
-            return stacked
         whole = get(self.sources[0])
+        others = self.sources[1:]
+        if others:
+            stacked = empty_buffer(self.shape, whole.dtype)
+            stacked[0] = whole
+            for place, name in enumerate(others, start=1):
+                stacked[place] = get(name)
+            return stacked
         if self.scales is not None:
             whole = widen_mxfp4(whole, get(self.scales))
         if self.is_turned:
