@@ -7,15 +7,21 @@ which 90 % keep their objectives) within 10 %, and policies must rank alike.
 
     python -m benchmarks.sim_vs_engine                  # SmolLM2-135M, three scenarios; an hour
     python -m benchmarks.sim_vs_engine --scenarios mixed --requests 100 --policies fcfs slo
+    taskset -c 0 python -m benchmarks.sim_vs_engine --processor-time   # beside other work
+
+With `--processor-time` a second is one of processor that this process uses; nobody sleeps, since
+the clock moves on to the next arrival when the engine has nothing to do. On one core that is what a
+clock on the wall would show if nothing else ran.
 """
 
 import argparse
 import gc
+import os
 import random
 import sys
 import tempfile
-import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +106,26 @@ def math_uniform(rng: random.Random, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
+class ProcessorClock:
+    """Seconds of processor that this process has used, and those that it would have slept."""
+
+    def __init__(self) -> None:
+        """Start without sleep."""
+        self._slept = 0.0
+
+    def now(self) -> float:
+        """Return seconds since an arbitrary fixed instant; never goes back."""
+        return time.process_time() + self._slept
+
+    def unix(self) -> float:
+        """Return the same as `now`."""
+        return self.now()
+
+    def sleep(self, seconds: float) -> None:
+        """Move on at once."""
+        self._slept += seconds
+
+
 class Machine:
     """The real engine with its measured cost model, and its likeness in the simulator.
 
@@ -107,9 +133,12 @@ class Machine:
         model: Name or path.
         dtype: Precision.
         effort: How thoroughly to measure.
+        clock: Where time comes from.
     """
 
-    def __init__(self, model: str, dtype: str, effort: Effort) -> None:
+    def __init__(
+        self, model: str, dtype: str, effort: Effort, clock: WallClock | ProcessorClock
+    ) -> None:
         """Load, compile everything, measure."""
         config = EngineConfig.from_settings(
             {
@@ -119,7 +148,7 @@ class Machine:
                 "enable_prefix_caching": False,
             }
         )
-        self.clock = WallClock()
+        self.clock = clock
         made = assemble(model, config, clock=self.clock)
         self.engine = made.engine
         self._dir = tempfile.TemporaryDirectory()
@@ -167,17 +196,15 @@ class Machine:
         ]
         gc.collect()
         start = self.clock.now() + 0.1
+        coming = deque(zip(requests, prompts, strict=True))
 
         def sink(event: TokenEvent) -> None:
             if event.finish_reason is not None:
                 ends[int(event.request_id)] = event
 
-        def feed() -> None:
-            for one, prompt in zip(requests, prompts, strict=True):
-                due = start + one.arrival
-                wait = due - self.clock.now()
-                if wait > 0:
-                    time.sleep(wait)
+        while coming or engine.has_work:
+            while coming and start + coming[0][0].arrival <= self.clock.now():
+                one, prompt = coming.popleft()
                 engine.submit(
                     Request(
                         request_id=RequestId(str(one.request_id)),
@@ -186,20 +213,15 @@ class Machine:
                             temperature=0.0, max_tokens=one.output_len, ignore_eos=True,
                             detokenize=False,
                         ),
-                        arrival=due,
+                        arrival=start + one.arrival,
                         slo=one.slo,
                     ),
                     sink,
                 )  # fmt: skip
-
-        feeder = threading.Thread(target=feed)
-        feeder.start()
-        while feeder.is_alive() or engine.has_work:
             if engine.has_work:
                 engine.step()
-            else:
-                time.sleep(0.0005)
-        feeder.join()
+            elif coming:
+                self._sleep(start + coming[0][0].arrival - self.clock.now())
         self.drift = engine.times.cost.ratio if engine.times.cost is not None else 1.0
         ttft, tpot, kept = [], [], []
         for one in requests:
@@ -210,6 +232,12 @@ class Machine:
             tpot.append(span / (one.output_len - 1) if one.output_len > 1 else np.nan)
             kept.append(times.slo is not None and times.slo.attained)
         return Outcome(ttft=np.array(ttft), tpot=np.array(tpot), kept=np.array(kept))
+
+    def _sleep(self, seconds: float) -> None:
+        if isinstance(self.clock, ProcessorClock):
+            self.clock.sleep(max(0.0, seconds))
+        elif seconds > 0:
+            time.sleep(seconds)
 
     def close(self) -> None:
         """Free the engine."""
@@ -343,6 +371,10 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the traces")
     parser.add_argument("--out", type=Path, help="folder of the result lines")
+    parser.add_argument(
+        "--processor-time", action="store_true",
+        help="count this process's seconds of processor; for use beside other work, on one core",
+    )  # fmt: skip
     args = parser.parse_args()
     arrivals = gamma_arrivals(max(1000, args.requests))
     if args.traces.is_dir():
@@ -350,7 +382,9 @@ def main() -> None:
     else:
         print("there is no folder of traces; arrivals are a Poisson process", file=sys.stderr)
     recorder = Recorder("sim_vs_engine", out=args.out)
-    machine = Machine(args.model, args.dtype, Effort(repeats=args.repeats, contexts=(256, 448)))
+    effort = Effort(repeats=args.repeats, contexts=(256, 448))
+    clock = ProcessorClock() if args.processor_time else WallClock()
+    machine = Machine(args.model, args.dtype, effort, clock)
     report = machine.measured.report
     print(
         f"one decode {1000 * machine.cost.step_time(StepLoad(decodes=1, context=256)):.1f} ms, "
@@ -359,7 +393,8 @@ def main() -> None:
         flush=True,
     )
     recorder.write(
-        "cost model", model=args.model, steps=len(machine.measured.samples.seconds),
+        "cost model", model=args.model, clock="processor" if args.processor_time else "wall",
+        cores=len(os.sched_getaffinity(0)), steps=len(machine.measured.samples.seconds),
         mean_error=report.mean_error, p99_error_ms=1000 * report.p99_error, r2=report.r2,
         margin=machine.measured.file.margin, engine=machine.measured.file.facts["engine"],
     )  # fmt: skip

@@ -161,29 +161,67 @@ class Case:
         return fleet(self.servers, self.prefill_servers)
 
 
-def contenders(case: Case, pool: Lengths, budgets: Sequence[int]) -> dict[str, list[Policy]]:
-    """Return policies with the variants from which each one's best is taken."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A policy and the fleet that it gets."""
+
+    policy: Policy
+    case: Case
+
+
+def contenders(
+    case: Case, pool: Lengths, budgets: Sequence[int], shifts: Sequence[float]
+) -> dict[str, list[Variant]]:
+    """Return policies with the variants from which each one's best is taken.
+
+    In shared pools rivals try sizes of chunks; in split ones everybody tries numbers of servers for
+    prompts, by shares of the fleet more or less than the optimum has.
+    """
     is_split = case.pool == "split"
-    own = case.servers - case.prefill_servers
-    sizes = tier_sizes(pool, MIXES[case.mix], own, is_split=is_split)
-    # On servers that do one thing only, a budget would do nothing but limit prompts.
-    budgets = (0,) if is_split else budgets
-    found: dict[str, list[Policy]] = {"polyserve": [PolyServeConfig(tiers=TIERS)]}
+    cases = [case]
+    if is_split:
+        numbers = {case.prefill_servers + round(shift * case.servers) for shift in shifts}
+        numbers = sorted(min(max(1, n), case.servers - len(TIERS)) for n in numbers)
+        cases = [replace(case, prefill_servers=n) for n in numbers]
+        # On servers that do one thing only, a budget would do nothing but limit prompts.
+        budgets = (0,)
+    found = {"polyserve": [Variant(policy=PolyServeConfig(tiers=TIERS), case=one) for one in cases]}
     names = (
         "random", "round_robin", "least_requests", "least_kv", "power_of_two", "slo_headroom",
         "freeness", "static_tiers",
     )  # fmt: skip
     for name in names:
-        split = tuple(map(int, sizes)) if name == "static_tiers" else ()
         found[name] = [
-            FleetRival(name=name, budget=b, by_deadline=True, sheds=True, split=split)
-            for b in budgets
-        ]
+            Variant(policy=rival(name, one, pool, budget), case=one)
+            for one in cases for budget in budgets
+        ]  # fmt: skip
     return found
 
 
-def runner(case: Case, pool: Lengths, policy: Policy) -> Callable[[float], dict[str, np.ndarray]]:
+def rival(name: str, case: Case, pool: Lengths, budget: int) -> FleetRival:
+    """Return a rival for a fleet."""
+    split: tuple[int, ...] = ()
+    if name == "static_tiers":
+        own = case.servers - case.prefill_servers
+        sizes = tier_sizes(pool, MIXES[case.mix], own, is_split=case.pool == "split")
+        split = tuple(map(int, sizes))
+    return FleetRival(name=name, budget=budget, by_deadline=True, sheds=True, split=split)
+
+
+def scaled(variant: Variant, case: Case, pool: Lengths) -> Variant:
+    """Return the variant of a larger fleet that has the same shares."""
+    before = variant.case
+    prefills = round(before.prefill_servers / before.servers * case.servers)
+    case = replace(case, prefill_servers=prefills)
+    policy = variant.policy
+    if isinstance(policy, FleetRival):
+        policy = rival(policy.name, case, pool, policy.budget)
+    return Variant(policy=policy, case=case)
+
+
+def runner(variant: Variant, pool: Lengths) -> Callable[[float], dict[str, np.ndarray]]:
     """Return a function from a rate to who kept the objectives."""
+    case, policy = variant.case, variant.policy
 
     def run(rate: float) -> dict[str, np.ndarray]:
         kept: dict[str, list[np.ndarray]] = {"tpot": [], "tpot_gap": []}
@@ -199,16 +237,16 @@ def runner(case: Case, pool: Lengths, policy: Policy) -> Callable[[float], dict[
 
 
 def goodput(
-    case: Case, pool: Lengths, policies: Iterable[Policy], guess: float
-) -> tuple[Policy, Capacity, float]:
-    """Return the best of some policies, its capacity per server, and the seconds that took."""
+    variants: Iterable[Variant], pool: Lengths, guess: float
+) -> tuple[Variant, Capacity, float]:
+    """Return the best of some variants, its capacity per server, and the seconds that took."""
     began = time.process_time()
-    best: tuple[Policy, Capacity] | None = None
-    for policy in policies:
-        found = CapacitySearch(runner(case, pool, policy)).find("tpot", level=LEVEL, guess=guess)
+    best: tuple[Variant, Capacity] | None = None
+    for variant in variants:
+        found = CapacitySearch(runner(variant, pool)).find("tpot", level=LEVEL, guess=guess)
         guess = found.rate
         if best is None or found.rate > best[1].rate:
-            best = policy, found
+            best = variant, found
     assert best is not None
     return *best, time.process_time() - began
 
@@ -222,7 +260,7 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 def measure_goodput(args: argparse.Namespace, pool: Lengths, recorder: Recorder) -> None:
     """Find the goodput of every policy in every case."""
-    tuned: dict[tuple[str, str, str], tuple[Policy, float]] = {}
+    tuned: dict[tuple[str, str, str], tuple[Variant, float]] = {}
     for servers in args.servers:
         for kind in args.pools:
             for mix in args.mixes:
@@ -243,37 +281,37 @@ def _measure_case(
     case: Case,
     pool: Lengths,
     sample: FleetTrace,
-    tuned: dict[tuple[str, str, str], tuple[Policy, float]],
+    tuned: dict[tuple[str, str, str], tuple[Variant, float]],
     recorder: Recorder,
 ) -> None:
     optimum = fleet_bound(sample, case.spec, TIERS) / case.servers
     bound = fleet_bound(sample, case.spec, TIERS, level=LEVEL, is_banked=True) / case.servers
-    for name, policies in contenders(case, pool, args.budgets).items():
+    for name, variants in contenders(case, pool, args.budgets, args.shifts).items():
         if args.policies and name not in args.policies:
             continue
         key = (case.pool, case.mix, name)
         guess = optimum if name in ("polyserve", "static_tiers") else optimum / 2
         if key in tuned:  # in a larger fleet with the settings that were best in the smaller one
-            policy, guess = tuned[key]
-            if isinstance(policy, FleetRival):
-                policy = replace(policy, split=getattr(policies[0], "split", ()))
-            policies = [policy]  # noqa: PLW2901
-            others = [r for (k, m, n), (_, r) in tuned.items() if (k, m) == key[:2] and r > guess]
-            if name != "polyserve" and len([r for r in others if r]) > 3:  # not near the best
+            variant, guess = tuned[key]
+            variants = [scaled(variant, case, pool)]  # noqa: PLW2901
+            others = [r for (k, m, _), (_, r) in tuned.items() if (k, m) == key[:2] and r > guess]
+            if name != "polyserve" and len(others) > args.best:  # not near the best
                 continue
-        policy, found, seconds = goodput(case, pool, policies, guess)
-        tuned[key] = policy, found.rate
+        variant, found, seconds = goodput(variants, pool, guess)
+        tuned[key] = variant, found.rate
         recorder.write(
             "goodput", servers=case.servers, pool=case.pool, mix=case.mix, policy=name,
             level=LEVEL, reading="tpot", requests_per_second_per_server=found.rate,
             interval_95=[found.low, found.high], tried=found.tried, optimum=optimum, bound=bound,
-            prefill_servers=case.prefill_servers, seconds=case.seconds, warm_up=case.warm_up,
-            seeds=case.seeds, settings=describe(policy), cpu_seconds=seconds,
+            prefill_servers=variant.case.prefill_servers, seconds=case.seconds,
+            warm_up=case.warm_up, seeds=case.seeds, settings=describe(variant.policy),
+            cpu_seconds=seconds,
         )  # fmt: skip
         print(
             f"{case.servers} {case.pool} {case.mix} {name}: {found.rate:.3f} "
             f"({found.low:.3f}-{found.high:.3f}), G* {optimum:.3f}, bound {bound:.3f} "
-            f"{describe(policy)} ({seconds:.0f} s)", flush=True,
+            f"{variant.case.prefill_servers} {describe(variant.policy)} ({seconds:.0f} s)",
+            flush=True,
         )  # fmt: skip
     for at, best, ratio, over in ratios(recorder.path):
         if at == (case.servers, case.pool, case.mix):
@@ -505,6 +543,13 @@ def main() -> None:
         "--budgets", nargs="+", type=int, default=[0, 512, 1024],
         help="tokens of a step that rivals try in shared pools; 0 follows slack",
     )  # fmt: skip
+    parser.add_argument(
+        "--shifts", nargs="+", type=float, default=[-0.04, 0.0, 0.04],
+        help="more or fewer servers for prompts that are tried in split pools, as shares",
+    )  # fmt: skip
+    parser.add_argument(
+        "--best", type=int, default=3, help="rivals that are measured again in larger fleets"
+    )
     parser.add_argument(
         "--only", nargs="+", default=["speed", "diurnal", "goodput"],
         choices=["speed", "diurnal", "goodput"], help="parts to measure",

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
     "tactic": ("src/jaxserve/attention/tactic", "03_sparse_attention"),
     "slos_serve": ("src/jaxserve/scheduling/slos_serve", "04_slo_scheduling"),
+    "polyserve": ("src/jaxserve/scheduling/polyserve", "04_fleet_of_tiers"),
 }
 """Rooms, where each lies, and its notebook."""
 

@@ -249,38 +249,22 @@ class LinearCost:
         read = context + before + past
         most = _MOST_TOKENS
         for token, request, per_read, draft_step, base in self._rows:
-            rest = token * tokens + request * requests + draft_step * draft_steps + base
-            left = seconds - (rest + per_read * read)
-            if left < 0:
-                most = 0
-            elif token > 0:
-                most = min(most, int(left / token))
-        if len(self._rows) == 1 and most < _MOST_TOKENS:
-            token, request, per_read, draft_step, base = self._rows[0]
             rest = request * requests + draft_step * draft_steps + base
             more = per_read * read
-            # In the order in which step_time adds up, so that both round alike.
-            if most and token * (tokens + most) + rest + more > seconds:
-                most -= 1
-            elif token * (tokens + most + 1) + rest + more <= seconds:
-                most += 1
-            is_exact = most == 0 or token * (tokens + most) + rest + more <= seconds
-            if is_exact and token * (tokens + most + 1) + rest + more > seconds:
-                return most
-
-        def time(num_tokens: int) -> float:
-            return max(
-                token * (tokens + num_tokens)
-                + (request * requests + draft_step * draft_steps + base)
-                + per_read * read
-                for token, request, per_read, draft_step, base in self._rows
-            )  # fmt: skip
-
-        # Rounding may put the quotient one off in either direction.
-        while most > 0 and time(most) > seconds:
-            most -= 1
-        while most < _MOST_TOKENS and time(most + 1) <= seconds:
-            most += 1
+            left = seconds - (token * tokens + rest + more)
+            if left < 0:
+                least = 0
+            elif token > 0:
+                least = min(_MOST_TOKENS, int(left / token))
+            else:
+                continue
+            # Rounding may put the quotient one off in either direction; sums are in the order of
+            # `step_time`, so that both round alike.
+            while least and token * (tokens + least) + rest + more > seconds:
+                least -= 1
+            while least < most and token * (tokens + least + 1) + rest + more <= seconds:
+                least += 1
+            most = min(most, least)
         return most
 
     def scaled(self, scale: float, more: float) -> "LinearCost":

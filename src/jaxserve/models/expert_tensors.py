@@ -57,8 +57,8 @@ class ExpertSlice:
         Returns:
             `[experts, out, in]`, or `[experts, out]` for biases.
         """
-        whole = get(self.sources[0])
-        others = self.sources[1:]
+        source, *others = self.sources
+        whole = get(source)
         if others:
             stacked = empty_buffer(self.shape, whole.dtype)
             stacked[0] = whole

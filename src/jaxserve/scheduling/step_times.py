@@ -221,7 +221,6 @@ def longest_chunk(
         past: Tokens before the chunk.
         most: Longest chunk to consider.
     """
-    low, high = 0, most + 1
     if times.planes.shape[0] == 1 and times.planes[0, 0] > 0:
         left = seconds - step_seconds(
             times, prefill, pairs, prefills + 1, before + past, decodes, context
@@ -229,20 +228,22 @@ def longest_chunk(
         guess = left / times.planes[0, 0]
         if guess < 0:
             return 0
-        if guess < most:  # only rounding is left to be settled
-            low, high = max(0, int(guess) - 1), min(most + 1, int(guess) + 2)
-            while low > 0 and not _fits(
-                times, seconds, prefill, pairs, prefills, before, decodes, context, past, low
-            ):
-                low -= 1
-            while high <= most and _fits(
-                times, seconds, prefill, pairs, prefills, before, decodes, context, past, high
-            ):
-                high += 1
-    elif most > 0 and _fits(
+        found = most if guess > most else int(guess)
+        # Only rounding is left to be settled.
+        while found > 0 and not _fits(
+            times, seconds, prefill, pairs, prefills, before, decodes, context, past, found
+        ):
+            found -= 1
+        while found < most and _fits(
+            times, seconds, prefill, pairs, prefills, before, decodes, context, past, found + 1
+        ):
+            found += 1
+        return found
+    if most > 0 and _fits(
         times, seconds, prefill, pairs, prefills, before, decodes, context, past, most
     ):
         return most
+    low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
         if _fits(times, seconds, prefill, pairs, prefills, before, decodes, context, past, middle):

@@ -82,8 +82,9 @@ DESK = np.dtype(
 """
 
 
-LINE = np.dtype([("queue", "i8"), ("waiting", "i8")])
-"""A queue of the router: the first in it, or `NOBODY`, and its length."""
+LINE = np.dtype([("queue", "i8"), ("waiting", "i8"), ("coming", "i8")])
+"""A queue of the router: the first in it, or `NOBODY`, and its length; and how many requests of the
+tier are with servers that compute prompts only."""
 
 
 class Board(NamedTuple):

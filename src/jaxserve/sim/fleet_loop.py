@@ -13,12 +13,13 @@ from jaxserve.scheduling.polyserve.packing import (
     POLYSERVE,
     STATIC,
     Gradient,
+    is_backed_up,
     label,
     leave,
     rival,
     route,
 )
-from jaxserve.scheduling.polyserve.scaling import Watch, resize_pool, scale_down
+from jaxserve.scheduling.polyserve.scaling import Watch, rebalance, resize_pool, scale_down
 from jaxserve.scheduling.polyserve.state import (
     BETWEEN,
     DECODE,
@@ -78,6 +79,17 @@ def _enqueue(rq: Records, bd: Board, row: int, r: int) -> None:
 
 
 @compiled
+def _must_wait(
+    rules: Rules, rq: Records, sv: Servers, gr: Gradient, bd: Board, r: int, now: float
+) -> bool:
+    """Tell whether a prompt would be computed for nobody who could go on with it."""
+    ahead = np.empty(rules.means.size, np.int64)
+    for k in range(rules.means.size):
+        ahead[k] = bd.lines.coming[k] + bd.lines.waiting[k]
+    return is_backed_up(rules, rq, sv, gr, r, now, ahead)
+
+
+@compiled
 def _offer(
     times: StepTimes,
     rules: Rules,
@@ -93,6 +105,8 @@ def _offer(
 ) -> bool:
     """Ask the router for a place; tells whether there was one."""
     if su.kind == POLYSERVE:
+        if stage == PREFILL and _must_wait(rules, rq, sv, gr, bd, r, now):
+            return False
         s = route(times, rules, rq, sv, gr, r, now, stage, su.promotes == 1)
     else:
         s = rival(su.kind, times, rules, rq, sv, r, now, stage, bd.seed)
@@ -129,6 +143,7 @@ def _put(
         sv.one.joining[s] += 1
         sv.one.joining_tokens[s] += rq.total[r]
     else:
+        bd.lines.coming[rq.tier[r]] += su.is_split
         queue_prompt(su, rq, sv, bd, s, r)
     if sv.one.phase[s] == IDLE:
         sv.one.phase[s] = BETWEEN
@@ -158,6 +173,7 @@ def _pull(
         return
     own = tiers if sv.one.stage[s] == PREFILL else sv.one.label[s]
     asked = 0
+    held = 0  # tiers whose prompts have to wait
     for row in range(own, tiers if own < tiers else tiers + 1):
         if row != own and not su.promotes:
             break
@@ -166,6 +182,13 @@ def _pull(
         while r != NOBODY and asked < _ASKED:
             following = rq.following[r]
             is_lost = rq.emitted[r] == 0 and is_hopeless(times, rq, r, now)
+            if not is_lost and row == tiers:
+                bit = 1 << rq.tier[r]
+                if not held & bit and _must_wait(rules, rq, sv, gr, bd, r, now):
+                    held |= bit
+                if held & bit:
+                    before, r = r, following
+                    continue
             if not is_lost and admits(times, rules, rq, sv, s, r, now, guard) != TAKES:
                 asked += 1
                 before, r = r, following
@@ -266,6 +289,8 @@ def _tick(
             sv.one.state[s] = POOLED
     _retry(times, rules, su, rq, sv, gr, bd, out, now)
     if su.scales:
+        if su.is_split:
+            rebalance(times, rules, sv, gr, watch, su.share)
         bd.whole[DRAINED] += scale_down(
             times, rules, sv, gr, watch, now, su.hold, su.cooldown, su.most, su.share
         )
@@ -312,6 +337,7 @@ def _hand_over(
     gr: Gradient,
     bd: Board,
     out: Records,
+    watch: Watch,
     now: float,
 ) -> None:
     """Place those whose prompts have just been computed with servers of further tokens."""
@@ -319,6 +345,7 @@ def _hand_over(
         r = bd.whole[HANDED]
         bd.whole[HANDED] = rq.following[r]
         if not _offer(times, rules, su, rq, sv, gr, bd, out, r, now, DECODE):
+            watch.refused[rq.tier[r]] += 1
             _enqueue(rq, bd, rq.tier[r], r)
 
 
@@ -433,13 +460,13 @@ def run(
             bd.real[1] = event
             _event(times, rules, su, rq, sv, gr, bd, out, bd.desk.heap[0])
             if bd.whole[HANDED] != NOBODY:
-                _hand_over(times, rules, su, rq, sv, gr, bd, out, event)
+                _hand_over(times, rules, su, rq, sv, gr, bd, out, watch, event)
         else:
             _arrive(times, rules, su, rq, sv, gr, bd, out, watch, arrived)
             bd.real[1] = arrival
             arrived += 1
             if bd.whole[HANDED] != NOBODY:
-                _hand_over(times, rules, su, rq, sv, gr, bd, out, arrival)
+                _hand_over(times, rules, su, rq, sv, gr, bd, out, watch, arrival)
     for s in range(sv.one.state.size):
         if sv.one.state[s] != OFF:
             bd.real[0] += bd.real[1] - bd.desk.on_since[s]

@@ -202,6 +202,8 @@ def _first_token(
     """Give a request the token that its computed prompt yields, and let it go on from there."""
     number = rq.emitted[r]
     rq.emitted[r] += 1
+    if su.is_split and sv.one.stage[s] == PREFILL:
+        bd.lines.coming[rq.tier[r]] -= 1
     if number == 0:
         out.first[r] = t
         if t > rq.due[r] + EPS:
@@ -371,6 +373,8 @@ def begin_step(  # noqa: C901  parts of it would hand a dozen numbers back and f
                         rq.following[before] = following
                     if following == NOBODY:
                         bd.desk.tail[s] = before
+                    if su.is_split:
+                        bd.lines.coming[rq.tier[r]] -= 1
                     decline(bd, out, r, t)
                     r = following
                     continue

@@ -101,3 +101,27 @@ def test_a_fleet_follows_its_load_down_and_up_again():
     assert on[at[2]] > on[at[1]]
     assert report.server_seconds < 0.9 * on.max() * 900
     assert report.attainment() > 0.9
+
+
+def test_servers_of_tokens_follow_the_mix_and_prompts_wait_for_them():
+    """Whoever came first has the servers; tiers that are short of them get theirs within a minute.
+
+    All tight requests come first. Prompts that nobody could go on with are not computed.
+    """
+    rate, seconds, rng = 60.0, 120.0, np.random.default_rng(0)
+    count = int(rate * seconds)
+    arrival = np.arange(count) / rate
+    share = np.where(arrival < 20, 0.95, 0.3)
+    trace = FleetTrace(
+        arrival=arrival, prompt=np.full(count, 300), output=np.full(count, 200),
+        ttft=np.full(count, 1.0), tpot=np.where(rng.random(count) < share, 0.05, 0.1),
+    )  # fmt: skip
+    spec = FleetSpec(servers=10, cost=COST, capacity=352_000, prefill_servers=4)
+    report = simulate_fleet(trace, spec, CONFIG)
+    tight = report.timeline[:, 1]
+    assert tight[np.searchsorted(report.timeline[:, 0], 110.0)] < tight.max()
+    late = report.trace.arrival > 60
+    kept = report.attained()
+    assert kept[late].mean() > 0.9
+    waste = np.isfinite(report.first) & ~kept & late
+    assert waste.mean() < 0.05, "prompts are computed for those who can be served"

@@ -157,6 +157,45 @@ def probe(
 
 
 @compiled
+def is_backed_up(
+    rules: Rules, rq: Records, sv: Servers, gr: Gradient, r: int, now: float, ahead: np.ndarray
+) -> bool:
+    """Tell whether servers of further tokens will have no room for a request when it comes there.
+
+    For fleets in which others compute the prompts. By then those have ended who are about to; what
+    servers are short of is taken to be in proportion to how many they serve.
+
+    Args:
+        rules: The policy's.
+        rq: Requests.
+        sv: Servers.
+        gr: The gradient.
+        r: A request whose prompt is not computed.
+        now: Clock time in seconds.
+        ahead: `[tiers]`: requests that will be there earlier.
+    """
+    tier = rq.tier[r]
+    if gr.filled[tier] == 0 or take_pooled(sv, DECODE) != NOBODY:
+        return False
+    room, wanted = 0.0, 1
+    for row in range(tier + 1):  # tighter ones may host it, but for those of their own
+        many, load = 0, 0.0
+        for i in range(gr.filled[row]):
+            s = gr.order[row, i]
+            many += sv.one.decodes[s] + sv.one.joining[s]
+            load += sv.one.load[s]
+        if row == tier and many == 0:
+            return False
+        wanted += ahead[row]
+        seconds = rules.means.output[row] * rules.means.tau[row]
+        room += many * max(0.0, rq.due[r] - now) / seconds
+        if load > 0:
+            share = 1.0 if row == tier else rules.guard
+            room += (share * gr.filled[row] - load) * many / load
+    return wanted > room
+
+
+@compiled
 def take_pooled(sv: Servers, stage: int) -> int:
     """Return an idle warm server of a stage, or `NOBODY`."""
     for s in range(sv.one.state.size):

@@ -1,8 +1,10 @@
 """How many servers each tier needs: the tail of its gradient is the signal.
 
 Up: a request that its tier has no room for takes a server from the pool, and a pool that runs low
-is filled up. Down: the tail of a tier is let drain if the others have room for whom it serves and
-for its share of what is still to come, and if that has been so for some checks in a row.
+is filled up. Where servers make further tokens only, and none is in the pool, tiers that have more
+room give servers to those that have none. Down: the tail of a tier is let drain if the others have
+room for whom it serves and for its share of what is still to come, and if that has been so for some
+checks in a row.
 
 Source: PolyServe (arXiv 2507.17769) for the idea; numbers are ours.
 """
@@ -13,9 +15,10 @@ import numpy as np
 
 from jaxserve.core.compiled import compiled
 from jaxserve.scheduling.polyserve.admission import steady_seconds
-from jaxserve.scheduling.polyserve.packing import Gradient, leave, load_of
+from jaxserve.scheduling.polyserve.packing import Gradient, label, leave, load_of
 from jaxserve.scheduling.polyserve.state import (
     DRAINING,
+    NOBODY,
     OFF,
     POOLED,
     PREFILL,
@@ -26,6 +29,9 @@ from jaxserve.scheduling.polyserve.state import (
     Servers,
 )
 from jaxserve.scheduling.step_times import StepTimes
+
+_CLEARLY = 0.98
+"""Share of a load below which another one is clearly less."""
 
 
 class Watch(NamedTuple):
@@ -155,6 +161,61 @@ def scale_down(
         watch.held[row] = 0
         watch.changed[row] = now
     return drained
+
+
+@compiled
+def rebalance(
+    times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, watch: Watch, share: float
+) -> int:
+    """Give servers to tiers that found no room, from tiers that have more of it.
+
+    Without spare servers, who came first has the most: a tier can be short of servers while another
+    could do with less. So the last server of the tier that would then be the least loaded changes
+    its label, if even then that tier is less loaded than the one in need. Whoever is on it stays.
+
+    Args:
+        times: Times of steps.
+        rules: The policy's.
+        sv: Servers; those that change have another label and row.
+        gr: The gradient.
+        watch: The scaler's memory; only read.
+        share: Share of a tier's servers that may change at once; at least one.
+
+    Returns:
+        How many changed.
+    """
+    tiers = gr.filled.size - 1
+    for s in range(sv.one.state.size):
+        if sv.one.state[s] == POOLED and sv.one.stage[s] != PREFILL:
+            return 0
+    total = np.zeros(tiers)
+    for row in range(tiers):
+        for i in range(gr.filled[row]):
+            total[row] += load_of(times, rules, sv, gr.order[row, i])
+    changed = 0
+    for needy in range(tiers):
+        if watch.refused[needy] == 0 or gr.filled[needy] == 0:
+            continue
+        allowed = max(1, int(share * gr.filled[needy]))
+        for _ in range(allowed):
+            giver, least = NOBODY, _CLEARLY * total[needy] / gr.filled[needy]
+            for row in range(tiers):
+                if row == needy or gr.filled[row] < 2:
+                    continue
+                after = total[row] / (gr.filled[row] - 1)
+                if after < least:
+                    giver, least = row, after
+            if giver == NOBODY:
+                break
+            s = gr.order[giver, gr.filled[giver] - 1]
+            total[giver] -= load_of(times, rules, sv, s)
+            leave(gr, sv, s)
+            sv.one.label[s] = needy
+            sv.one.load[s] = load_of(times, rules, sv, s)
+            total[needy] += sv.one.load[s]
+            label(gr, sv, s, needy, tiers)
+            changed += 1
+    return changed
 
 
 @compiled

@@ -44,8 +44,8 @@ def admit_greedily(
     chain = sorted((item for item in items if item.is_forced), key=order)
     new = [item for item in items if not item.is_forced]
     start = _Link((0,) * len(planner.tiers), 0, 0.0)
-    links = _follow(start, chain, planner, horizon_s)
-    if links is None:
+    links = _follow(start, chain, planner)
+    if links is None or planner.plan(horizon_s, _last(links, start)) is None:
         reason: DeclineReason = "compute"
         return FastChoice(
             accepted=(), declined=dict.fromkeys((i.key for i in new), reason), is_feasible=False
@@ -60,9 +60,13 @@ def admit_greedily(
         if any(link.spare < item.prefill for link in links[place:]):
             declined[item.key] = "compute"  # who joins only takes room from those behind
             continue
+        # Decodes only join along the chain, so that its last set is the hardest to sustain.
+        last = _joined(_last(links, start), item.tier)
         before = links[place - 1] if place else start
-        # What comes before in the chain is not changed by what comes after.
-        after = _follow(before, [item, *chain[place:]], planner, horizon_s)
+        after = None
+        if planner.plan(horizon_s, last) is not None:
+            # What comes before in the chain is not changed by what comes after.
+            after = _follow(before, [item, *chain[place:]], planner)
         if after is None:
             declined[item.key] = "compute"
             continue
@@ -87,23 +91,33 @@ class _Link(NamedTuple):
     end: float
 
 
-def _follow(
-    link: _Link, chain: Sequence[Item], planner: SegmentPlanner, horizon_s: float
-) -> list[_Link] | None:
+def _last(links: Sequence[_Link], start: _Link) -> tuple[int, ...]:
+    """Return who decodes after a whole chain."""
+    return links[-1].counts if links else start.counts
+
+
+def _joined(counts: tuple[int, ...], tier: int) -> tuple[int, ...]:
+    """Return the decodes with one more of a tier."""
+    return (*counts[:tier], counts[tier] + 1, *counts[tier + 1 :])
+
+
+def _follow(link: _Link, chain: Sequence[Item], planner: SegmentPlanner) -> list[_Link] | None:
     """Return what is known after each item of a chain; None if a deadline cannot be kept."""
     counts, spare, end = link
     links: list[_Link] = []
     for item in chain:
-        if item.deadline > end:
-            segment = planner.plan(item.deadline - end, counts)
+        deadline = item.deadline
+        if deadline > end:
+            segment = planner.plan(deadline - end, counts)
             if segment is None:
                 return None
-            spare += segment.budget
-            end += segment.used
+            budget, used = segment
+            spare += budget
+            end += used
         spare -= item.prefill
         if spare < 0:
             return None
-        counts = (*counts[: item.tier], counts[item.tier] + 1, *counts[item.tier + 1 :])
+        tier = item.tier
+        counts = (*counts[:tier], counts[tier] + 1, *counts[tier + 1 :])
         links.append(_Link(counts, spare, end))
-    # Decodes only join along the chain, so that the last set is the hardest to sustain.
-    return None if planner.plan(horizon_s, counts) is None else links
+    return links

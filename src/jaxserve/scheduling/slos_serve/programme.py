@@ -11,8 +11,9 @@ Differs: a larger spare budget dominates a smaller one, other things being equal
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxserve.scheduling.slos_serve.segment import SegmentPlanner
+from jaxserve.scheduling.slos_serve.segment import Segment, SegmentPlanner
 
 MAX_STATES = 16
 """Most states kept per cell."""
@@ -41,8 +42,9 @@ class Item:
     is_forced: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
+class _State(NamedTuple):
+    """A chain of accepted requests. A tuple, because many are made."""
+
     value: float
     pages: int
     spare: int
@@ -94,10 +96,9 @@ def choose(
             after = (*counts[: item.tier], counts[item.tier] + 1, *counts[item.tier + 1 :])
             if planner.plan(horizon_s, after) is None:
                 continue
-            for state in states:
-                link = _link(state, item, counts, planner, free_pages)
-                if link is not None:
-                    grown.setdefault(after, []).append(link)
+            links = _links(states, item, counts, planner, free_pages)
+            if links:
+                grown.setdefault(after, []).extend(links)
         if item.is_forced:
             cells = {counts: _best(states) for counts, states in grown.items()}
             continue
@@ -136,25 +137,33 @@ def order(item: Item) -> tuple[float, bool, int]:
     return (item.deadline, not item.is_forced, item.key)
 
 
-def _link(
-    state: _State, item: Item, counts: tuple[int, ...], planner: SegmentPlanner, free_pages: int
-) -> _State | None:
-    """Append an item to a chain; None if its deadline or the pages do not allow it."""
-    pages = state.pages + (0 if item.is_forced else item.pages)
-    if pages > free_pages:
-        return None
-    spare, end = state.spare, state.end
-    if item.deadline > end:
-        segment = planner.plan(item.deadline - end, counts)
-        if segment is None:
-            return None
-        spare += segment.budget
-        end += segment.used
-    spare -= item.prefill
-    if spare < 0:
-        return None
-    value = state.value + (0.0 if item.is_forced else item.value)
-    return _State(value, pages, spare, end, state, item)
+def _links(
+    states: list[_State],
+    item: Item,
+    counts: tuple[int, ...],
+    planner: SegmentPlanner,
+    free_pages: int,
+) -> list[_State]:
+    """Append an item to chains, where its deadline and the pages allow it."""
+    links: list[_State] = []
+    segments: dict[float, Segment | None] = {}  # many chains have been planned up to one time
+    more, value = (0, 0.0) if item.is_forced else (item.pages, item.value)
+    for state in states:
+        pages, spare, end = state.pages + more, state.spare, state.end
+        if pages > free_pages:
+            continue
+        if item.deadline > end:
+            if end not in segments:
+                segments[end] = planner.plan(item.deadline - end, counts)
+            segment = segments[end]
+            if segment is None:
+                continue
+            spare += segment.budget
+            end += segment.used
+        spare -= item.prefill
+        if spare >= 0:
+            links.append(_State(state.value + value, pages, spare, end, state, item))
+    return links
 
 
 def _best(states: list[_State]) -> list[_State]:
