@@ -55,8 +55,9 @@ def windowed_scores(s, distance, head, key):
     return s, (distance < REACH) | (key < FIRST)
 
 
-def oracle(change, q, k, v, cache, plan, *, scale, window=None, soft_cap=None):
+def oracle(change, q, k, v, cache, plan, *, scale, window=None, soft_cap=None, sinks=None):
     """Stand in for `dense.attend`, one query and head after the other."""
+    assert sinks is None, "no model here has them"
 
     def attend(q, k, v):
         q, k, v = (np.asarray(part, np.float64) for part in (q, k, v))
