@@ -147,7 +147,7 @@ def test_what_is_said_is_what_float64_says_of_the_same_choice(module, shared, se
             for p in (0.9, 1.0)
         }  # fmt: skip
         np.testing.assert_allclose(logprobs(found), said[0.9], atol=0.005)
-        assert np.abs(said[1.0] - said[0.9]).max() > 0.2  # attention to everything says otherwise
+        assert np.abs(said[1.0] - said[0.9]).max() > 0.05  # attention to everything says otherwise
 
 
 def test_short_contexts_are_read_whole(shared, plain):
