@@ -22,6 +22,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 _DEVICES = "--xla_force_host_platform_device_count=8"  # to share a model among; one is used alone
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
+# `sharding.flash` has loops for numba, which takes functions only as they were written.
+_CHECKED = ("attention", "cache", "models", "sharding.mesh", "sharding.rules")
 try:
     import beartype  # noqa: F401  the hook below needs it
     from jaxtyping import install_import_hook
@@ -30,7 +32,7 @@ except ImportError:  # a GPU machine may lack them; every other run has them
 else:
     # Where arrays are. The faces check what users pass by themselves, and tests pass them nonsense.
     install_import_hook(
-        [f"jaxserve.{name}" for name in ("attention", "cache", "models", "sharding")],
+        [f"jaxserve.{name}" for name in _CHECKED],
         "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
     )
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from benchmarks.record import Recorder
 from benchmarks.rooms.sparse import generation, long_texts, needles, plots, positions, speed
-from benchmarks.rooms.sparse.contestants import BASE
 
 _PARTS = {
     "mass": "masses and tokens of every estimator and baseline",
@@ -52,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         "--interpolate", type=float, default=1.0, metavar="FACTOR",
         help="divide rotary frequencies by this, for contexts beyond the model's",
     )  # fmt: skip
-    parser.add_argument("--segment-len", type=int, help="tokens clustered together; 1024")
+    parser.add_argument("--segment-len", type=int, default=1024, help="tokens clustered together")
     parser.add_argument("--batch", type=int, help="rows at once; 4 to generate, 1 for times")
     quality_args = parser.add_argument_group("masses, ablation, perplexity and positions")
     quality_args.add_argument("--generated", type=int, default=128, help="tokens behind the prompt")
@@ -83,8 +82,6 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"{args.data.name} is not there; leave out --data, or name a folder of texts")
     if not any(getattr(args, name) for name in _PARTS):
         args.mass = args.ablation = args.perplexity = True
-    # Times have been taken with the segments of the functions, all else with those of the engine.
-    args.segment_len = args.segment_len or (BASE.clusters.segment_len if args.speed else 1024)
     args.batch = args.batch or (1 if args.speed else 4)
     return args
 

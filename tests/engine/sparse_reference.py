@@ -110,9 +110,9 @@ def _index(
         return every(np.concatenate([getattr(segment, name) for segment in found], axis=1))
 
     index = ClusterIndex(
-        centroids=joined("centroids"),
+        centroids=joined("centroids").astype(config.clusters.dtype),
         spread=joined("spread"),
-        value_means=joined("value_means"),
+        value_means=joined("value_means").astype(config.clusters.dtype),
         sizes=joined("sizes"),
         begin=every(np.concatenate(begins, axis=1).astype(np.int32)),
         permutation=every(permutation),

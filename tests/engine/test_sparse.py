@@ -146,7 +146,7 @@ def test_what_is_said_is_what_float64_says_of_the_same_choice(module, shared, se
             )
             for p in (0.9, 1.0)
         }  # fmt: skip
-        np.testing.assert_allclose(logprobs(found), said[0.9], atol=0.02)
+        np.testing.assert_allclose(logprobs(found), said[0.9], atol=0.005)
         assert np.abs(said[1.0] - said[0.9]).max() > 0.2  # attention to everything says otherwise
 
 
@@ -286,7 +286,7 @@ def test_sequences_that_push_each_other_out_finish(module):
 
 def test_speculation_with_and_without_shares(module, plain):
     bench = sparse_bench(module, speculative_config=NGRAM)
-    prompt = prompt_of(40, seed=22) * 5
+    prompt = prompt_of(40, seed=25) * 5
     sampling = GREEDY | {"max_tokens": 60}
     whole = bench.complete(prompt, **sampling, attention_mass=1.0)
     assert tokens(whole) == tokens(plain.complete(prompt, **sampling))

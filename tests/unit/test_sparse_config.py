@@ -54,7 +54,7 @@ def test_the_flag_reaches_the_room():
         ("p=0.9,tail=none", "tail must be one of mean, drop"),
         ("p=0.9,max_share=0", "max_share must be above 0"),
         ("p=0.9,failure_rate=0.6", "failure_rate must be above 0 and at most 0.5"),
-        ("p=0.9,segment=1000", r"segment must be a multiple of cluster_size \(32\), got 1000"),
+        ("p=0.9,segment=1001", r"segment must be a multiple of cluster_size \(16\), got 1001"),
         ("p=0.9,sinks=1024", r"sinks must be fewer than segment \(1024\)"),
     ],
 )

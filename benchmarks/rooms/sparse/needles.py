@@ -36,10 +36,13 @@ _KINDS = ("single needle", "multi-key needle")
 _ESTIMATORS = ("sampled", "hyperbola", "centroid")
 _SELECTED: Mapping[str, TacticConfig] = {
     **{name: ESTIMATORS[name] for name in _ESTIMATORS},
-    "exact head of 128": mass.with_estimator(ESTIMATORS["sampled"], head_len=128),
-    "clusters of 16": dataclasses.replace(
-        ESTIMATORS["sampled"], clusters=ClusterConfig(cluster_size=16)
-    ),
+    "exact head of 64": mass.with_estimator(ESTIMATORS["sampled"], head_len=64),
+    **{
+        f"clusters of {size}": dataclasses.replace(
+            ESTIMATORS["sampled"], clusters=ClusterConfig(cluster_size=size)
+        )
+        for size in (8, 32)
+    },
     "failure rate 0.02": mass.with_estimator(ESTIMATORS["sampled"], failure_rate=0.02),
 }
 """Settings whose selections are looked at; those behind the estimators are not decoded with."""

@@ -7,18 +7,19 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from benchmarks.record import Recorder, summary, table
 from benchmarks.rooms.sparse import captures, texts
 from benchmarks.rooms.sparse.contestants import BASE
 from jaxserve import cpu_kernels
-from jaxserve.attention.tactic.attention import sparse_decode
-from jaxserve.attention.tactic.clustering import build_index
+from jaxserve.attention.tactic.attention import SparseStats, sparse_decode
+from jaxserve.attention.tactic.clustering import ClusterIndex, build_index
 from jaxserve.attention.tactic.config import TacticConfig
 from jaxserve.attention.tactic.select import select
 
@@ -58,7 +59,7 @@ def grow(
     for head in range(heads):
         sizes = np.asarray(index.sizes[0, head], np.float64)
         member = rng.choice(len(sizes), size=tokens, p=sizes / sizes.sum())
-        width = np.sqrt(np.asarray(index.spread[0, head]))
+        width = np.sqrt(np.asarray(index.spread[0, head]))[:, None]
         noise = rng.standard_normal((tokens, dim), np.float32)
         drawn_keys[head] = np.asarray(index.centroids[0, head])[member] + width[member] * noise
         drawn_values[head] = np.asarray(index.value_means[0, head])[member]
@@ -70,8 +71,32 @@ def grow(
     return drawn_keys, drawn_values
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inputs:
+    """What one layer attends with, and to; slots are separate, as a step changes them.
+
+    Attributes:
+        q: Queries, `[rows, q_heads, head_dim]`.
+        k: Keys of the step's tokens, `[rows, kv_heads, head_dim]`.
+        v: Their values.
+        index: Clusters; none for dense attention.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    index: ClusterIndex | None
+
+
+Slots = list[tuple[Array, Array]]
+"""Keys and values of each layer."""
+
+
 class Step:
     """Decode attention of some layers, dense and sparse, over contexts of one length.
+
+    A step is one compiled program of all its layers, as it is in the engine.
 
     Args:
         taken: Layers of a real model.
@@ -89,7 +114,8 @@ class Step:
         self.config = dataclasses.replace(TacticConfig(min_context=0), clusters=clusters)
         self.length = jnp.full((args.batch,), context, jnp.int32)
         self.p = jnp.full((args.batch,), args.p, jnp.float32)
-        self.layers: list[dict[str, object]] = []
+        self.layers: list[Inputs] = []
+        self.slots: dict[str, Slots] = {"dense": [], "sparse": []}
         self.index_seconds = 0.0
         for capture in taken:
             chosen = len(capture.q) - 1 - rng.integers(64, size=args.batch)
@@ -100,69 +126,86 @@ class Step:
                 build_index(keys, values, self.length - 1, config=self.config)
             )
             self.index_seconds = time.perf_counter() - start  # of the last, which is compiled
-            self.layers.append(
-                {
-                    "q": jnp.asarray(np.asarray(capture.q)[chosen]),
-                    "k": keys[:, :, -1].astype(jnp.float32),
-                    "v": values[:, :, -1].astype(jnp.float32),
-                    "dense": (jnp.array(keys), jnp.array(values)),
-                    "sparse": (moved_keys, moved_values),
-                    "index": index,
-                }
-            )
+            queries = jnp.asarray(np.asarray(capture.q)[chosen])
+            k, v = (x[:, :, -1].astype(jnp.float32) for x in (keys, values))
+            self.layers.append(Inputs(queries, k, v, index))
+            self.slots["dense"].append((jnp.array(keys), jnp.array(values)))
+            self.slots["sparse"].append((moved_keys, moved_values))
         self.scale = taken[0].scale
-        self._dense = jax.jit(partial(cpu_kernels.decode, scale=self.scale), donate_argnums=(3, 4))
-        self._sparse = jax.jit(self._sparse_layer, donate_argnums=(3, 4))
-        self._select = jax.jit(self._select_layer)
+        self.stats: list[SparseStats] = []
+        programs = {"dense": self._dense, "sparse": self._sparse}
+        self._programs = {k: jax.jit(f, donate_argnums=1) for k, f in programs.items()}
+        self._select = jax.jit(self._select_layers)
 
-    def _sparse_layer(self, q, k, v, keys, values, index):  # noqa: ANN001, ANN202
-        row = jnp.arange(q.shape[0])
-        keys = keys.at[row, :, self.length - 1].set(k.astype(keys.dtype))
-        values = values.at[row, :, self.length - 1].set(v.astype(values.dtype))
-        out, stats = sparse_decode(
-            q, keys, values, self.length, index, self.p,
-            scale=self.scale, config=self.config, backend="llvm",
-        )  # fmt: skip
-        return out, keys, values, stats
+    def _dense(self, layers: list[Inputs], slots: Slots) -> tuple[list[Array], Slots]:
+        found = [
+            cpu_kernels.decode(x.q, x.k, x.v, *own, self.length - 1, scale=self.scale)
+            for x, own in zip(layers, slots, strict=True)
+        ]
+        return [out for out, _, _ in found], [(keys, values) for _, keys, values in found]
 
-    def _select_layer(self, q, keys, index):  # noqa: ANN001, ANN202
-        rows, _, dim = q.shape
-        grouped = q.reshape(rows, keys.shape[1], -1, dim) * self.scale
-        kept = jnp.zeros(grouped.shape[:3])
-        chosen = select(grouped, keys, index, kept, self.p, config=self.config, backend="llvm")
-        return chosen.num_tokens
+    def _sparse(
+        self, layers: list[Inputs], slots: Slots
+    ) -> tuple[list[tuple[Array, SparseStats]], Slots]:
+        row, last = jnp.arange(self.length.size), self.length - 1
+        found: list[tuple[Array, SparseStats]] = []
+        after: Slots = []
+        for x, (old_keys, old_values) in zip(layers, slots, strict=True):
+            keys = old_keys.at[row, :, last].set(x.k.astype(old_keys.dtype))
+            values = old_values.at[row, :, last].set(x.v.astype(old_values.dtype))
+            found.append(
+                sparse_decode(
+                    x.q,
+                    keys,
+                    values,
+                    self.length,
+                    x.index,
+                    self.p,
+                    scale=self.scale,
+                    config=self.config,
+                    backend="llvm",
+                )
+            )
+            after.append((keys, values))
+        return found, after
+
+    def _select_layers(self, layers: list[Inputs], slots: Slots) -> list[Array]:
+        found: list[Array] = []
+        for x, (keys, _) in zip(layers, slots, strict=True):
+            rows, _, dim = x.q.shape
+            grouped = x.q.reshape(rows, keys.shape[1], -1, dim) * self.scale
+            kept = jnp.zeros(grouped.shape[:3])
+            chosen = select(
+                grouped, keys, x.index, kept, self.p, config=self.config, backend="llvm"
+            )
+            found.append(chosen.num_tokens)
+        return found
+
+    def _run(self, name: str) -> tuple[Any, float]:
+        start = time.perf_counter()
+        out, self.slots[name] = self._programs[name](self.layers, self.slots[name])
+        jax.block_until_ready(out)
+        return out, 1e3 * (time.perf_counter() - start)
 
     def dense(self) -> float:
         """Return the milliseconds of all layers with dense attention."""
-        start = time.perf_counter()
-        position = self.length - 1
-        for layer in self.layers:
-            out, *slots = self._dense(layer["q"], layer["k"], layer["v"], *layer["dense"], position)
-            layer["dense"] = tuple(slots)
-            jax.block_until_ready(out)
-        return 1e3 * (time.perf_counter() - start)
+        return self._run("dense")[1]
 
     def sparse(self) -> float:
         """Return the milliseconds of all layers with sparse attention, choosing included."""
-        start = time.perf_counter()
-        for layer in self.layers:
-            out, *slots, layer["stats"] = self._sparse(
-                layer["q"], layer["k"], layer["v"], *layer["sparse"], layer["index"]
-            )
-            layer["sparse"] = tuple(slots)
-            jax.block_until_ready(out)
-        return 1e3 * (time.perf_counter() - start)
+        found, milliseconds = self._run("sparse")
+        self.stats = [stats for _, stats in found]
+        return milliseconds
 
     def select(self) -> float:
         """Return the milliseconds of choosing alone."""
         start = time.perf_counter()
-        for layer in self.layers:
-            jax.block_until_ready(self._select(layer["q"], layer["sparse"][0], layer["index"]))
+        jax.block_until_ready(self._select(self.layers, self.slots["sparse"]))
         return 1e3 * (time.perf_counter() - start)
 
     def read(self) -> float:
         """Return the share of tokens that the last sparse step read."""
-        tokens = [np.asarray(layer["stats"].tokens).mean() for layer in self.layers]
+        tokens = [np.asarray(stats.tokens).mean() for stats in self.stats]
         return float(np.mean(tokens) / self.length[0])
 
 

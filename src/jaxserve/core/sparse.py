@@ -44,7 +44,7 @@ class SparseConfig:
     window: int = 128
     sinks: int = 4
     segment: int = 1024
-    cluster_size: int = 32
+    cluster_size: int = 16
     max_share: float = 0.5
     measure_every: int = 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 from jaxserve.cpu_kernels.cluster_tables import CLUSTER_BLOCK, Sampling, Table, Workspace
-from jaxserve.cpu_kernels.emit import F32, I32, I64, ITEM_BYTES, Emitter, Value, WeightType, const
+from jaxserve.cpu_kernels.emit import F32, I32, I64, ITEM_BYTES, Emitter, Value, const
 from jaxserve.cpu_kernels.heads import LOWEST, Heads
 from jaxserve.cpu_kernels.places import (
     PIECE,
@@ -105,22 +105,28 @@ class Choice:
         first = b.mul(block, const(CLUSTER_BLOCK))
         stop = e.minimum(b.add(first, const(CLUSTER_BLOCK)), used)
         best = [e.variable(e.vector, e.splat_const(LOWEST)) for _ in range(group)]
-        half, wide = e.splat_const(0.5), ir.VectorType(I32, e.width)
+        wide = ir.VectorType(I32, e.width)
         row_bytes = const(self.shape.head_dim * ITEM_BYTES[table.kind])
+        # Half the square of each query, which variances are multiplied with.
+        halves: list[Value] = []
+        for each in load_queries(e, self.q, group, self.shape.head_dim):
+            square = e.splat_const(0.0)
+            for part in each:
+                square = e.fma(part, part, square)
+            halves.append(e.splat(b.fmul(e.sum_lanes(square), ir.Constant(F32, 0.5))))
         with e.loop(first, stop, const(e.width)) as start:
             queries = load_queries(e, self.q, group, self.shape.head_dim)
-            factors, tables = [queries], [table.centroids]
-            if self.sampling.uses_spread:
-                factors.append([[b.fmul(b.fmul(x, x), half) for x in each] for each in queries])
-                tables.append(table.spread)
             row = table.row(e, start)
 
-            def places(lane: int, row: Value = row, tables: list[Value] = tables) -> list[Value]:
-                low = b.mul(b.add(row, const(lane)), row_bytes)
-                return [e.at(base, low, 1) for base in tables]
+            def place(lane: int, row: Value = row) -> Value:
+                return e.at(table.centroids, b.mul(b.add(row, const(lane)), row_bytes), 1)
 
-            kinds: list[WeightType] = [table.kind for _ in tables]
-            scores = dot_rows(e, factors, places, kinds)
+            scores = dot_rows(e, queries, place, table.kind)
+            if self.sampling.uses_spread:
+                variance = e.load(e.at(table.spread, row, 4), "float32")
+                scores = [
+                    e.fma(half, variance, score) for half, score in zip(halves, scores, strict=True)
+                ]
             size = b.load(e.at(table.sizes, row, 4), align=4, typ=wide)
             b.store(size, e.at(space.size, start, 4), align=4)
             segment = b.udiv(start, const(table.per_entry))
@@ -164,10 +170,9 @@ class Choice:
         self._total()
         wanted = self._find(kept)
         self._take(wanted, kept)
-        self._list_runs()
 
     def _sort(self, levels: list[Value], kept: list[Value]) -> None:
-        """Turn scores into weights and write the order."""
+        """Turn scores into weights; write the order, and sizes and modelled masses by it."""
         e, b, group, settings, space = self.e, self.e.b, self.group, self.sampling, self.space
         wide = ir.VectorType(I32, e.width)
         none = ir.Constant(wide, [0] * e.width)
@@ -217,21 +222,27 @@ class Choice:
             b.store(total, so_far)
             self._put(total, counts, i)
         with e.loop(const(0), self.used, const(1)) as c:
-            bucket = self._int(space.rank, c)
+            bucket, size = self._int(space.rank, c), self._int(space.size, c)
             at = self._int(counts, bucket)
             self._put(c, space.order, at)
+            self._put(size, space.ordered_size, at)
+            number = self._number(size)
+            for g in range(group):
+                model = number
+                if settings.uses_ratio:
+                    model = b.fmul(self._float(space.weight[g], c), number)
+                self._put(model, space.model[g], at)
             self._put(b.add(at, const(1)), counts, bucket)
 
     def _rank(self) -> Value:
-        """Write ranks, modelled masses, and where ranges of ranks begin; return all tokens."""
+        """Write ranks and where ranges of ranks begin; return all tokens."""
         e, b, settings, space = self.e, self.e.b, self.sampling, self.space
         strata = settings.num_strata
         self.bounds = e.array(I64, strata + 2)
         b.store(const(0), self.bounds)
         first, stratum = e.variable(I64, const(0)), e.variable(I64, const(0))
         with e.loop(const(0), self.used, const(1)) as i:
-            cluster = self._int(space.order, i)
-            size = self._int(space.size, cluster)
+            size = self._int(space.ordered_size, i)
             rank = b.load(first, typ=I64)
             self._put(rank, space.rank, i)
             middle = b.add(rank, b.lshr(size, const(1)))
@@ -248,12 +259,6 @@ class Choice:
                 b.store(i, e.at(self.bounds, s, 8))
 
             self._while(is_behind, advance)
-            number = self._number(size)
-            for g in range(self.group):
-                model = number
-                if settings.uses_ratio:
-                    model = b.fmul(self._float(space.weight[g], cluster), number)
-                self._put(model, space.model[g], i)
             b.store(b.add(rank, size), first)
         behind = b.add(b.load(stratum, typ=I64), const(1))
         with e.loop(behind, const(strata + 2), const(1)) as s:
@@ -275,37 +280,32 @@ class Choice:
             for array in (*expected, *weights):
                 e.store(e.splat_const(0.0), e.at(array, i, 4))
         last = b.sub(self.used, const(1))
-        at, first = e.variable(I64, const(0)), e.variable(I64, const(0))
-        cluster_at = e.variable(I64, self._int(space.order, const(0)))
+        at = e.variable(I64, const(0))
         row_bytes = const(self.shape.head_dim * ITEM_BYTES[self.shape.kind])
-
-        def end() -> Value:
-            size = self._int(space.size, b.load(cluster_at, typ=I64))
-            return b.add(b.load(first, typ=I64), size)
-
         with e.loop(const(0), const(settings.num_samples), const(1)) as i:
             rank = self._int(self.ranks, i)
 
             def is_behind(rank: Value = rank) -> Value:
-                is_last = b.icmp_signed(">=", b.load(at, typ=I64), last)
-                return b.and_(b.icmp_signed(">=", rank, end()), b.not_(is_last))
+                here = b.load(at, typ=I64)
+                end = b.add(self._int(space.rank, here), self._int(space.ordered_size, here))
+                is_last = b.icmp_signed(">=", here, last)
+                return b.and_(b.icmp_signed(">=", rank, end), b.not_(is_last))
 
             def advance() -> None:
-                b.store(end(), first)
-                following = b.add(b.load(at, typ=I64), const(1))
-                b.store(following, at)
-                b.store(self._int(space.order, following), cluster_at)
+                b.store(b.add(b.load(at, typ=I64), const(1)), at)
 
             self._while(is_behind, advance)
-            cluster = b.load(cluster_at, typ=I64)
-            place = b.add(self._int(space.begin, cluster), b.sub(rank, b.load(first, typ=I64)))
+            here = b.load(at, typ=I64)
+            cluster = self._int(space.order, here)
+            inside = b.sub(rank, self._int(space.rank, here))
+            place = b.add(self._int(space.begin, cluster), inside)
             if self.where is not None:
                 place = self.where(place)
             place = b.mul(place, row_bytes)
             b.store(place, e.at(places, i, 8))
             for byte in range(0, self.shape.head_dim * ITEM_BYTES[self.shape.kind], 64):
                 e.prefetch(e.at(self.keys, b.add(place, const(byte)), 1))
-            b.store(b.load(at, typ=I64), e.at(positions, i, 8))
+            b.store(here, e.at(positions, i, 8))
             # A context shorter than the head is its own head, each token once.
             n, length = self.num_tokens, const(settings.head_len)
             counts = b.or_(b.icmp_signed("<", i, n), b.icmp_signed(">=", n, length))
@@ -342,11 +342,11 @@ class Choice:
         with e.loop(const(0), const(samples), const(e.width)) as start:
             queries = load_queries(e, self.q, group, self.shape.head_dim)
 
-            def row(lane: int, start: Value = start) -> list[Value]:
+            def row(lane: int, start: Value = start) -> Value:
                 place = b.load(e.at(places, b.add(start, const(lane)), 8), typ=I64)
-                return [e.at(self.keys, place, 1)]
+                return e.at(self.keys, place, 1)
 
-            scores = dot_rows(e, [queries], row, [self.shape.kind])
+            scores = dot_rows(e, queries, row, self.shape.kind)
             for g in range(group):
                 score = b.fsub(scores[g], e.splat(levels[g]))
                 most = e.splat_const(_HIGHEST)
@@ -500,7 +500,7 @@ class Choice:
                         b.fsub(ahead, deviation), self._larger(mass, ir.Constant(F32, 1e-30))
                     )
                     missing = b.select(b.fcmp_ordered("<", missing, one), missing, one)
-                    size = self._int(space.size, self._int(space.order, at))
+                    size = self._int(space.ordered_size, at)
                     taken = b.fmul(b.fsub(one, missing), self._number(size))
                     taken = b.fptosi(e.intrinsic("llvm.ceil", [F32], F32, [taken]), I64)
                     need = b.add(self._int(space.rank, at), taken)
@@ -533,72 +533,99 @@ class Choice:
         return b.select(is_diffuse, n, want)
 
     def _take(self, wanted: Value, kept: list[Value]) -> None:
-        """Write what is read of each cluster, and the mass of what is not."""
+        """List the runs that are read, the best first, and turn models into masses that are not."""
         e, b, group, settings, space = self.e, self.e.b, self.group, self.sampling, self.space
         zero = ir.Constant(F32, 0.0)
-        tails = [e.variable(F32, zero) for _ in range(group)]
+        i, tokens, piece = (e.variable(I64, const(0)) for _ in range(3))
 
-        def take(i: Value, ratios: Sequence[Value]) -> None:
-            cluster = self._int(space.order, i)
-            size = self._int(space.size, cluster)
-            left = e.maximum(b.sub(wanted, self._int(space.rank, i)), const(0))
+        def is_read() -> Value:
+            # An index behind the last is not looked up.
+            at = e.minimum(b.load(i, typ=I64), b.sub(self.used, const(1)))
+            inside = b.icmp_signed("<", b.load(i, typ=I64), self.used)
+            return b.and_(inside, b.icmp_signed("<", self._int(space.rank, at), wanted))
+
+        def read() -> None:
+            at = b.load(i, typ=I64)
+            size = self._int(space.ordered_size, at)
+            left = b.sub(wanted, self._int(space.rank, at))
             # The last cluster is finished, or as much of a large one.
             units = b.udiv(b.add(left, const(settings.most - 1)), const(settings.most))
             taken = e.minimum(b.mul(units, const(settings.most)), size)
-            self._put(taken, space.taken, cluster)
-            rest = b.fdiv(self._number(b.sub(size, taken)), self._number(e.maximum(size, const(1))))
+            rest = b.fdiv(self._number(b.sub(size, taken)), self._number(size))
             for g in range(group):
-                mass = b.fmul(b.fmul(self._float(space.model[g], i), ratios[g]), rest)
-                self._put(mass, space.weight[g], cluster)
-                self._add_to(tails[g], mass)
+                self._put(b.fmul(self._float(space.model[g], at), rest), space.model[g], at)
+            begin = self._int(space.begin, self._int(space.order, at))
+            self._put(begin, space.run_begin, at)
+            self._put(taken, space.run_size, at)
+            before = b.load(tokens, typ=I64)
+            after = b.add(before, taken)
+            if space.pieces is not None:
+                self._note_pieces(space.pieces, piece, at, before, after)
+            b.store(after, tokens)
+            b.store(b.add(at, const(1)), i)
 
-        with e.loop(const(0), self.num_head, const(1)) as i:
-            take(i, [self._float(self.own[g], i) for g in range(group)])
-        with e.loop(const(0), const(settings.num_strata + 1), const(1)) as s:
-            ratios = [self._float(self.ratios[g], s) for g in range(group)]
-            low, high = self._range(s)
-            with e.loop(low, high, const(1)) as i:
-                take(i, ratios)
+        self._while(is_read, read)
+        self.num_runs = b.load(i, typ=I64)
+        self._put(b.load(tokens, typ=I64), space.num_tokens, const(0))
         for g in range(group):
-            tail = b.load(tails[g], typ=F32)
+            sums = e.variable(e.vector, e.splat_const(0.0))
+            model = space.model[g]
+            own = self.own[g]
+            self._scale(model, const(0), self.num_head, sums, lambda at, own=own: e.at(own, at, 4))
+            with e.loop(const(0), const(settings.num_strata + 1), const(1)) as s:
+                low, high = self._range(s)
+                self._scale(model, low, high, sums, e.splat(self._float(self.ratios[g], s)))
+            tail = e.sum_lanes(b.load(sums, typ=e.vector))
             if space.tail is not None:
                 self._put(tail, space.tail, const(g))
             if space.share is not None:
                 whole = b.fadd(kept[g], b.load(self.total[g], typ=F32))
                 lost = b.fdiv(tail, self._larger(whole, ir.Constant(F32, 1e-30)))
+                lost = b.select(b.fcmp_ordered(">", lost, zero), lost, zero)
                 self._put(b.fsub(ir.Constant(F32, 1.0), lost), space.share, const(g))
 
-    def _list_runs(self) -> None:
-        """List the runs that are read, as they lie in memory."""
-        e, b, space = self.e, self.e.b, self.space
-        run, tokens, piece = (e.variable(I64, const(0)) for _ in range(3))
-        with e.loop(const(0), self.used, const(1)) as c:
-            taken, at = self._int(space.taken, c), b.load(run, typ=I64)
-            self._put(self._int(space.begin, c), space.run_begin, at)
-            self._put(taken, space.run_size, at)
-            before = b.load(tokens, typ=I64)
-            after = b.add(before, taken)
-            if space.pieces is not None:
-                pieces = space.pieces
+    def _note_pieces(
+        self, pieces: Value, piece: Value, run: Value, before: Value, after: Value
+    ) -> None:
+        """Note where pieces begin that begin in a run, of tokens `before` to `after`."""
+        b = self.e.b
 
-                def begins(after: Value = after) -> Value:
-                    first = b.mul(b.load(piece, typ=I64), const(PIECE))
-                    return b.icmp_signed("<", first, after)
+        def begins() -> Value:
+            return b.icmp_signed("<", b.mul(b.load(piece, typ=I64), const(PIECE)), after)
 
-                def note(at: Value = at, before: Value = before, pieces: Value = pieces) -> None:
-                    number = b.load(piece, typ=I64)
-                    low = b.mul(number, const(2))
-                    self._put(at, pieces, low)
-                    offset = b.sub(b.mul(number, const(PIECE)), before)
-                    self._put(offset, pieces, b.add(low, const(1)))
-                    b.store(b.add(number, const(1)), piece)
+        def note() -> None:
+            number = b.load(piece, typ=I64)
+            low = b.mul(number, const(2))
+            self._put(run, pieces, low)
+            self._put(b.sub(b.mul(number, const(PIECE)), before), pieces, b.add(low, const(1)))
+            b.store(b.add(number, const(1)), piece)
 
-                self._while(begins, note)
-            b.store(after, tokens)
-            is_read = b.zext(b.icmp_signed(">", taken, const(0)), I64)
-            b.store(b.add(at, is_read), run)
-        self.num_runs = b.load(run, typ=I64)
-        self._put(b.load(tokens, typ=I64), space.num_tokens, const(0))
+        self._while(begins, note)
+
+    def _scale(
+        self,
+        model: Value,
+        low: Value,
+        high: Value,
+        sums: Value,
+        ratio: Value | Callable[[Value], Value],
+    ) -> None:
+        """Multiply some masses with a ratio, or with the ratios at some addresses; add them up."""
+        e, b = self.e, self.e.b
+        with e.loop(low, high, const(e.width)) as i:
+            mask = e.lanes_below(b.sub(high, i))
+            factor = e.load(ratio(i), "float32", mask=mask) if callable(ratio) else ratio
+            place = e.at(model, i, 4)
+            mass = b.fmul(e.load(place, "float32", mask=mask), factor)
+            e.store(mass, place, mask=mask)
+            b.store(b.fadd(b.load(sums, typ=e.vector), mass), sums)
+
+    def scatter_tail(self) -> None:
+        """Write masses that are not read by number of the cluster, where weights were."""
+        with self.e.loop(const(0), self.used, const(1)) as i:
+            cluster = self._int(self.space.order, i)
+            for model, weight in zip(self.space.model, self.space.weight, strict=True):
+                self._put(self._float(model, i), weight, cluster)
 
     def clear_runs(self, clusters: Value) -> None:
         """Make all other runs empty."""

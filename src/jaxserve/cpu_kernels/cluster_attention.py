@@ -48,6 +48,8 @@ from jaxserve.cpu_kernels.places import (
     store_word,
 )
 
+_AHEAD = 16
+"""Clusters from one whose mean value is added up to one that is asked for."""
 _KEPT_PARTS, _READ_PARTS = 4, 16
 """Into how many parts a head's always read, and its chosen places are dealt out."""
 
@@ -109,7 +111,7 @@ def attend_clusters(
     kept_begin: Int[Array, "rows kv_heads 2"],
     kept_size: Int[Array, "rows kv_heads 2"],
     centroids: Float[Array, "entries kv_heads clusters head_dim"],
-    spread: Float[Array, "entries kv_heads clusters head_dim"],
+    spread: Float[Array, "entries kv_heads clusters"],
     value_means: Float[Array, "entries kv_heads clusters head_dim"],
     sizes: Int[Array, "entries kv_heads clusters"],
     begin: Int[Array, "entries kv_heads clusters"],
@@ -133,7 +135,7 @@ def attend_clusters(
         kept_begin: First places of two runs that are always read; the first is not empty if any is.
         kept_size: Their places.
         centroids: Mean keys of each entry; their number is a multiple of 16.
-        spread: Variances of keys.
+        spread: Variances of keys, means over dimensions; float32.
         value_means: Mean values.
         sizes: Tokens of each cluster.
         begin: Their first places within the segment.
@@ -278,7 +280,7 @@ class _Head:
         ) = buffers[:15]  # fmt: skip
         (
             out, read_out, read_top, read_mass, num_tokens, share, level, mass, tail, best,
-            weight, model, size, first, ordered, rank, taken, run_begin, run_size, pieces,
+            weight, model, size, first, ordered, rank, ordered_size, run_begin, run_size, pieces,
             state_out, state_top, state_mass, tail_out,
         ) = buffers[15 + form.is_ordered :]  # fmt: skip
         row, head = b.udiv(index, const(shape.kv_heads)), b.urem(index, const(shape.kv_heads))
@@ -304,8 +306,8 @@ class _Head:
         self.space = Workspace(
             best=by_query(best, form.blocks), weight=by_query(weight, form.clusters),
             size=e.at(size, at, 4), begin=e.at(first, at, 4), order=e.at(ordered, at, 4),
-            rank=e.at(rank, at, 4), model=by_query(model, form.clusters),
-            taken=e.at(taken, at, 4), run_begin=e.at(run_begin, at, 4),
+            ordered_size=e.at(ordered_size, at, 4), rank=e.at(rank, at, 4),
+            model=by_query(model, form.clusters), run_begin=e.at(run_begin, at, 4),
             run_size=e.at(run_size, at, 4), num_tokens=e.at(num_tokens, index, 4),
             level=e.at(level, queries, 4), mass=e.at(mass, queries, 4),
             tail=e.at(tail, queries, 4), share=e.at(share, queries, 4),
@@ -444,22 +446,25 @@ class _Head:
             reader.write(self._state(b.add(part, const(_KEPT_PARTS))))
 
     def add_means(self, block: Value) -> None:
-        """Add up the mean values of one block of clusters, by the mass that is not read."""
+        """Add up mean values, by the mass that is not read, of one block of the order."""
         e, b, shape, kind = self.e, self.e.b, self.form.shape, self.form.index_kind
         first = b.mul(block, const(CLUSTER_BLOCK))
         count = b.sub(e.minimum(b.add(first, const(CLUSTER_BLOCK)), self.used), first)
         row_bytes = const(shape.head_dim * ITEM_BYTES[kind])
 
         def row(i: Value) -> Value:
-            number = self.table.row(e, b.add(first, i))
+            number = self.table.row(e, load_int(e, self.space.order, b.add(first, i)))
             return e.at(self.value_means, b.mul(number, row_bytes), 1)
+
+        def later(i: Value) -> Value:
+            return row(e.minimum(b.add(i, const(_AHEAD)), b.sub(count, const(1))))
 
         with b.if_then(b.icmp_signed(">", count, const(0))):
             parts = shape.head_dim // e.width
             zero = e.splat_const(0.0)
             sums = [[e.variable(e.vector, zero) for _ in range(parts)] for _ in range(shape.group)]
-            weights = [e.at(each, first, 4) for each in self.space.weight]
-            scale_add(e, sums, weights, count, row, kind)
+            masses = [e.at(each, first, 4) for each in self.space.model]
+            scale_add(e, sums, masses, count, row, kind, later)
             low = b.mul(block, const(shape.group * shape.head_dim))
             for g in range(shape.group):
                 for part in range(parts):

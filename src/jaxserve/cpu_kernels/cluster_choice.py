@@ -56,7 +56,7 @@ def choose_clusters(
     q: Float[Array, "rows q_heads head_dim"],
     keys: Float[Array, "slots kv_heads capacity head_dim"],
     centroids: Float[Array, "rows kv_heads clusters head_dim"],
-    spread: Float[Array, "rows kv_heads clusters head_dim"],
+    spread: Float[Array, "rows kv_heads clusters"],
     sizes: Int[Array, "rows kv_heads clusters"],
     begin: Int[Array, "rows kv_heads clusters"],
     kept: Float[Array, "rows q_heads"],
@@ -73,7 +73,7 @@ def choose_clusters(
         q: Scaled queries.
         keys: Slots, float32 or bfloat16.
         centroids: Mean keys; their number is a multiple of 16.
-        spread: Variances of keys.
+        spread: Variances of keys, means over dimensions; float32.
         sizes: Tokens of each cluster.
         begin: Their first places.
         kept: Logarithm of the mass that is read anyway.
@@ -123,7 +123,7 @@ def _kernel(
         (
             q, keys, entries, centroids, spread, sizes, begin, kept, limits, edges, ranks,
             run_begin, run_size, num_tokens, weight, level, mass,
-            best, model, size, first, order, rank, taken,
+            best, model, size, first, order, rank, ordered_size,
         ) = buffers  # fmt: skip
         row, head = b.udiv(index, const(shape.kv_heads)), b.urem(index, const(shape.kv_heads))
         at, queries = b.mul(index, const(clusters)), b.mul(index, const(group))
@@ -140,7 +140,8 @@ def _kernel(
         space = Workspace(
             best=by_query(best, blocks), weight=by_query(weight, clusters),
             size=e.at(size, at, 4), begin=e.at(first, at, 4), order=e.at(order, at, 4),
-            rank=e.at(rank, at, 4), model=by_query(model, clusters), taken=e.at(taken, at, 4),
+            ordered_size=e.at(ordered_size, at, 4), rank=e.at(rank, at, 4),
+            model=by_query(model, clusters),
             run_begin=e.at(run_begin, at, 4), run_size=e.at(run_size, at, 4),
             num_tokens=e.at(num_tokens, index, 4), level=e.at(level, queries, 4),
             mass=e.at(mass, queries, 4),
@@ -170,6 +171,7 @@ def _kernel(
         tops = [load_float(e, kept, const(g)) for g in range(shape.group)]
         masses = [ir.Constant(F32, 1.0)] * shape.group
         choice.choose(const(clusters), tops, masses)
+        choice.scatter_tail()
         choice.clear_runs(const(clusters))
 
     def heads(e: Emitter, sizes: Sequence[Value], _threads: Value) -> Value:

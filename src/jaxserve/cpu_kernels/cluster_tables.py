@@ -64,10 +64,10 @@ class Table:
         kv_heads: Heads of an entry.
         per_entry: Clusters of an entry.
         centroids: Mean keys of all entries.
-        spread: Variances.
+        spread: Variances, float32.
         sizes: Tokens.
         begin: First places within the segment.
-        kind: Element type of mean keys and variances.
+        kind: Element type of mean keys.
         segment_len: Places from segment to segment.
     """
 
@@ -96,14 +96,15 @@ class Workspace:
 
     Attributes:
         best: Highest logarithm of a weight of each block, for each query head.
-        weight: Weights of each query head; in the end, masses of what is not read.
+        weight: Weights of each query head.
         size: Tokens.
         begin: First places.
         order: Numbers of clusters, the best first.
+        ordered_size: Tokens; by the order.
         rank: Tokens before each cluster; by the order.
-        model: Masses that the samples are compared with, for each query head; by the order.
-        taken: Tokens that are read.
-        run_begin: First place of each run that is read.
+        model: Masses that the samples are compared with, for each query head; by the order. In the
+            end, masses of what is not read.
+        run_begin: First place of each run that is read; by the order.
         run_size: Its places.
         num_tokens: Tokens that are read, a single number.
         level: What masses are relative to, of each query head.
@@ -118,9 +119,9 @@ class Workspace:
     size: Value
     begin: Value
     order: Value
+    ordered_size: Value
     rank: Value
     model: Sequence[Value]
-    taken: Value
     run_begin: Value
     run_size: Value
     num_tokens: Value

@@ -83,10 +83,7 @@ def _prefetch_row(e: Emitter, place: Value, parts: int, kind: WeightType) -> Non
 
 
 def dot_rows(
-    e: Emitter,
-    queries: Sequence[Sequence[Sequence[Value]]],
-    row: Callable[[int], Sequence[Value]],
-    kinds: Sequence[WeightType],
+    e: Emitter, queries: Sequence[Sequence[Value]], row: Callable[[int], Value], kind: WeightType
 ) -> list[Value]:
     """Multiply `width` rows with the queries of a group; lane i of a result is that of row i.
 
@@ -94,24 +91,22 @@ def dot_rows(
 
     Args:
         e: Where instructions go.
-        queries: For each table, the parts of each member of the group.
-        row: Gives the addresses of the i-th row of each table.
-        kinds: Element types of the tables.
+        queries: The parts of each member of the group.
+        row: Gives the address of the i-th row.
+        kind: Element type of rows.
     """
-    b, group, parts = e.b, len(queries[0]), len(queries[0][0])
+    b = e.b
 
     def one(lane: int) -> list[Value]:
-        totals: list[Value] = [None] * group
-        for place, factors, kind in zip(row(lane), queries, kinds, strict=True):
-            for part in range(parts):
-                value = e.load(e.at(place, const(part * e.width), ITEM_BYTES[kind]), kind)
-                for g in range(group):
-                    known = totals[g]
-                    totals[g] = (
-                        b.fmul(factors[g][part], value)
-                        if known is None
-                        else e.fma(factors[g][part], value, known)
-                    )
+        totals: list[Value] = [None] * len(queries)
+        place = row(lane)
+        for part in range(len(queries[0])):
+            value = e.load(e.at(place, const(part * e.width), ITEM_BYTES[kind]), kind)
+            for g, own in enumerate(queries):
+                known = totals[g]
+                totals[g] = (
+                    b.fmul(own[part], value) if known is None else e.fma(own[part], value, known)
+                )
         return totals
 
     def several(low: int, count: int) -> list[Value]:
@@ -201,13 +196,13 @@ class PlaceReader:
         """Score one vector of keys; those behind the last one get the lowest score."""
         e, b = self.e, self.e.b
 
-        def row(lane: int) -> list[Value]:
+        def row(lane: int) -> Value:
             at = b.add(first, const(lane))
             later = self._row(self.keys, b.add(at, const(KEY_BLOCK)))
             _prefetch_row(e, later, self.parts, self.shape.kind)
-            return [self._row(self.keys, at)]
+            return self._row(self.keys, at)
 
-        found = dot_rows(e, [queries], row, [self.shape.kind])
+        found = dot_rows(e, queries, row, self.shape.kind)
         mask = e.lanes_below(b.sub(count, i))
         for g, scores in enumerate(found):
             kept = b.select(mask, scores, e.splat_const(LOWEST))

@@ -81,7 +81,9 @@ def index_bytes(config: EngineConfig, shape: ModelConfig) -> float:
     if settings is None:
         return 0.0
     num_layers = sum(sparse_layers(tactic_config(settings), shape))
-    per_cluster = 4 * (3 * shape.head_dim + 1)
+    # Mean keys and values; the number of tokens, the first place and the variance.
+    item = jnp.dtype(tactic_config(settings).clusters.dtype).itemsize
+    per_cluster = 2 * item * shape.head_dim + 3 * 4
     return num_layers * shape.num_kv_heads * (4 + per_cluster / settings.cluster_size)
 
 

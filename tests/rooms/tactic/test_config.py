@@ -45,7 +45,7 @@ def test_impossible_settings(settings, message):
     [
         ({"cluster_size": 1}, "cluster_size must be at least 2, got 1"),
         ({"max_iterations": -1}, "max_iterations must be at least 0, got -1"),
-        ({"segment_len": 100}, r"multiple of cluster_size \(32\), got 100; use 8192"),
+        ({"segment_len": 100}, r"multiple of cluster_size \(16\), got 100; use 4096"),
     ],
 )
 def test_impossible_clusters(settings, message):

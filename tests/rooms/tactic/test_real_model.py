@@ -130,19 +130,18 @@ def test_a_stand_in_for_the_rest_halves_the_error(found):
 
 
 @pytest.mark.slow
-def test_planted_needles_are_found_and_mostly_read(loaded):
-    """Of a token that its cluster does not show, no sample may tell; see the page of the room.
-
-    Keys that stand out are read always; see `test_select`.
-    """
+def test_planted_needles_are_found_and_read(loaded):
+    """Of a token that its cluster hides no sample may tell; smaller clusters hide fewer."""
     model, tokenizer = loaded
     samples = tasks.make_samples(
-        ["single needle"], 1200, 4, lambda text: len(tokenizer.encode(text))
+        ["single needle"], 1600, 4, lambda text: len(tokenizer.encode(text))
     )
-    own = TacticConfig(min_context=0, clusters=ClusterConfig(segment_len=512))
-    smaller = dataclasses.replace(own, clusters=ClusterConfig(cluster_size=16, segment_len=512))
-    configs = {"own": own, "smaller": smaller, "published": mass.with_estimator(
-        own, name="hyperbola", correction="none"
+    own = TacticConfig(min_context=0, clusters=ClusterConfig(segment_len=1024))
+    larger, smaller = (
+        dataclasses.replace(own, clusters=ClusterConfig(cluster_size=size)) for size in (32, 8)
+    )
+    configs = {"own": own, "larger": larger, "smaller": smaller, "published": mass.with_estimator(
+        larger, name="hyperbola", correction="none"
     )}  # fmt: skip
     same, pairs = 0, {name: [] for name in configs}
     for sample in samples:
@@ -153,7 +152,7 @@ def test_planted_needles_are_found_and_mostly_read(loaded):
         )
         same += sparse.is_greedy == dense.is_greedy
         for name, config in configs.items():
-            pairs[name] += needles.selection(layers, trial, config, 512).needle["0.8"]
+            pairs[name] += needles.selection(layers, trial, config, 1024).needle["0.8"]
     assert same >= 3
     reached = {}
     for name, found in pairs.items():
@@ -161,8 +160,9 @@ def test_planted_needles_are_found_and_mostly_read(loaded):
         needed = shares > 1 - 0.8
         assert needed.sum() > 30
         reached[name] = read[needed].mean()
-    assert reached["own"] > 0.85
-    assert reached["smaller"] > reached["own"] > reached["published"]
+    assert reached["own"] >= 0.95
+    assert reached["smaller"] >= 0.98
+    assert reached["smaller"] >= reached["own"] >= reached["larger"] > reached["published"]
 
 
 def test_settings_of_the_comparison_differ_in_the_estimator_alone():

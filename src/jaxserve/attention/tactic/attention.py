@@ -148,7 +148,7 @@ class LayerEntries(NamedTuple):
 
     Attributes:
         centroids: Mean key of each cluster.
-        spread: Variance of its keys in each dimension.
+        spread: Variance of its keys, the mean over dimensions.
         value_means: Mean value.
         sizes: Tokens.
         begin: Place of its first token in the segment; the others follow.
@@ -156,7 +156,7 @@ class LayerEntries(NamedTuple):
     """
 
     centroids: Float[Array, "entries kv_heads clusters head_dim"]
-    spread: Float[Array, "entries kv_heads clusters head_dim"]
+    spread: Float[Array, "entries kv_heads clusters"]
     value_means: Float[Array, "entries kv_heads clusters head_dim"]
     sizes: Int[Array, "entries kv_heads clusters"]
     begin: Int[Array, "entries kv_heads clusters"]
@@ -482,7 +482,7 @@ def _attend_head_cut(
 
 def tail_state(chosen: Selection, index: ClusterIndex) -> State:
     """Let the mean value of each cluster stand in for its tokens that are not read."""
-    out = jnp.einsum("rkgc,rkcd->rkgd", chosen.tail_mass, index.value_means)
+    out = jnp.einsum("rkgc,rkcd->rkgd", chosen.tail_mass, index.value_means.astype(jnp.float32))
     return out, chosen.level, jnp.sum(chosen.tail_mass, axis=-1)
 
 

@@ -9,7 +9,7 @@ their rotation.
 Places of a row: `[0, sinks)` sinks, `[sinks, end)` clustered tokens, `[end, length)` recent ones.
 
 Source: Tactic, arXiv 2502.12216, section 3.2 (k-means over keys, clusters of 32, 10 iterations).
-Differs: segments, and tokens moved in place.
+Differs: segments, tokens moved in place, small clusters after few iterations, far keys set apart.
 """
 
 import dataclasses
@@ -23,6 +23,10 @@ from jaxtyping import Array, Float, Int
 from jaxserve.attention.tactic.config import TacticConfig
 
 _LOWEST = -1e30
+_SHARE_ALONE = 16
+"""One in so many clusters is left to keys that lie far from all others."""
+_FAR = 2.0
+"""So many times the usual square distance from the mean of a cluster is far."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +35,8 @@ class ClusterIndex:
     """Clusters of the keys of all heads; clusters of size 0 are not there.
 
     Attributes:
-        centroids: Mean key of each cluster, float32.
-        spread: Variance of its keys in each dimension.
+        centroids: Mean key of each cluster.
+        spread: Variance of its keys, the mean over dimensions; float32.
         value_means: Mean value.
         sizes: Tokens.
         begin: Place of its first token; the others follow.
@@ -41,7 +45,7 @@ class ClusterIndex:
     """
 
     centroids: Float[Array, "rows kv_heads clusters head_dim"]
-    spread: Float[Array, "rows kv_heads clusters head_dim"]
+    spread: Float[Array, "rows kv_heads clusters"]
     value_means: Float[Array, "rows kv_heads clusters v_head_dim"]
     sizes: Int[Array, "rows kv_heads clusters"]
     begin: Int[Array, "rows kv_heads clusters"]
@@ -58,14 +62,14 @@ class Segment:
         order: Which token comes to each place of the segment.
         sizes: Tokens of each cluster, which follow each other.
         centroids: Mean keys.
-        spread: Variances of keys.
+        spread: Variances of keys, means over dimensions.
         value_means: Mean values.
     """
 
     order: Int[Array, "*heads segment_len"]
     sizes: Int[Array, "*heads clusters"]
     centroids: Float[Array, "*heads clusters head_dim"]
-    spread: Float[Array, "*heads clusters head_dim"]
+    spread: Float[Array, "*heads clusters"]
     value_means: Float[Array, "*heads clusters v_head_dim"]
 
 
@@ -77,9 +81,9 @@ def empty_index(
     heads = (rows, kv_heads)
     place = jnp.arange(capacity, dtype=jnp.int32)
     return ClusterIndex(
-        centroids=jnp.zeros((*heads, clusters, head_dim), jnp.float32),
-        spread=jnp.zeros((*heads, clusters, head_dim), jnp.float32),
-        value_means=jnp.zeros((*heads, clusters, v_head_dim), jnp.float32),
+        centroids=jnp.zeros((*heads, clusters, head_dim), config.clusters.dtype),
+        spread=jnp.zeros((*heads, clusters), jnp.float32),
+        value_means=jnp.zeros((*heads, clusters, v_head_dim), config.clusters.dtype),
         sizes=jnp.zeros((*heads, clusters), jnp.int32),
         begin=jnp.zeros((*heads, clusters), jnp.int32),
         permutation=jnp.broadcast_to(place, (*heads, capacity)),
@@ -99,7 +103,8 @@ def cluster_segment(
 
     Starts from keys drawn without replacement; ties go to the cluster with the lowest number, so
     that identical keys end up together; a cluster that loses all its tokens keeps its centroid and
-    has size 0.
+    has size 0. In the end, keys that lie far from all others get clusters of their own, so that
+    whoever wants one of them finds it.
 
     Args:
         keys: Rotated keys; what lies outside of `first` to `count` may be anything finite.
@@ -111,12 +116,14 @@ def cluster_segment(
     Source: Lloyd's algorithm.
     """
     settings = config.clusters
-    length, clusters = settings.segment_len, settings.clusters_per_segment
+    length, dim = keys.shape
+    clusters = settings.clusters_per_segment
     token = jnp.arange(length)
     valid = (token >= first) & (token < count)
     x = jnp.where(valid[:, None], keys.astype(jnp.float32), 0.0)
     used = -(-jnp.maximum(count - first, 0) // settings.cluster_size)
-    exists = jnp.arange(clusters) < used
+    alone = jnp.where(used > 1, -(-used // _SHARE_ALONE), 0)
+    exists = jnp.arange(clusters) < used - alone
     drawn = jax.random.permutation(jax.random.key(settings.seed), length)
     start = drawn[jnp.argsort(~valid[drawn], stable=True)[:clusters]]
 
@@ -143,20 +150,51 @@ def cluster_segment(
         return step + 1, centroids, after, jnp.any(after != member)
 
     begin = (jnp.int32(0), x[start], nearest(x[start]), jnp.any(valid))
-    _, _, member, _ = lax.while_loop(unsettled, iterate, begin)
-    none = jnp.zeros((clusters, 1), jnp.float32)
-    centroids = means(member, x, none)
+    _, centroids, member, _ = lax.while_loop(unsettled, iterate, begin)
+    member = _set_apart(x, member, centroids, used - alone, alone)
     v = jnp.where(valid[:, None], values.astype(jnp.float32), 0.0)
+    square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    whole = jnp.concatenate([x, v, square], axis=-1)
+    found = means(member, whole, jnp.zeros((clusters, 1), jnp.float32))
+    centroids = found[:, :dim]
     # Tokens that keep their places sort before or behind all clusters.
     rank = jnp.where(token < first, -1, member)
-    centred = x - centroids[jnp.minimum(member, clusters - 1)]
     return Segment(
         order=jnp.argsort(rank, stable=True).astype(jnp.int32),
         sizes=jnp.sum(member[None, :] == jnp.arange(clusters)[:, None], axis=-1, dtype=jnp.int32),
         centroids=centroids,
-        spread=means(member, jnp.square(centred), none),
-        value_means=means(member, v, none),
+        spread=jnp.maximum(found[:, -1] - jnp.mean(jnp.square(centroids), axis=-1), 0.0),
+        value_means=found[:, dim:-1],
     )
+
+
+def _set_apart(
+    x: Float[Array, "segment_len head_dim"],
+    member: Int[Array, " segment_len"],
+    centroids: Float[Array, "clusters head_dim"],
+    first: Int[Array, ""],
+    most: Int[Array, ""],
+) -> Int[Array, " segment_len"]:
+    """Give keys that lie far from the mean of their cluster clusters of their own.
+
+    Args:
+        x: Keys.
+        member: The cluster of each; as many as there are clusters for a token that has none.
+        centroids: Means of clusters, or nearly so.
+        first: The first cluster that nobody has.
+        most: How many of them there are.
+
+    Returns:
+        The cluster of each key.
+    """
+    clusters = centroids.shape[0]
+    is_member = member < clusters
+    off = jnp.sum(jnp.square(x - centroids[jnp.minimum(member, clusters - 1)]), axis=-1)
+    off = jnp.where(is_member, off, 0.0)
+    rank = jnp.argsort(jnp.argsort(-off, stable=True), stable=True)
+    usual = jnp.sum(off) / jnp.maximum(jnp.sum(is_member), 1)
+    is_apart = (rank < most) & (off > _FAR * usual) & (off > 1e-6 * jnp.sum(jnp.square(x), axis=-1))
+    return jnp.where(is_apart, first + rank, member).astype(jnp.int32)
 
 
 def cluster_end(

@@ -11,6 +11,9 @@ EstimatorName = Literal["sampled", "hyperbola", "centroid"]
 Correction = Literal["none", "spread"]
 """Whether a cluster's mean weight is that of its mean key, or also counts the keys' variance."""
 
+IndexDtype = Literal["float32", "bfloat16"]
+"""Element types of an index."""
+
 Tail = Literal["drop", "mean"]
 """Whether tokens that are not read are left out, or stand in by the mean value of their cluster."""
 
@@ -35,25 +38,29 @@ class ClusterConfig:
     """How keys are clustered.
 
     Attributes:
-        cluster_size: Tokens per cluster on average; n / C in the paper.
+        cluster_size: Tokens per cluster on average; n / C in the paper, where it is 32.
         segment_len: Tokens that are clustered together; the cost per token grows with it, and a
             segment that is full never changes again.
-        max_iterations: Most Lloyd iterations; fewer are done once assignments settle.
+        dtype: Of mean keys and values.
+        max_iterations: Most Lloyd iterations, 10 in the paper; fewer are done once assignments
+            settle.
         seed: Of the keys that clusters start from.
 
     Raises:
         ConfigError: If a number is out of range, or clusters do not fill segments.
     """
 
-    cluster_size: int = 32
-    segment_len: int = 8192
-    max_iterations: int = 10
+    cluster_size: int = 16
+    segment_len: int = 1024
+    dtype: IndexDtype = "bfloat16"
+    max_iterations: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _check_at_least("cluster_size", self.cluster_size, 2)
         _check_at_least("max_iterations", self.max_iterations, 0)
+        check_choice("dtype", self.dtype, get_args(IndexDtype))
         if self.segment_len < self.cluster_size or self.segment_len % self.cluster_size:
             raise ConfigError(
                 f"segment_len must be a multiple of cluster_size ({self.cluster_size}), got "
@@ -94,7 +101,7 @@ class EstimatorConfig:
     correction: Correction = "spread"
     failure_rate: float = 0.25
     control_variate: bool = True
-    head_len: int = 64
+    head_len: int = 128
     num_strata: int = 12
     samples_per_stratum: int = 16
     fit_window: int = 32

@@ -81,7 +81,7 @@ class HeadClusters:
     """The clusters of one head; see `ClusterIndex`."""
 
     centroids: Float[Array, "*heads clusters head_dim"]
-    spread: Float[Array, "*heads clusters head_dim"]
+    spread: Float[Array, "*heads clusters"]
     sizes: Int[Array, "*heads clusters"]
     begin: Int[Array, "*heads clusters"]
 
@@ -157,12 +157,13 @@ def predict(
 ) -> Float[Array, "group clusters"]:
     """Return the logarithm of the mean weight of each cluster's tokens; lowest where it has none.
 
-    The mean of exp over keys of mean c and variance s in each dimension is about
-    exp(q c + q^2 s / 2), exactly so for normal keys; exp(q c) alone is always too low.
+    The mean of exp over keys of mean c and variance s in every dimension is about
+    exp(q c + q^2 s / 2), exactly so for normal keys; exp(q c) alone is always too low. A variance
+    for each dimension would say little more, and cost as much to read as the means.
     """
-    score = jnp.einsum("gd,cd->gc", q, clusters.centroids)
+    score = jnp.einsum("gd,cd->gc", q, clusters.centroids.astype(jnp.float32))
     if correction == "spread":
-        score += 0.5 * jnp.einsum("gd,cd->gc", jnp.square(q), clusters.spread)
+        score += 0.5 * jnp.sum(jnp.square(q), axis=-1, keepdims=True) * clusters.spread
     return jnp.where(clusters.sizes > 0, score, LOWEST)
 
 

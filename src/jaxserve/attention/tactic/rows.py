@@ -135,9 +135,9 @@ def no_clusters(
     clusters = config.clusters.clusters_per_segment
     means = (entries, kv_heads, clusters, head_dim)
     return LayerClusters(
-        centroids=jnp.zeros(means, jnp.float32),
-        spread=jnp.zeros(means, jnp.float32),
-        value_means=jnp.zeros(means, jnp.float32),
+        centroids=jnp.zeros(means, config.clusters.dtype),
+        spread=jnp.zeros(means[:3], jnp.float32),
+        value_means=jnp.zeros(means, config.clusters.dtype),
         sizes=jnp.zeros(means[:3], jnp.int32),
         begin=jnp.zeros(means[:3], jnp.int32),
         order=jnp.zeros((entries, kv_heads, config.clusters.segment_len), jnp.int32),

@@ -77,7 +77,7 @@ def cut_tokens(
         num_tokens: Tokens that are chosen.
         config: Settings.
     """
-    variance = jnp.einsum("gd,cd->gc", jnp.square(q), clusters.spread)
+    variance = jnp.sum(jnp.square(q), axis=-1, keepdims=True) * clusters.spread
     spare = config.token_level * (1 - p) * total
     return TokenCut(
         clusters=ranking.clusters,

@@ -1,0 +1,1 @@
+"""FLASH's plans and models, measured; the room is `jaxserve.sharding.flash`."""

@@ -1,0 +1,44 @@
+"""FLASH on the host: how long plans take, and how good they are in a model of links.
+
+    python -m benchmarks.rooms.flash --plan     # planning times and stages, beside SciPy's
+    python -m benchmarks.rooms.flash --model    # time over the lower bound, to 1,024 GPUs
+    python -m benchmarks.rooms.flash --tables   # of what has been recorded
+
+Times of planning are of whole calls of `plan` for matrices of servers, among them the choice of how
+far to decompose. The model is that of `jaxserve.sharding.flash.simulate`.
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.record import Recorder
+from benchmarks.rooms.flash import model, planning
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="benchmarks.rooms.flash")
+    parser.add_argument("--plan", action="store_true", help="times of planning")
+    parser.add_argument("--model", action="store_true", help="modelled times")
+    parser.add_argument("--tables", action="store_true", help="only show what has been recorded")
+    parser.add_argument("--min-servers", type=int, default=2, help="smallest n")
+    parser.add_argument("--max-servers", type=int, default=128, help="largest n")
+    parser.add_argument("--seeds", type=int, default=3, help="matrices of each kind, to n = 32")
+    parser.add_argument("--out", type=Path, default=None, help="folder of results")
+    args = parser.parse_args()
+    if not (args.plan or args.model or args.tables):
+        parser.error("say what to do: --plan, --model or --tables.")
+    recorder = Recorder("flash", out=args.out)
+    if args.plan:
+        planning.measure(recorder, args.min_servers, args.max_servers)
+    if args.model:
+        model.measure(recorder, args.min_servers, args.max_servers, args.seeds)
+        model.draw(recorder.path)
+    if args.plan or args.tables:
+        print(planning.report(recorder.path))
+    if args.model or args.tables:
+        print(model.report(recorder.path))
+
+
+if __name__ == "__main__":
+    main()
