@@ -380,9 +380,8 @@ class _Kernel:
             top, mass, acc = carry
             stage = wrap(tile - piece.first, self.config.stages)
             # Warps need not finish products together. Keys may be replaced, since all warps have
-            # met for the last tile's maxima; values, once they meet for this tile's keys.
+            # met for the last tile's maxima; values, since they have met for this tile's keys.
             self.take(refs.keys, stage, refs.k_tile)
-            plgpu.commit_smem()
             self.take(refs.values, stage, refs.v_tile)
             s = product((TILE, ROWS), refs.k_tile, refs.q_tile.at[slot].transpose((1, 0)))
             is_listed = shape.keys() + piece.token(tile) < piece.tokens[1]
@@ -419,6 +418,9 @@ class _Kernel:
         layout = plgpu.Layout.SMEM_GMEM_COPY((TILE, self.head_dim), self.dtype, swizzle)
         plgpu.barrier_wait(ring.full.at[stage])
         tile[...] = plgpu.load(ring.tiles.at[stage], layout=layout, optimized=False)
+        # Copies, as the matrix unit, come after plain accesses by a fence only, not by a barrier:
+        # without it the ring may be refilled while it is still read.
+        plgpu.commit_smem()
         plgpu.barrier_arrive(ring.empty.at[stage])
 
     def write(self, refs: _Refs, piece: _Piece, result: Array, log: Array) -> None:
