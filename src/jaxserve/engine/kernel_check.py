@@ -103,7 +103,7 @@ def find_list_fault(plans: KernelPlans) -> str | None:
     counts = np.linspace(0, _LONGEST, 2 * plans.kv_heads).astype(np.int32)
     rows = [rng.permutation(_LONGEST)[:n] if i % 2 else np.arange(n) for i, n in enumerate(counts)]
     lists = TokenLists(
-        indptr=jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
+        indptr=jnp.asarray(np.cumsum([0, *map(len, rows)]), jnp.int32),
         positions=jnp.asarray(np.concatenate(rows), jnp.int32),
     )
     pages = jnp.asarray(1 + rng.permutation(pool[0] - 1), jnp.int32)

@@ -271,8 +271,8 @@ def attend_rows(
         return (*shape, jnp.zeros((2,), jnp.float32))
 
     if backend in LIST_BACKENDS:
-        # Which way to go is known to the device only, and it would stop for the host to ask, in
-        # every layer; rows without lists cost it next to nothing.
+        # The device would stop for the host to ask which way to go, in every layer. Rows without
+        # lists cost it next to nothing, and where all are, the host launches another step.
         return attend()
     return lax.cond(jnp.any(is_sparse), attend, rest)
 
