@@ -384,10 +384,8 @@ def test_decodes_by_kernels_have_a_shape_that_chooses_nothing(module, shared):
 @pytest.mark.slow
 def test_kernels_choose_nothing_in_steps_that_read_everything(module, plain, monkeypatch):
     """As soon as one row leaves something unread, all rows take the other step."""
-    settings = {"attention_backend": "pallas-xla", "max_num_batched_tokens": 32}
-    bench = sparse_bench(module, enforce_no_recompile=True, **settings)
+    bench = sparse_bench(module, attention_backend="pallas-xla")
     runner, shapes = bench.engine.runner, []
-    runner.warm_up()
     run = runner.run
     monkeypatch.setattr(runner, "run", lambda packed: (shapes.append(packed.shape), run(packed))[1])
     prompts = [prompt_of(150, seed=32), prompt_of(150, seed=33)]
