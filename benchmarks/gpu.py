@@ -6,8 +6,8 @@
 2. The configurations of the attention kernels (`benchmarks.tuning`): the fastest ones become the
    table that everything below reads.
 3. The kernels: steps of attention on every backend, beside cuDNN through JAX's dense attention, and
-   FlashInfer and torch's SDPA where they can be imported, as shares of what was measured in 1; then
-   every other operation.
+   FlashInfer and torch's SDPA where they can be imported, as shares of what was measured in 1;
+   decodes over lists of one token in ten, beside those that read all; then every other operation.
 4. The tests marked `gpu`: among others, every kernel against float64.
 5. The shape of Llama-3.1-8B with random bfloat16 weights: decode at batch 1, 8 and 64 as a share of
    the measured bandwidth, prefill as a share of the measured matrix rate, with transformers (static
@@ -43,7 +43,7 @@ from benchmarks.child import (
     quiet_environment,
     random_prompts,
 )
-from benchmarks.gpu_cases import DIM, HEADS, STEPS, TINY_STEPS
+from benchmarks.gpu_cases import DIM, HEADS, LIST_STEPS, STEPS, TINY_LIST_STEPS, TINY_STEPS
 from benchmarks.kernels import ENVIRONMENTS
 from benchmarks.record import Recorder, summary, table
 from jaxserve.pallas_kernels.cards import PLACES
@@ -411,6 +411,7 @@ def measure_kernels(run: Run, folder: Path) -> None:
             about = child.ask("load", timeout_s=100, **(where if name != OURS else {}))
             run.recorder.write("about", engine=f"{name} kernels", versions=about["versions"])
         rows, late = measure_steps(run, children, deadline)
+        listed, left = measure_lists(run, children[OURS], deadline)
         operations, missed = measure_operations(run, children[OURS], deadline)
     finally:
         for child in children.values():
@@ -418,11 +419,14 @@ def measure_kernels(run: Run, folder: Path) -> None:
     if rows:
         header = ["attention", "by", "us", "GB/s", "of copy", "TFLOP/s", "of matmul", "difference"]
         print(table(header, rows))
+    if listed:
+        print(table(["lists", "by", "us", "GB/s", "of copy", "difference"], listed))
     if operations:
         print(table(["operation", "by", "us", "GB/s", "of copy"], operations))
-    if late + missed:
-        run.recorder.write("late", parts=late + missed)
-        print(f"  no time was left for: {', '.join(late + missed)}")
+    late += left + missed
+    if late:
+        run.recorder.write("late", parts=late)
+        print(f"  no time was left for: {', '.join(late)}")
 
 
 def measure_steps(
@@ -464,6 +468,41 @@ def measure_steps(
                     f"{rates['share_of_copy']:.1%}",
                     f"{rates['tflop_s']:.1f}",
                     f"{rates['share_of_matmul']:.1%}",
+                    "-" if difference is None else f"{difference:.1e}",
+                ]
+            )
+    return rows, late
+
+
+def measure_lists(run: Run, ours: Child, deadline: float) -> tuple[list[list[str]], list[str]]:
+    """Measure decodes over lists beside those that read all; return rows, and what was too late."""
+    rows: list[list[str]] = []
+    late: list[str] = []
+    for name in TINY_LIST_STEPS if run.rehearsal else LIST_STEPS:
+        if time.monotonic() > deadline - 10:
+            late.append(name)
+            continue
+        found = ours.ask(
+            "lists", name=name, repeats=3 if run.rehearsal else 20, timeout_s=min(60, run.left_s)
+        )
+        for label, reason in found["refusals"].items():
+            run.recorder.write(name, implementation=label, refused=reason)
+        for label, samples in found["seconds"].items():
+            is_dense = label.startswith("dense")
+            read = {n: found[f"dense_{n}" if is_dense else f"num_{n}"] for n in ("bytes", "flops")}
+            rates = rates_of(run, {f"num_{n}": value for n, value in read.items()}, samples)
+            difference = found["difference"].get(label)
+            run.recorder.write(
+                name, implementation=label, unit="us", difference=difference,
+                **summary([1e6 * value for value in samples]), **rates,
+            )  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    label,
+                    f"{1e6 * statistics.median(samples):.1f}",
+                    f"{rates['gb_s']:.0f}",
+                    f"{rates['share_of_copy']:.1%}",
                     "-" if difference is None else f"{difference:.1e}",
                 ]
             )

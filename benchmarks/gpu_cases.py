@@ -147,3 +147,65 @@ TINY_STEPS = {
     "prefill 1 x 64": Step(q_len=(64,), kv_len=(64,)),
     "2 with 32 shared, cascade": Step(q_len=(1, 1), kv_len=(64, 64), shared=32, cascade=True),
 }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ListStep:
+    """One decode step that reads a part of its tokens.
+
+    Attributes:
+        requests: Requests of it.
+        kv_len: Keys of each.
+        share: Mean share of them that is on a list.
+        spread: Standard deviation of the logarithm of that share over heads: their lists differ by
+            orders of magnitude.
+        page_size: Tokens per page.
+    """
+
+    requests: int
+    kv_len: int
+    share: float = 0.1
+    spread: float = 1.0
+    page_size: int = 16
+
+    @property
+    def dense(self) -> Step:
+        """The step that reads everything."""
+        each = (1,) * self.requests, (self.kv_len,) * self.requests
+        return Step(q_len=each[0], kv_len=each[1], page_size=self.page_size)
+
+    def counts(self) -> np.ndarray:
+        """Return how many tokens are on each list."""
+        rng = np.random.default_rng(0)
+        drawn = rng.lognormal(sigma=self.spread, size=self.requests * HEADS[1])
+        counts = drawn / drawn.mean() * self.share * self.kv_len
+        return np.clip(counts.astype(np.int64), 1, self.kv_len)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return where pages begin, pages, where lists begin, and positions in random order."""
+        table, rng = self.dense.table(), np.random.default_rng(1)
+        counts = self.counts()
+        rows = [rng.permutation(self.kv_len)[:count] for count in counts]
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        return table.indptr, table.indices, indptr, np.concatenate(rows).astype(np.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that must move: queries, outputs, positions, and rows of both pools."""
+        listed = int(self.counts().sum())
+        return listed * (2 * DIM * 2 + 4) + 2 * self.requests * HEADS[0] * DIM * 2
+
+    @property
+    def num_flops(self) -> int:
+        """Operations of both products."""
+        return 4 * int(self.counts().sum()) * HEADS[0] // HEADS[1] * DIM
+
+
+LIST_STEPS = {
+    f"lists {requests} x {kv_len}": ListStep(requests=requests, kv_len=kv_len)
+    for kv_len in (32768, 65536, 131072)
+    for requests in (1, 8)
+}
+"""By name; one in ten tokens is read. Those of a rehearsal are `TINY_LIST_STEPS`."""
+
+TINY_LIST_STEPS = {"lists 2 x 64": ListStep(requests=2, kv_len=64)}

@@ -18,15 +18,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_cases import DIM, HEADS, STEPS, TINY_STEPS, Step
+from benchmarks.gpu_cases import (
+    DIM,
+    HEADS,
+    LIST_STEPS,
+    STEPS,
+    TINY_LIST_STEPS,
+    TINY_STEPS,
+    ListStep,
+    Step,
+)
 from benchmarks.peers import protocol
 from benchmarks.record import ROOT, versions
 from jaxserve.core.errors import JaxserveError
 from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.attention.api import attention
 from jaxserve.pallas_kernels.attention.backends import Case, load, present_device, refusal
+from jaxserve.pallas_kernels.attention.tuning import H200_MULTIPROCESSORS
 from jaxserve.pallas_kernels.cards import card_of
 from jaxserve.pallas_kernels.paged import PagedKV
+from jaxserve.pallas_kernels.token_attention import TokenLists, mosaic, token_attention
+from jaxserve.pallas_kernels.token_attention.api import refusal as list_refusal
+from jaxserve.pallas_kernels.variant import PLAIN
 
 CHAIN = 10
 """Calls in one program, each fed with the outputs of the one before: launching costs nothing."""
@@ -119,6 +132,11 @@ def dense_attention(step: Step, implementation: str | None) -> Callable[..., jax
     return call
 
 
+def attend_lists(backend: Any, q: jax.Array, *rest: Any) -> jax.Array:  # noqa: ANN401
+    """Return the outputs of attention to lists."""
+    return token_attention(q, *rest, backend=backend).o
+
+
 class KernelWorker:
     """Times kernels, and compares their outputs among each other first."""
 
@@ -187,6 +205,71 @@ class KernelWorker:
                 programs[f"dense jax ({kind or 'xla'})"] = (dense_attention(step, kind), keys)
         return programs, refusals
 
+    def lists(self, name: str, repeats: int) -> dict[str, Any]:
+        """Time one step over lists on every backend, beside attention to everything.
+
+        Args:
+            name: Of the step.
+            repeats: Samples.
+
+        Returns:
+            As `attention`; implementations that read everything are called "dense ...", and their
+            outputs, which are others, are not compared.
+        """
+        step = {**LIST_STEPS, **TINY_LIST_STEPS}[name]
+        q, kv = inputs_of(step.dense)
+        programs, refusals = self._list_programs(step, q, kv)
+        outputs: dict[str, np.ndarray] = {}
+        seconds: dict[str, list[float]] = {}
+        for label, (call, rest) in programs.items():
+            try:
+                once = jax.jit(call)(q, *rest)
+                if not label.startswith("dense"):
+                    outputs[label] = np.asarray(once, np.float32)
+                samples = seconds_of(jax.jit(chained(call)), (q, *rest), repeats)
+                seconds[label] = [sample / CHAIN for sample in samples]
+            except Exception as error:  # noqa: BLE001  the others must still run
+                refusals[label] = f"{type(error).__name__}: {str(error)[:300]}"
+        first = next(iter(outputs.values()), None)
+        return {
+            "seconds": seconds,
+            "refusals": refusals,
+            "difference": {n: float(np.abs(out - first).max()) for n, out in outputs.items()},
+            "num_bytes": step.num_bytes,
+            "num_flops": step.num_flops,
+            "dense_bytes": step.dense.num_bytes,
+            "dense_flops": step.dense.num_flops,
+        }
+
+    def _list_programs(
+        self, step: ListStep, q: jax.Array, kv: PagedKV
+    ) -> tuple[dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]], dict[str, str]]:
+        programs: dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]] = {}
+        refusals: dict[str, str] = {}
+        platform, capability = present_device()
+        pages_of, pages, indptr, positions = map(jnp.asarray, step.arrays())
+        arrays = (
+            kv,
+            pages_of,
+            pages,
+            jnp.full(step.requests, step.kv_len, jnp.int32),
+            TokenLists(indptr=indptr, positions=positions),
+        )
+        for backend in ("mosaic", "triton") if platform == "gpu" else ("xla",):
+            reason = None if backend == "xla" else list_refusal(backend, q, kv)
+            if reason is None:
+                programs[backend] = (functools.partial(attend_lists, backend), arrays)
+            else:
+                refusals[backend] = reason
+            reason = why_not(step.dense, backend, platform, capability)
+            if reason is None:
+                call = functools.partial(attention, backend=backend)
+                plan = jax.device_put(step.dense.plan(backend))
+                programs[f"dense {backend}"] = (call, (kv, plan))
+            else:
+                refusals[f"dense {backend}"] = reason
+        return programs, refusals
+
     def operation(self, name: str, dtype: str, repeats: int, *, tiny: bool) -> dict[str, Any]:
         """Time one of the other operations on every backend of its card.
 
@@ -248,6 +331,35 @@ def compile_mosaic() -> None:
         (taken,) = compile_for(target, call, *step.shapes("mosaic"))
         spilled = taken.spill_stores + taken.spill_loads
         print(json.dumps({"step": name, "registers": taken.registers, "spill_bytes": spilled}))
+    for name, step in LIST_STEPS.items():
+        (taken,) = compile_for(target, attend_on_mosaic, *list_shapes(step))
+        spilled = taken.spill_stores + taken.spill_loads
+        print(json.dumps({"step": name, "registers": taken.registers, "spill_bytes": spilled}))
+
+
+def list_shapes(step: ListStep) -> tuple[Any, ...]:
+    """Return what stands for a step's arguments while its kernel is compiled."""
+    q, kv, _ = step.dense.shapes("xla")
+    pages_of, pages, indptr, positions = (
+        jax.ShapeDtypeStruct(array.shape, array.dtype) for array in step.arrays()
+    )
+    length = jax.ShapeDtypeStruct((step.requests,), jnp.dtype("int32"))
+    return q, kv, pages_of, pages, length, TokenLists(indptr=indptr, positions=positions)
+
+
+def attend_on_mosaic(*arguments: Any) -> Any:  # noqa: ANN401
+    """Return the outputs of the Mosaic kernel over lists, for an H200 that need not be there."""
+    q, kv, pages_of, pages, _, lists = arguments
+    return mosaic.token_attention(
+        q,
+        kv,
+        pages_of,
+        pages,
+        lists,
+        sm_scale=DIM**-0.5,
+        variant=PLAIN,
+        multiprocessors=H200_MULTIPROCESSORS,
+    ).o
 
 
 def compile_triton() -> None:
@@ -258,6 +370,13 @@ def compile_triton() -> None:
     for name, step in STEPS.items():
         with triton_launch.record_launches(capability) as launches:
             jax.eval_shape(functools.partial(attention, backend="triton"), *step.shapes("triton"))
+            found = list(launches)
+        for launch in found:
+            taken = compile_launch(launch, capability)
+            print(json.dumps({"step": name, "kernel": taken.name, "registers": taken.registers}))
+    for name, step in LIST_STEPS.items():
+        with triton_launch.record_launches(capability) as launches:
+            jax.eval_shape(functools.partial(attend_lists, "triton"), *list_shapes(step))
             found = list(launches)
         for launch in found:
             taken = compile_launch(launch, capability)

@@ -20,7 +20,9 @@ from typing import Any
 
 import jax
 
+from benchmarks import list_builds
 from benchmarks.kernel_builds import Build, builds, chosen_for_triton
+from benchmarks.list_builds import ListBuild
 from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.attention.api import attention
 from jaxserve.pallas_kernels.attention.backends import BACKENDS, Case, refusal, tuned
@@ -75,7 +77,7 @@ class Line:
         return self.registers is not None and self.spill_bytes == 0
 
 
-def measure_mosaic(build: Build) -> Line:
+def measure_mosaic(build: Build | ListBuild) -> Line:
     """Compile one Mosaic kernel."""
     taken: Resources | None = None
     try:
@@ -113,15 +115,19 @@ def sizes_of(build: Build) -> dict[str, int]:
     }
 
 
-def num_bytes(build: Build) -> int:
+def num_bytes(build: Build | ListBuild) -> int:
     """Return the bytes of queries and outputs, and of keys and values, whose dtypes may differ."""
+    if isinstance(build, ListBuild):
+        return card_of("token_attention").num_bytes(build.sizes, build.dtype)
     sizes, count = sizes_of(build), card_of("attention").num_bytes
     rows = count({**sizes, "kv_heads": 0}, build.spec.q_dtype)
     return rows + count({**sizes, "q_heads": 0}, build.spec.kv_dtype)
 
 
-def num_flops(build: Build) -> int:
+def num_flops(build: Build | ListBuild) -> int:
     """Return the operations of both products; a window's edges are counted in full."""
+    if isinstance(build, ListBuild):
+        return card_of("token_attention").num_flops(build.sizes)
     return card_of("attention").num_flops(sizes_of(build))
 
 
@@ -139,8 +145,15 @@ def able(spec: PlanSpec, variant: AttentionVariant, scales: str) -> tuple[str, .
         return tuple(name for name in BACKENDS if refusal(name, case) is None)
 
 
-def able_to_build(build: Build) -> tuple[str, ...]:
+def all_builds() -> dict[str, Build | ListBuild]:
+    """Return every build of every Mosaic kernel by its name."""
+    return {build.name: build for build in [*builds(), *list_builds.builds()]}
+
+
+def able_to_build(build: Build | ListBuild) -> tuple[str, ...]:
     """Return the backends that say they can do what a Mosaic kernel was built for."""
+    if isinstance(build, ListBuild):
+        return build.backends()
     _, kv, _, _ = build.arguments
     kinds = {None: "none", 1: "head", 2: "page"}
     return able(build.spec, build.variant, kinds[kv.k_scale and len(kv.k_scale.shape)])
@@ -226,14 +239,16 @@ def measure(task: tuple[str, str, str]) -> list[Line]:
     kind, name, dtype = task
     if kind == "operation":
         return measure_operation(name, dtype)
-    (build,) = (build for build in builds() if build.name == name)
-    return measure_attention(build) if kind == "attention" else [measure_mosaic(build)]
+    build = all_builds()[name]
+    if kind == "attention" and isinstance(build, Build):
+        return measure_attention(build)
+    return [measure_mosaic(build)]
 
 
 def tasks(compiler: str) -> list[tuple[str, str, str]]:
     """Return what there is to compile: kind, name, dtype."""
     if compiler == "mosaic":
-        return [("mosaic", build.name, "") for build in builds()]
+        return [("mosaic", name, "") for name in all_builds()]
     found = [("operation", name, d) for name in sorted(PLACES) for d in card_of(name).tolerances]
     return found + [("attention", build.name, "") for build in chosen_for_triton()]
 
@@ -252,9 +267,9 @@ def main() -> None:
             for line in lines:
                 print(json.dumps(dataclasses.asdict(line)), flush=True)
     if args.compiler == "triton":
-        for build in builds():
-            if args.only in build.name:
-                print(json.dumps({"name": build.name, "backends": able_to_build(build)}))
+        for name, build in all_builds().items():
+            if args.only in name:
+                print(json.dumps({"name": name, "backends": able_to_build(build)}))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,15 @@ from jaxserve.pallas_kernels.paged import PagedKV, PageTable
 from jaxserve.pallas_kernels.plan import Plan, PlanSpec
 from jaxserve.pallas_kernels.planner import make_plan
 from jaxserve.pallas_kernels.testing import interpret
+from jaxserve.pallas_kernels.token_attention import TokenLists
+from jaxserve.pallas_kernels.token_attention import mosaic as token_lists
 from jaxserve.pallas_kernels.variant import PLAIN, AttentionVariant
 
-KERNELS: dict[str, Any] = {"decode": mosaic_decode, "prefill": mosaic_prefill}
+KERNELS: dict[str, Any] = {
+    "decode": mosaic_decode,
+    "prefill": mosaic_prefill,
+    "token_lists": token_lists,
+}
 PAGE_SIZE = 16
 WORTH = 0.98
 """A candidate takes the guess's place if its time is below this share of the guess's."""
@@ -66,12 +72,15 @@ class Size:
 SIZES = {
     "decode": Size(requests=64, keys=4096),
     "prefill": Size(requests=4, keys=4096, chunk=2048),
+    "token_lists": Size(requests=8, keys=32768),
 }
 TINY = Size(requests=2, keys=64, multiprocessors=1)
 
 
-def popularity(kernel: str, key: Any) -> tuple[Any, ...]:  # noqa: ANN401  either kernel's key
+def popularity(kernel: str, key: Any) -> tuple[Any, ...]:  # noqa: ANN401  any kernel's key
     """Sort keys by how many models need them; a smaller result comes first."""
+    if kernel == "token_lists":
+        return (False, (128, 64, 256).index(key.dim), False, 16, kernel)
     size = key.rows if kernel == "decode" else key.warpgroups
     return (key.changes_keys, (128, 64, 256).index(key.dim), key.itemsize == 1, size, kernel)
 
@@ -178,13 +187,73 @@ class Problem:
         return call
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ListProblem:
+    """One step over lists that a key's candidates are measured on.
+
+    Attributes:
+        key: The key.
+        size: How large it is; of one token in eight on average, but a list differs from the next.
+    """
+
+    key: token_lists.TuningKey
+    size: Size
+
+    def arrays(self) -> tuple[jax.Array, PagedKV]:
+        """Draw queries and pages."""
+        pages = self.size.requests * -(-self.size.keys // PAGE_SIZE)
+        pool = (pages + 1, KV_HEADS, PAGE_SIZE, self.key.dim)
+        keys = jax.random.split(jax.random.key(0), 3)
+        draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+        k, v = (draw(key, pool, jnp.bfloat16) for key in keys[:2])
+        q = draw(keys[2], (self.size.requests, 4 * KV_HEADS, self.key.dim), jnp.bfloat16)
+        return q, PagedKV(k=k, v=v)
+
+    def plan(self, config: token_lists.TuningConfig) -> tuple[jax.Array, jax.Array, TokenLists]:
+        """Return where pages begin, pages in random order, and lists, whatever is measured."""
+        del config
+        rng, size = np.random.default_rng(0), self.size
+        each = -(-size.keys // PAGE_SIZE)
+        pages = 1 + rng.permutation(size.requests * each).astype(np.int32)
+        shares = rng.choice([0.01, 0.05, 0.1, 0.34], size.requests * KV_HEADS)
+        rows = [rng.permutation(size.keys)[: max(1, round(s * size.keys))] for s in shares]
+        lists = TokenLists(
+            indptr=jnp.asarray(np.cumsum([0, *map(len, rows)]), jnp.int32),
+            positions=jnp.asarray(np.concatenate(rows), jnp.int32),
+        )
+        return jnp.arange(size.requests + 1, dtype=jnp.int32) * each, jnp.asarray(pages), lists
+
+    def program(self, config: token_lists.TuningConfig) -> Callable[..., jax.Array]:
+        """Return the kernel with a configuration: outputs of queries, cache and plan."""
+
+        def call(q: jax.Array, kv: PagedKV, plan: tuple[Any, ...]) -> jax.Array:
+            return token_lists.token_attention(
+                q,
+                kv,
+                *plan,
+                sm_scale=self.key.dim**-0.5,
+                variant=PLAIN,
+                config=config,
+                multiprocessors=self.size.multiprocessors,
+            ).o
+
+        return call
+
+
+def problem_of(kernel: str, key: Any, size: Size) -> Problem | ListProblem:  # noqa: ANN401
+    """Return the step that a key's candidates are measured on."""
+    if kernel == "token_lists":
+        return ListProblem(key=key, size=size)
+    return Problem.of(kernel, key, size)
+
+
 def interpreted(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return a function whose kernels are interpreted, for where there is no GPU."""
     return lambda *args: interpret(function, *args, detect_races=False).value
 
 
 def measure(
-    problem: Problem,
+    problem: Problem | ListProblem,
     candidates: Sequence[Any],
     *,
     rounds: int,
@@ -205,7 +274,7 @@ def measure(
         works, or with an `error`.
     """
     q, kv = problem.arrays()
-    ready: dict[int, tuple[Callable[..., Any], Plan]] = {}
+    ready: dict[int, tuple[Callable[..., Any], Any]] = {}
     answers: list[dict[str, Any]] = [{} for _ in candidates]
     first: np.ndarray | None = None
     for index, config in enumerate(candidates):
@@ -307,7 +376,7 @@ def tune(recorder: Recorder, *, budget_s: float, is_rehearsal: bool) -> None:
         if time.monotonic() > deadline:
             late.append(name)
             continue
-        problem = Problem.of(kernel, key, TINY if is_rehearsal else SIZES[kernel])
+        problem = problem_of(kernel, key, TINY if is_rehearsal else SIZES[kernel])
         if is_rehearsal:
             found = measure(problem, candidates, rounds=1, calls=1, compile_with=interpreted)
         else:

@@ -370,6 +370,47 @@ def test_a_random_life_keeps_the_books(shared):
     shared.assert_idle()
 
 
+def test_decodes_by_kernels_have_a_shape_that_chooses_nothing(module, shared):
+    """Others find out on the device, and need none."""
+    shapes = sparse_bench(module, attention_backend="pallas-xla").engine.runner.spec.shapes
+    table = shapes.all_shapes()
+    assert {s.rows for s in table if not s.num_segments} == set(shapes.row_buckets)
+    assert {s.rows for s in table if s.num_segments and not s.prefill} == set(shapes.row_buckets)
+    assert all(s.num_segments for s in table if s.prefill)
+    assert all(len(s.plans) == (2 if s.num_segments else 1) for s in table)
+    assert all(s.num_segments for s in shared.engine.runner.spec.shapes.all_shapes())
+
+
+@pytest.mark.slow
+def test_kernels_choose_nothing_in_steps_that_read_everything(module, plain, monkeypatch):
+    """As soon as one row leaves something unread, all rows take the other step."""
+    bench = sparse_bench(module, attention_backend="pallas-xla")
+    runner, shapes = bench.engine.runner, []
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda packed: (shapes.append(packed.shape), run(packed))[1])
+    prompts = [prompt_of(150, seed=32), prompt_of(150, seed=33)]
+    short = GREEDY | {"max_tokens": 5}
+
+    def decodes(*masses):
+        shapes.clear()
+        ways = [SamplingParams(**short, attention_mass=mass) for mass in masses]
+        outputs = bench.generate(prompts[: len(masses)], ways)
+        return outputs, {bool(shape.num_segments) for shape in shapes if not shape.prefill}
+
+    (whole,), kinds = decodes(1.0)
+    assert kinds == {False}
+    expected = plain.complete(prompts[0], **short)
+    assert tokens(whole) == tokens(expected)
+    np.testing.assert_allclose(logprobs(whole), logprobs(expected), atol=1e-5)
+    before = figures(bench)
+    assert decodes(0.9)[1] == {True}
+    read, there, *_ = figures(bench) - before
+    assert 0 < read < there
+    (beside, _), kinds = decodes(1.0, 0.9)
+    assert True in kinds
+    assert tokens(beside) == tokens(expected)
+
+
 def test_warm_up_compiles_what_clusters(shared):
     runner = shared.engine.runner
     assert runner._cluster_program in runner._all_programs()

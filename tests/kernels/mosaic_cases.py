@@ -1,6 +1,8 @@
 """Tiny steps for the Mosaic kernels, interpreted, next to the oracle's answer."""
 
 import dataclasses
+import linecache
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -227,3 +229,24 @@ def tile_q(step: Step, kernel: str) -> int:
     if kernel == "decode":
         return group * max(step.q_len)
     return mosaic_prefill.tile_q(group, warpgroups=2 if kernel == "prefill2" else 1)
+
+
+class Without:
+    """Mosaic GPU, except that a kernel's lines with some words in them do nothing."""
+
+    def __init__(self, module, call, words):
+        self.module, self.call, self.words, self.is_met = module, call, words, False
+
+    def __getattr__(self, name):
+        function = getattr(self.module, name)
+        return self.unless_meant(function) if name == self.call else function
+
+    def unless_meant(self, function):
+        def called(*args, **kwargs):
+            frame = sys._getframe(1)
+            if self.words in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
+                self.is_met = True
+            else:
+                function(*args, **kwargs)
+
+        return called

@@ -1,15 +1,12 @@
 """The Mosaic attention kernels, interpreted: numbers equal the oracle's, and nothing races."""
 
-import linecache
-import sys
-
 import jax
 import numpy as np
 import pytest
 
 from jaxserve.pallas_kernels import variant as variants
 from jaxserve.pallas_kernels.attention import mosaic_decode, mosaic_pages, mosaic_prefill
-from tests.kernels.mosaic_cases import Step, run
+from tests.kernels.mosaic_cases import Step, Without, run
 from tests.kernels.request_oracle import Options
 
 pytestmark = [pytest.mark.mosaic, pytest.mark.race]
@@ -175,27 +172,6 @@ def test_prefill_equals_the_oracle_without_races(step):
 )
 def test_prefill_by_two_warpgroups_equals_the_oracle_without_races(step):
     proves(step, "prefill2")
-
-
-class Without:
-    """Mosaic GPU, except that a kernel's lines with some words in them do nothing."""
-
-    def __init__(self, module, call, words):
-        self.module, self.call, self.words, self.is_met = module, call, words, False
-
-    def __getattr__(self, name):
-        function = getattr(self.module, name)
-        return self.unless_meant(function) if name == self.call else function
-
-    def unless_meant(self, function):
-        def called(*args, **kwargs):
-            frame = sys._getframe(1)
-            if self.words in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
-                self.is_met = True
-            else:
-                function(*args, **kwargs)
-
-        return called
 
 
 def races_without(monkeypatch, module, call, words, step, kernel):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from jaxserve.pallas_kernels.attention.backends import tuned
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import PlanSpec
 from jaxserve.pallas_kernels.planner import make_plan
+from jaxserve.pallas_kernels.token_attention import mosaic as token_lists
 from jaxserve.pallas_kernels.variant import PLAIN
 
 KEY = next(key for key, each in mosaic_decode.tuning_table().items() if len(each) > 1)
@@ -97,7 +99,7 @@ def test_a_broken_table_is_refused_by_name(tables, text):
 
 
 def test_every_table_that_is_shipped_names_candidates():
-    modules = {"decode": mosaic_decode, "prefill": mosaic_prefill}
+    modules = benchmark.KERNELS
     for path in tuning.folder().iterdir():
         if not path.name.endswith(".json"):
             continue
@@ -110,7 +112,12 @@ def test_every_table_that_is_shipped_names_candidates():
     ("kernel", "key"), [(kernel, key) for kernel, key, _ in benchmark.keys_in_order()], ids=str
 )
 def test_every_key_has_a_step_to_be_measured_on(kernel, key):
-    problem = benchmark.Problem.of(kernel, key, benchmark.SIZES[kernel])
+    problem = benchmark.problem_of(kernel, key, benchmark.SIZES[kernel])
+    if isinstance(problem, benchmark.ListProblem):
+        q, kv = jax.eval_shape(problem.arrays)
+        assert q.shape[-1] == key.dim
+        assert token_lists.why_not(q, kv, PLAIN) is None
+        return
     assert benchmark.KERNELS[kernel].why_not(problem.spec, problem.variant) is None
 
 

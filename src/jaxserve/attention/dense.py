@@ -30,10 +30,10 @@ from jaxserve.attention.metadata import (
 from jaxserve.attention.tactic.attention import SpanBackend
 from jaxserve.attention.tactic.rows import attend_rows
 from jaxserve.cache.buffers import KvLayer
-from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.attention.api import attention
 from jaxserve.pallas_kernels.paged import PagedKV
 from jaxserve.pallas_kernels.plan import Plan
+from jaxserve.pallas_kernels.token_attention.api import kernel_for
 
 SINKS = "sinks"
 """What planned kernels call the array of `pallas_kernels.variant.sinks`."""
@@ -521,7 +521,7 @@ def _attend_kernels(
         pages = lax.dynamic_slice_in_dim(table, start // size, length // size, axis=1)
         return _gather_pages(keys, pages), _gather_pages(values, pages)
 
-    backend = _list_backend(plan.backend)
+    backend = _list_backend(plan.backend, q, PagedKV(k=keys, v=values))
     return _attend_sparse(out, q, (keys, values), row_plan, decode_keys, rule=rule, backend=backend)
 
 
@@ -536,12 +536,12 @@ def _planned_pages(paged: Plan, plan: AttentionPlan) -> Int[Array, "rows pages_p
     return jnp.where(at < end, paged.kv_indices[jnp.minimum(at, last)], 0)
 
 
-def _list_backend(backend: Backend) -> SpanBackend:
+def _list_backend(backend: Backend, q: Array, cache: PagedKV) -> SpanBackend:
     """Say what reads the tokens that decodes choose, where planned kernels read all others."""
     if backend == "pallas-reference":
         return "reference"
-    is_kernel = backend in ("mosaic", "triton") and triton_launch.unavailable() is None
-    return "triton" if is_kernel else "xla"
+    like = jax.ShapeDtypeStruct(q.shape, cache.k.dtype)
+    return kernel_for(backend, like, cache) or "xla"
 
 
 def _gather_pages(buffer: Array, pages: Array) -> Array:

@@ -50,11 +50,18 @@ class ShapeChooser(Protocol):
     """Picks a compiled shape."""
 
     def __call__(
-        self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False
+        self,
+        *,
+        rows: int,
+        prefill: int,
+        drafts: int = 0,
+        shares: bool = False,
+        is_sparse: bool = True,
     ) -> StepShape:
         """Return a shape with at least so many rows, prefill tokens and draft tokens.
 
-        One that `shares` reads shared prefixes once; it is a wish.
+        One that `shares` reads shared prefixes once; it is a wish. One that `is_sparse` lets rows
+        leave something unread; that is none.
         """
         ...
 
@@ -134,6 +141,7 @@ def build(
         prefill=num_prefill,
         drafts=num_drafts,
         shares=planner is not None and bool(planner.shared),
+        is_sparse=planner is None or planner.is_sparse,
     )
     packed = PackedStep(shape)
     fields = packed.fields

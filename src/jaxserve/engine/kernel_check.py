@@ -17,6 +17,7 @@ from jaxserve.pallas_kernels.attention.card import CARD
 from jaxserve.pallas_kernels.paged import PagedKV, PageTable
 from jaxserve.pallas_kernels.plan import PlanSpec
 from jaxserve.pallas_kernels.planner import make_plan
+from jaxserve.pallas_kernels.token_attention import TokenLists, api
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ _PATIENCE_S = 120.0
 
 def find_fault(plans: KernelPlans) -> str | None:
     """Compare kernels with the reference, for some decodes and for decodes beside a prefill.
+
+    With sparse attention, the kernel that reads lists of tokens beside these is compared too.
 
     Args:
         plans: What is planned with, the backend among it.
@@ -44,11 +47,11 @@ def find_fault(plans: KernelPlans) -> str | None:
                 fault = _compare(plans, spec, lengths)
                 if fault is not None:
                     return fault
+        return find_list_fault(plans) if plans.has_sparse else None
     except Exception as error:  # noqa: BLE001  compilers and drivers raise what they like
         return f"it fails on this device: {type(error).__name__}: {str(error).rstrip('.')}"
     finally:
         watch.cancel()
-    return None
 
 
 def _tell(backend: str) -> None:
@@ -85,8 +88,39 @@ def _compare(plans: KernelPlans, spec: PlanSpec, lengths: tuple[int, ...]) -> st
         run = functools.partial(attention, variant=plans.variant, backend=backend)
         return np.asarray(jax.jit(run)(q, kv, plan, extra=extra), np.float32)
 
-    found, wanted = attend(plans.backend), attend("reference")
-    bound = CARD.tolerances[spec.q_dtype]
+    return _difference(attend(plans.backend), attend("reference"), spec.q_dtype)
+
+
+def find_list_fault(plans: KernelPlans) -> str | None:
+    """Compare the kernel over lists of tokens with the reference; None if no kernel reads them."""
+    rng = np.random.default_rng(0)
+    pool = (-(-_LONGEST // plans.page_size) + 1, plans.kv_heads, plans.page_size, plans.head_dim)
+    k, v = (jnp.asarray(rng.standard_normal(pool), plans.dtype) for _ in range(2))
+    cache = PagedKV(k=k, v=v)
+    q = jnp.asarray(rng.standard_normal((2, plans.q_heads, plans.head_dim)), plans.dtype)
+    backend = api.kernel_for(plans.backend, q, cache)
+    if backend is None:
+        return None
+    # From none to all tokens, some in order; both requests read the same pages.
+    counts = np.linspace(0, _LONGEST, 2 * plans.kv_heads).astype(np.int32)
+    rows = [rng.permutation(_LONGEST)[:n] if i % 2 else np.arange(n) for i, n in enumerate(counts)]
+    lists = TokenLists(
+        indptr=jnp.asarray(np.cumsum([0, *map(len, rows)]), jnp.int32),
+        positions=jnp.asarray(np.concatenate(rows), jnp.int32),
+    )
+    pages = jnp.asarray(1 + rng.permutation(pool[0] - 1), jnp.int32)
+    table = jnp.asarray([0, pages.size, 2 * pages.size], jnp.int32), jnp.tile(pages, 2)
+
+    def attend(backend: api.ListBackend) -> np.ndarray:
+        run = functools.partial(api.token_attention, backend=backend)
+        length = jnp.full(2, _LONGEST, jnp.int32)
+        return np.asarray(jax.jit(run)(q, cache, *table, length, lists).o, np.float32)
+
+    return _difference(attend(backend), attend("reference"), plans.dtype)
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray, dtype: str) -> str | None:
+    bound = CARD.tolerances[dtype]
     # Kernels and reference round in places of their own, so that each may be off by the bound.
     is_near = np.abs(found - wanted) <= 2 * (bound.atol + bound.rtol * np.abs(wanted))
     if is_near.all():

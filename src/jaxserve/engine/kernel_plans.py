@@ -59,7 +59,7 @@ class KernelPlans:
     has_sparse: bool = False
 
     def specs(
-        self, *, rows: int, tokens: int, has_drafts: bool, shares: bool
+        self, *, rows: int, tokens: int, has_drafts: bool, shares: bool, is_sparse: bool = True
     ) -> tuple[PlanSpec, ...]:
         """Return the specs of a step's plans, one per window, and one for sparse layers if any.
 
@@ -68,9 +68,11 @@ class KernelPlans:
             tokens: Packed tokens.
             has_drafts: Whether rows may come with drafts, which are requests of their own.
             shares: Whether shared prefixes are to be read once, where that can pay.
+            is_sparse: Whether some row may leave something unread.
         """
         requests = rows * (2 if has_drafts else 1)
-        return _specs(self, requests, tokens, shares and self.can_share(rows, tokens))
+        specs = _specs(self, requests, tokens, shares and self.can_share(rows, tokens))
+        return specs if is_sparse else specs[: len(self.windows)]
 
     def can_share(self, rows: int, tokens: int) -> bool:
         """Tell whether a step of so many rows and tokens could gain from shared prefixes."""
@@ -152,17 +154,19 @@ class StepPlanner:
 
     Attributes:
         shared: Prefixes to be read once for all their requests.
+        is_sparse: Whether some request leaves something unread.
     """
 
     def __init__(self, plans: KernelPlans, num: int, requests: Sequence[Request]) -> None:
         """Say what each request has, and find what they share."""
         q_len, kv_len = [0] * num, [0] * num
         pages: list[memoryview | bytes] = [b""] * num
-        self._has_sparse, self._sparse = plans.has_sparse, np.zeros(num, bool)
+        self._num_whole, self._sparse = len(plans.windows), np.zeros(num, bool)
         for index, start, count, held, is_sparse in requests:
             self._sparse[index] = is_sparse
             q_len[index], kv_len[index] = count, start + count
             pages[index] = memoryview(held)[: -(-(start + count) // plans.page_size)]
+        self.is_sparse = bool(self._sparse.any())
         self._q_len, keys = np.asarray(q_len), np.asarray(kv_len, np.int32)
         indptr = np.zeros(num + 1, np.int32)
         np.cumsum(-(-keys // plans.page_size), out=indptr[1:])
@@ -188,14 +192,12 @@ class StepPlanner:
             fields: The packed step, which has a place for each.
             q_start: First packed token of each request.
         """
-        *names, last = fields_of(specs)
-        for name, spec in zip(names if self._has_sparse else (*names, last), specs, strict=False):
-            self._plan(spec, self._q_len, q_start, self.shared, fields[name])
-        if self._has_sparse:
-            # Who leaves something unread is not known here to share anything with others.
-            rest = np.where(self._sparse, 0, self._q_len)
-            shared = () if self._sparse.any() else self.shared
-            self._plan(specs[-1], rest, q_start, shared, fields[last])
+        for index, (name, spec) in enumerate(zip(fields_of(specs), specs, strict=True)):
+            q_len, shared = self._q_len, self.shared
+            if index == self._num_whole and self.is_sparse:
+                # Who leaves something unread is not known here to share anything with others.
+                q_len, shared = np.where(self._sparse, 0, q_len), ()
+            self._plan(spec, q_len, q_start, shared, fields[name])
 
     def _plan(
         self,

@@ -260,7 +260,13 @@ class Runner:
         return todo
 
     def choose_shape(
-        self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False
+        self,
+        *,
+        rows: int,
+        prefill: int,
+        drafts: int = 0,
+        shares: bool = False,
+        is_sparse: bool = True,
     ) -> StepShape:
         """Return the smallest shape that holds a step, or a larger one that is compiled already.
 
@@ -269,8 +275,11 @@ class Runner:
             prefill: Prefill tokens.
             drafts: Draft tokens.
             shares: Whether prefixes are shared; what is ready is taken before what could share.
+            is_sparse: Whether some row leaves something unread.
         """
-        exact = self.spec.shapes.shape(rows=rows, prefill=prefill, drafts=drafts, shares=shares)
+        exact = self.spec.shapes.shape(
+            rows=rows, prefill=prefill, drafts=drafts, shares=shares, is_sparse=is_sparse
+        )
         if not self.programs.takes_larger or ("step", exact) in self.programs:
             return exact
         ready = [
@@ -282,8 +291,13 @@ class Runner:
             and shape.drafts >= drafts
             and bool(shape.prefill) == bool(prefill)
             and bool(shape.drafts) == bool(drafts)
+            and shape.num_segments >= exact.num_segments
         ]
-        return min(ready, key=lambda s: (s.num_tokens, s.shares != shares), default=exact)
+
+        def cost(shape: StepShape) -> tuple[int, int, bool]:
+            return shape.num_tokens, shape.num_segments, shape.shares != shares
+
+        return min(ready, key=cost, default=exact)
 
     def _step_program(self, shape: StepShape) -> Callable[..., Any]:
         self._draw_program(shape.draw)  # first: whoever finds the step's program finds this one too
@@ -422,7 +436,7 @@ class Runner:
         step, draw = self._launches(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
         mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
-        if self.spec.sparse is not None and self.spec.sparse.measure_every:
+        if self.spec.sparse and self.spec.sparse.measure_every and packed.shape.num_segments:
             self._num_steps += 1
             is_due = self._num_steps % self.spec.sparse.measure_every == 0
             packed.fields["is_measured"][...] = is_due
@@ -694,7 +708,7 @@ def attention_plan(
             for name, one in zip(fields_of(shape.plans), shape.plans, strict=True)
         ),
         extra={} if kernels is None else {n: jnp.asarray(x) for n, x in kernels.extra.items()},
-        sparse=sparse_rows(spec.sparse, part, clusters),
+        sparse=sparse_rows(spec.sparse, part, clusters) if shape.num_segments else None,
         rows=shape.rows,
         kv_tile=spec.shapes.kv_tile,
         q_block=shape.q_block,

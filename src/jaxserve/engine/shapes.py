@@ -87,7 +87,8 @@ class StepShape:
             tokens do, but each has a token drawn behind it.
         has_lora: Whether rows say which adapter they use.
         plans: Specs of the plans of paged kernels; with any, there is no page table besides.
-        num_segments: Most segments of a sequence that have clusters; 0 without sparse attention.
+        num_segments: Most segments of a sequence that have clusters; 0 where no row leaves anything
+            unread.
     """
 
     rows: int
@@ -329,7 +330,15 @@ class ShapeTable:
             return ()
         return self.draft_buckets(_ceil_to(rows, self.draft_row_buckets))
 
-    def shape(self, *, rows: int, prefill: int, drafts: int = 0, shares: bool = False) -> StepShape:
+    def shape(
+        self,
+        *,
+        rows: int,
+        prefill: int,
+        drafts: int = 0,
+        shares: bool = False,
+        is_sparse: bool = True,
+    ) -> StepShape:
         """Return the smallest shape that holds so many rows and tokens; no shape has both kinds.
 
         Args:
@@ -339,6 +348,9 @@ class ShapeTable:
             shares: Whether a decode reads shared prefixes once for all who share them. Kernels
                 that can are slower where nothing is shared, so there are decodes of both kinds;
                 steps with prefill or drafts always can.
+            is_sparse: Whether a row of a decode leaves something unread. Kernels choose what is
+                read even if no row asks, so there are decodes of both kinds here too; without
+                kernels, a step finds out by itself.
         """
         if drafts:
             if prefill:
@@ -357,29 +369,39 @@ class ShapeTable:
         buckets = self.mixed_row_buckets if prefill else self.row_buckets
         tokens = _ceil_to(prefill, self.prefill_buckets) if prefill else 0
         rows = _ceil_to(rows, buckets)
+        is_sparse = is_sparse or self.kernels is None or bool(tokens)
         return StepShape(
             rows=rows,
             prefill=tokens,
             q_block=min(self.q_block, tokens) if tokens else self.q_block,
             pages_per_row=self.pages_per_row,
             has_lora=self.has_lora,
-            plans=self._plans(rows, rows + tokens, has_drafts=False, shares=shares or bool(tokens)),
-            num_segments=self.num_segments,
+            plans=self._plans(
+                rows,
+                rows + tokens,
+                has_drafts=False,
+                shares=shares or bool(tokens),
+                is_sparse=is_sparse,
+            ),
+            num_segments=self.num_segments if is_sparse else 0,
         )
 
     def _plans(
-        self, rows: int, tokens: int, *, has_drafts: bool, shares: bool
+        self, rows: int, tokens: int, *, has_drafts: bool, shares: bool, is_sparse: bool = True
     ) -> tuple[PlanSpec, ...]:
         if self.kernels is None:
             return ()
-        return self.kernels.specs(rows=rows, tokens=tokens, has_drafts=has_drafts, shares=shares)
+        return self.kernels.specs(
+            rows=rows, tokens=tokens, has_drafts=has_drafts, shares=shares, is_sparse=is_sparse
+        )
 
     def all_shapes(self) -> list[StepShape]:
         """List every shape, those that the first request needs first."""
         decodes = dict.fromkeys(
-            self.shape(rows=r, prefill=0, shares=shares)
+            self.shape(rows=r, prefill=0, shares=shares, is_sparse=is_sparse)
             for r in self.row_buckets
             for shares in (False, True)
+            for is_sparse in (False, True)
         )
         mixed = [
             self.shape(rows=r, prefill=p)

@@ -27,10 +27,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.core.errors import UnsupportedError
 
-ASYNCHRONOUS_CLOCKS = 128
+ASYNCHRONOUS_CLOCKS = 512
 """Clocks that copies and products take in turn.
 
-Two that are in flight on one clock pass for ordered, which hides races.
+Two that are in flight on one clock pass for ordered, which hides races. The most are in flight
+where tokens are gathered one by one: 128 copies for each stage of keys and values.
 """
 
 

@@ -171,12 +171,14 @@ def test_every_estimator_finds_tokens_where_they_lie(name, backend):
     assert np.abs(out.reshape(q.shape)[0, 1, 0] - whole).max() < 0.5 * np.abs(values).max()
 
 
-def test_rows_that_read_everything_or_nothing_are_left_alone():
+@pytest.mark.parametrize(("layout", "backend"), [("slots", "xla"), ("pages", "reference")])
+def test_rows_that_read_everything_or_nothing_are_left_alone(layout, backend):
     length = np.asarray([256, 256, 0], np.int32)
-    _, (_, counts, _) = step(1, length, [1.0, 0.9, 0.9], layout="slots", backend="xla")
+    way = {"layout": layout, "backend": backend}
+    _, (_, counts, _) = step(1, length, [1.0, 0.9, 0.9], **way)
     assert counts[2] == KV_HEADS  # row 1 alone
     assert counts[1] == KV_HEADS * 256
-    _, (out, counts, sums) = step(1, length, [1.0] * 3, layout="slots", backend="xla")
+    _, (out, counts, sums) = step(1, length, [1.0] * 3, **way)
     assert not counts.any()
     assert not sums.any()
     assert not out.any()

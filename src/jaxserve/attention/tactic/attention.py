@@ -35,7 +35,7 @@ _TILE = 256
 Kept = tuple[Array, Array, Array]
 """Runs that are always read: first places, sizes `[rows, kv_heads, runs]`, and tokens of all."""
 
-SpanBackend = Literal["xla", "llvm", "triton", "reference"]
+SpanBackend = Literal["xla", "llvm", "mosaic", "triton", "reference"]
 """`xla` gathers tiles of tokens; `llvm` reads runs where they lie, on a CPU.
 
 The others are given lists of tokens in pages, by `attend_rows` alone; see `token_attention`.

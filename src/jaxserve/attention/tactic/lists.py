@@ -16,10 +16,9 @@ from jaxserve.attention.tactic.attention import kept_spans
 from jaxserve.attention.tactic.clustering import ClusterIndex
 from jaxserve.attention.tactic.config import TacticConfig
 from jaxserve.attention.tactic.select import Selection
-from jaxserve.pallas_kernels.backends import Backend
 from jaxserve.pallas_kernels.paged import PagedKV
 from jaxserve.pallas_kernels.state import LOG2_E
-from jaxserve.pallas_kernels.token_attention.api import token_attention
+from jaxserve.pallas_kernels.token_attention.api import ListBackend, token_attention
 from jaxserve.pallas_kernels.token_attention.lists import TokenLists
 
 
@@ -93,7 +92,7 @@ def attend_lists(
     lists: TokenLists,
     *,
     scale: float,
-    backend: Backend,
+    backend: ListBackend,
 ) -> State:
     """Attend to lists, and return the state of queries `[rows, kv_heads, group]`.
 

@@ -41,6 +41,8 @@ LayerClusters = LayerEntries
 
 _KEPT_RUNS = 2
 """Runs that are always read; all others lie in segments."""
+LIST_BACKENDS = ("mosaic", "triton", "reference")
+"""Backends that are given lists of tokens."""
 TOLERANCE = 0.02
 """By how much a measured mass may miss its target without being counted as a miss."""
 
@@ -268,6 +270,10 @@ def attend_rows(
         shape = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((5,), jnp.int32))
         return (*shape, jnp.zeros((2,), jnp.float32))
 
+    if backend in LIST_BACKENDS:
+        # The device would stop for the host to ask which way to go, in every layer. Rows without
+        # lists cost it next to nothing, and where all are, the host launches another step.
+        return attend()
     return lax.cond(jnp.any(is_sparse), attend, rest)
 
 
@@ -312,7 +318,7 @@ def _read(
     elif backend == "xla":
         by_place = scattered(keys, where), scattered(values, where)
     attend: Attend | None = None
-    if page_table is not None and (backend == "triton" or backend == "reference"):
+    if page_table is not None and backend in LIST_BACKENDS:
         cache, lists_backend = PagedKV(k=keys, v=values), backend
         query = q.astype(keys.dtype)
 

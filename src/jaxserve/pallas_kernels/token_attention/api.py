@@ -2,21 +2,29 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxserve.core.errors import UnsupportedError
-from jaxserve.pallas_kernels import backends
-from jaxserve.pallas_kernels.backends import Backend
+from jaxserve.core.errors import UnsupportedError, did_you_mean
+from jaxserve.pallas_kernels import backends, triton_launch
+from jaxserve.pallas_kernels.attention.backends import present_device
 from jaxserve.pallas_kernels.paged import PagedKV
 from jaxserve.pallas_kernels.state import AttentionState, add_mass
 from jaxserve.pallas_kernels.token_attention import reference
 from jaxserve.pallas_kernels.token_attention.lists import TokenLists as TokenLists
 from jaxserve.pallas_kernels.variant import PLAIN, AttentionVariant
 
+ListBackend = Literal["auto", "mosaic", "triton", "xla", "reference"]
+"""`mosaic` needs a Hopper GPU, `triton` an NVIDIA GPU; the others, one and the same, need none."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes of queries."""
+
+CAPABILITIES = ("9.0",)
+"""Compute capabilities that have the instructions of the Mosaic kernel."""
 
 MAX_HEAD_DIM = 256
 """Widest heads that the Triton kernel holds."""
@@ -34,7 +42,7 @@ def token_attention(
     variant: AttentionVariant = PLAIN,
     extra: Mapping[str, Array] | None = None,
     chunk: int | None = None,
-    backend: Backend = "auto",
+    backend: ListBackend = "auto",
 ) -> AttentionState:
     """Attend from one token of each request to the tokens on its lists, and to nothing else.
 
@@ -52,8 +60,9 @@ def token_attention(
             `head_dim ** -0.5`.
         variant: How scores are changed; without a packed mask.
         extra: Arrays that the variant reads.
-        chunk: Keys per program; None chooses by the capacity of the lists.
-        backend: "auto" is the kernel on a GPU, and plain JAX elsewhere.
+        chunk: Keys per program of the Triton kernel; None chooses by the capacity of the lists.
+        backend: "auto" is, on a GPU, the first of the kernels that can do it, and plain JAX
+            elsewhere.
 
     Returns:
         Outputs in the dtype of `q`, and the base-2 logarithm of the mass of the tokens read; an
@@ -71,13 +80,14 @@ def token_attention(
     _check(q, cache, kv_indptr, kv_len, tokens, chunk)
     _check_variant(variant, extra)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    if backends.choose(backend, prefers_triton=True) == "triton":
-        widest = max(cache.k.shape[3], cache.v.shape[3])
-        if widest > MAX_HEAD_DIM:
-            raise UnsupportedError(
-                f"backend 'triton' holds heads of at most {MAX_HEAD_DIM} numbers, got {widest}; "
-                "use backend='xla'."
-            )
+    chosen = choose(backend, q, cache, variant)
+    if chosen == "mosaic":
+        from jaxserve.pallas_kernels.token_attention import mosaic  # noqa: PLC0415
+
+        state = mosaic.token_attention(
+            q, cache, kv_indptr, kv_indices, tokens, sm_scale=scale, variant=variant
+        )
+    elif chosen == "triton":
         from jaxserve.pallas_kernels.token_attention import triton  # noqa: PLC0415
 
         state = triton.token_attention(
@@ -105,6 +115,91 @@ def token_attention(
             extra=extra,
         )
     return _finish(q, cache, kv_len, state, scale, variant, extra)
+
+
+def refusal(
+    backend: Literal["mosaic", "triton"],
+    q: Array | jax.ShapeDtypeStruct,
+    cache: PagedKV,
+    variant: AttentionVariant = PLAIN,
+) -> str | None:
+    """Return why a kernel cannot attend to lists in this process, with what would do; or None.
+
+    Args:
+        backend: Which kernel.
+        q: Queries, or their shape and dtype.
+        cache: Keys and values, or theirs.
+        variant: How scores are changed.
+    """
+    if backend == "triton":
+        widest = max(cache.k.shape[3], cache.v.shape[3])
+        if widest > MAX_HEAD_DIM:
+            return f"it holds heads of at most {MAX_HEAD_DIM} numbers, got {widest}"
+        return triton_launch.unavailable()
+    platform, capability = present_device()
+    if capability not in CAPABILITIES:
+        found = f"{platform} {capability}".strip()
+        return f"it needs a GPU of compute capability {' or '.join(CAPABILITIES)}, found {found}"
+    from jaxserve.pallas_kernels.token_attention import mosaic  # noqa: PLC0415
+
+    return mosaic.why_not(q, cache, variant)
+
+
+def kernel_for(
+    attention_backend: str, q: Array | jax.ShapeDtypeStruct, cache: PagedKV
+) -> Literal["mosaic", "triton"] | None:
+    """Return the kernel that goes with kernels of attention; None if none of its kind can do it.
+
+    Args:
+        attention_backend: What serves attention to whole contexts; Triton stands in for Mosaic,
+            as it does more.
+        q: Queries, or their shape and dtype.
+        cache: Keys and values, or theirs.
+    """
+    able: dict[str, tuple[Literal["mosaic", "triton"], ...]] = {
+        "mosaic": ("mosaic", "triton"),
+        "triton": ("triton",),
+    }
+    names = able.get(attention_backend, ())
+    return next((name for name in names if refusal(name, q, cache) is None), None)
+
+
+def choose(
+    backend: ListBackend,
+    q: Array | jax.ShapeDtypeStruct,
+    cache: PagedKV,
+    variant: AttentionVariant = PLAIN,
+) -> Literal["mosaic", "triton", "xla", "reference"]:
+    """Resolve the name of a backend for what is to be attended.
+
+    Raises:
+        ValueError: If there is no such backend.
+        MissingExtraError: If Triton is asked for by name and not installed.
+        UnsupportedError: If a kernel is asked for by name and cannot do it here.
+    """
+    if backend not in get_args(ListBackend):
+        names = get_args(ListBackend)
+        raise ValueError(
+            f"backend must be one of {', '.join(names)}, got {backend!r}."
+            f"{did_you_mean(str(backend), names)}"
+        )
+    if backend == "mosaic" or (backend == "auto" and refusal("mosaic", q, cache, variant) is None):
+        reason = refusal("mosaic", q, cache, variant)
+        if reason is not None:
+            raise UnsupportedError(
+                f"backend 'mosaic' cannot do this: {reason}; use backend='auto', which takes the "
+                "next best."
+            )
+        return "mosaic"
+    is_wide = max(cache.k.shape[3], cache.v.shape[3]) > MAX_HEAD_DIM
+    if is_wide and backend == "auto":
+        return "xla"
+    chosen = backends.choose(backend, prefers_triton=True)
+    if chosen == "triton" and is_wide:
+        raise UnsupportedError(
+            f"backend 'triton' cannot do this: {refusal('triton', q, cache)}; use backend='xla'."
+        )
+    return chosen
 
 
 def _finish(

@@ -1,12 +1,30 @@
-"""The card of decode attention over lists of tokens."""
+"""The card of decode attention over lists of tokens.
+
+What the Mosaic kernel can hold on an H200, by calculation, as it has not run on a GPU. A tile of 64
+tokens of 128 numbers is 32 KiB of keys and values; at the 4.3 TB/s that copies reach, 132
+multiprocessors at 1.755 GHz have 1760 cycles for each, and 2510 at 70 % of that. Per tile, with
+groups of any size up to 8, as its assembly for sm_90a says:
+
+* computing takes 225 instructions a warp, 16 of them products, on a chain of some 1000 cycles with
+  its five barriers; two CTAs share a multiprocessor, so 500 cycles per tile;
+* shared memory moves each byte four times, by the copy, out of the ring, into the swizzled tile and
+  into the matrix unit: 1024 cycles at 128 bytes each, none of them lost to bank conflicts;
+* gathering takes 700 instructions a warp, and waits for two loads in a row, some 1500 cycles; again
+  with two CTAs, 1100 cycles per tile;
+* 128 row copies of 256 bytes, one per 14 cycles;
+* 256 arrivals at barriers, two per row copy, as that is what a copy by one warp costs in Pallas.
+
+So nothing but the last two can be what bounds it, of which no number is public: at 70 % a
+multiprocessor must take a bulk copy every 20 cycles, and a warp's arrival every 10.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels import triton_launch
 from jaxserve.pallas_kernels.card import Axis, KernelCard, Sizes, Tensor, Tolerance
 from jaxserve.pallas_kernels.paged import KV_DTYPES, PagedKV
 from jaxserve.pallas_kernels.token_attention import api, reference
@@ -31,11 +49,14 @@ def supports(backend: str, sizes: Sizes, dtype: str) -> str | None:
         return f"dtype {dtype} is none of {', '.join(api.DTYPES)}"
     if sizes["q_heads"] % sizes["kv_heads"]:
         return f"{sizes['q_heads']} query heads are no multiple of {sizes['kv_heads']}"
-    if backend != "triton":
+    if backend not in ("mosaic", "triton"):
         return None
-    if sizes["head_dim"] > api.MAX_HEAD_DIM:
-        return f"heads are wider than {api.MAX_HEAD_DIM}"
-    return triton_launch.unavailable()
+    heads = (sizes["q_heads"], sizes["head_dim"])
+    pool: Any = jax.ShapeDtypeStruct(
+        (sizes["pages"], sizes["kv_heads"], sizes["page_size"], sizes["head_dim"]), dtype
+    )
+    q = jax.ShapeDtypeStruct((sizes["requests"], *heads), jnp.dtype(dtype))
+    return api.refusal(backend, q, PagedKV(k=pool, v=pool))
 
 
 def _make(sizes: Sizes, dtype: str, seed: int) -> Mapping[str, Any]:
@@ -82,8 +103,8 @@ CARD = KernelCard(
         "q_heads": Axis(sizes=(4, 32), varies=False, meaning="heads of queries"),
         "kv_heads": Axis(sizes=(2, 8), varies=False, meaning="heads of keys and values"),
         "head_dim": Axis(sizes=(16, 128), varies=False, meaning="numbers of a head"),
-        "pages": Axis(sizes=(14, 65536), varies=False, meaning="pages of the pool"),
-        "page_size": Axis(sizes=(4, 1, 16), varies=False, meaning="tokens of a page"),
+        "pages": Axis(sizes=(14, 4096), varies=False, meaning="pages of the pool"),
+        "page_size": Axis(sizes=(4, 16, 1), varies=False, meaning="tokens of a page"),
         "listed": Axis(sizes=(9, 1024, 4096), varies=True, meaning="tokens on each list"),
     },
     inputs={
@@ -101,7 +122,7 @@ CARD = KernelCard(
     run=api.token_attention,
     reference=_reference,
     tolerances=TOLERANCES,
-    backends=("triton", "xla"),
+    backends=("mosaic", "triton", "xla"),
     supports=supports,
     num_bytes=_num_bytes,
     num_flops=lambda sizes: (
