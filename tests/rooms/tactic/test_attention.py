@@ -77,14 +77,16 @@ def test_slots_may_be_bfloat16(backend):
 
 
 def test_a_mean_value_for_the_rest_is_nearer_than_nothing():
+    # As sharp as the heads of real models. Of sharper ones, over clusters that mix clumps, one
+    # variance for all dimensions promises too much, and nothing is the better stand-in.
     errors = {"drop": [], "mean": []}
     for seed in range(6):
-        context = random_context(seed)
+        context = random_context(seed, sharpness=1.5)
         dense = context.dense()
         for tail, found in errors.items():
             out, _ = attend(context, 0.8, config(tail=tail))
             found.append(np.linalg.norm(out - dense, axis=-1).mean())
-    assert np.mean(errors["mean"]) < np.mean(errors["drop"])
+    assert np.mean(errors["mean"]) < 0.7 * np.mean(errors["drop"])
 
 
 def test_what_is_dropped_bounds_the_error():
