@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -416,11 +416,10 @@ def measure_kernels(run: Run, folder: Path) -> None:
     finally:
         for child in children.values():
             child.close()
-    if rows:
-        header = ["attention", "by", "us", "GB/s", "of copy", "TFLOP/s", "of matmul", "difference"]
-        print(table(header, rows))
-    if listed:
-        print(table(["lists", "by", "us", "GB/s", "of copy", "difference"], listed))
+    header = ["by", "us", "GB/s", "of copy", "TFLOP/s", "of matmul", "difference"]
+    for what, lines in (("attention", rows), ("lists", listed)):
+        if lines:
+            print(table([what, *header], lines))
     if operations:
         print(table(["operation", "by", "us", "GB/s", "of copy"], operations))
     late += left + missed
@@ -450,28 +449,44 @@ def measure_steps(
             )  # fmt: skip
             for key in ("seconds", "refusals"):
                 found[key].update(theirs[key])
-        for label, reason in found["refusals"].items():
-            run.recorder.write(name, implementation=label, refused=reason)
-        for label, samples in found["seconds"].items():
-            rates = rates_of(run, found, samples)
-            difference = found["difference"].get(label)
-            run.recorder.write(
-                name, implementation=label, unit="us", difference=difference,
-                **summary([1e6 * value for value in samples]), **rates,
-            )  # fmt: skip
-            rows.append(
-                [
-                    name,
-                    label,
-                    f"{1e6 * statistics.median(samples):.1f}",
-                    f"{rates['gb_s']:.0f}",
-                    f"{rates['share_of_copy']:.1%}",
-                    f"{rates['tflop_s']:.1f}",
-                    f"{rates['share_of_matmul']:.1%}",
-                    "-" if difference is None else f"{difference:.1e}",
-                ]
-            )
+        rows += record_found(run, name, found)
     return rows, late
+
+
+def record_found(run: Run, name: str, found: Mapping[str, Any]) -> list[list[str]]:
+    """Record what one step took on each implementation; return rows of the table.
+
+    Args:
+        run: The run.
+        name: Of the step.
+        found: What a worker answered; of those that read everything the bytes are `dense_bytes`,
+            where the step has any.
+    """
+    rows: list[list[str]] = []
+    for label, reason in found["refusals"].items():
+        run.recorder.write(name, implementation=label, refused=reason)
+    for label, samples in found["seconds"].items():
+        kind = "dense" if label.startswith("dense") and "dense_bytes" in found else "num"
+        work = {f"num_{part}": found[f"{kind}_{part}"] for part in ("bytes", "flops")}
+        rates = rates_of(run, work, samples)
+        difference = found["difference"].get(label)
+        run.recorder.write(
+            name, implementation=label, unit="us", difference=difference,
+            **summary([1e6 * value for value in samples]), **rates,
+        )  # fmt: skip
+        rows.append(
+            [
+                name,
+                label,
+                f"{1e6 * statistics.median(samples):.1f}",
+                f"{rates['gb_s']:.0f}",
+                f"{rates['share_of_copy']:.1%}",
+                f"{rates['tflop_s']:.1f}",
+                f"{rates['share_of_matmul']:.1%}",
+                "-" if difference is None else f"{difference:.1e}",
+            ]
+        )
+    return rows
 
 
 def measure_lists(run: Run, ours: Child, deadline: float) -> tuple[list[list[str]], list[str]]:
@@ -485,27 +500,7 @@ def measure_lists(run: Run, ours: Child, deadline: float) -> tuple[list[list[str
         found = ours.ask(
             "lists", name=name, repeats=3 if run.rehearsal else 20, timeout_s=min(60, run.left_s)
         )
-        for label, reason in found["refusals"].items():
-            run.recorder.write(name, implementation=label, refused=reason)
-        for label, samples in found["seconds"].items():
-            is_dense = label.startswith("dense")
-            read = {n: found[f"dense_{n}" if is_dense else f"num_{n}"] for n in ("bytes", "flops")}
-            rates = rates_of(run, {f"num_{n}": value for n, value in read.items()}, samples)
-            difference = found["difference"].get(label)
-            run.recorder.write(
-                name, implementation=label, unit="us", difference=difference,
-                **summary([1e6 * value for value in samples]), **rates,
-            )  # fmt: skip
-            rows.append(
-                [
-                    name,
-                    label,
-                    f"{1e6 * statistics.median(samples):.1f}",
-                    f"{rates['gb_s']:.0f}",
-                    f"{rates['share_of_copy']:.1%}",
-                    "-" if difference is None else f"{difference:.1e}",
-                ]
-            )
+        rows += record_found(run, name, found)
     return rows, late
 
 

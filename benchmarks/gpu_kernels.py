@@ -11,7 +11,7 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -137,6 +137,45 @@ def attend_lists(backend: Any, q: jax.Array, *rest: Any) -> jax.Array:  # noqa: 
     return token_attention(q, *rest, backend=backend).o
 
 
+Programs = dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]
+"""Implementations by name: a function of queries and further arguments, and these."""
+
+
+def _time(
+    programs: Programs,
+    refusals: dict[str, str],
+    q: jax.Array,
+    repeats: int,
+    alike: Collection[str],
+) -> dict[str, Any]:
+    """Time implementations, and compare outputs of those that should be alike, by some rows.
+
+    Args:
+        programs: The implementations.
+        refusals: Why others are left out; those that fail are added.
+        q: Queries.
+        repeats: Samples.
+        alike: Whose outputs are compared with those of the first of them.
+    """
+    rows = jnp.linspace(0, q.shape[0] - 1, min(64, q.shape[0])).astype(int)
+    outputs: dict[str, np.ndarray] = {}
+    seconds: dict[str, list[float]] = {}
+    for label, (call, rest) in programs.items():
+        try:
+            if label in alike:
+                outputs[label] = np.asarray(jax.jit(call)(q, *rest)[rows], np.float32)
+            samples = seconds_of(jax.jit(chained(call)), (q, *rest), repeats)
+            seconds[label] = [sample / CHAIN for sample in samples]
+        except Exception as error:  # noqa: BLE001  the others must still run
+            refusals[label] = f"{type(error).__name__}: {str(error)[:300]}"
+    first = next(iter(outputs.values()), None)
+    return {
+        "seconds": seconds,
+        "refusals": refusals,
+        "difference": {n: float(np.abs(out - first).max()) for n, out in outputs.items()},
+    }
+
+
 class KernelWorker:
     """Times kernels, and compares their outputs among each other first."""
 
@@ -163,30 +202,11 @@ class KernelWorker:
         step = find(name)
         q, kv = inputs_of(step)
         programs, refusals = self._programs(step, kv)
-        outputs: dict[str, np.ndarray] = {}
-        seconds: dict[str, list[float]] = {}
-        for label, (call, rest) in programs.items():
-            try:
-                once = jax.jit(call)(q, *rest)
-                rows = once[jnp.linspace(0, q.shape[0] - 1, min(64, q.shape[0])).astype(int)]
-                outputs[label] = np.asarray(rows, np.float32)
-                samples = seconds_of(jax.jit(chained(call)), (q, *rest), repeats)
-                seconds[label] = [sample / CHAIN for sample in samples]
-            except Exception as error:  # noqa: BLE001  the others must still run
-                refusals[label] = f"{type(error).__name__}: {str(error)[:300]}"
-        first = next(iter(outputs.values()), None)
-        return {
-            "seconds": seconds,
-            "refusals": refusals,
-            "difference": {n: float(np.abs(out - first).max()) for n, out in outputs.items()},
-            "num_bytes": step.num_bytes,
-            "num_flops": step.num_flops,
-        }
+        found = _time(programs, refusals, q, repeats, programs)
+        return {**found, "num_bytes": step.num_bytes, "num_flops": step.num_flops}
 
-    def _programs(
-        self, step: Step, kv: PagedKV
-    ) -> tuple[dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]], dict[str, str]]:
-        programs: dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]] = {}
+    def _programs(self, step: Step, kv: PagedKV) -> tuple[Programs, dict[str, str]]:
+        programs: Programs = {}
         refusals: dict[str, str] = {}
         platform, capability = present_device()
         # Plain JAX is measured where it is small: a long prefill would take seconds.
@@ -219,22 +239,9 @@ class KernelWorker:
         step = {**LIST_STEPS, **TINY_LIST_STEPS}[name]
         q, kv = inputs_of(step.dense)
         programs, refusals = self._list_programs(step, q, kv)
-        outputs: dict[str, np.ndarray] = {}
-        seconds: dict[str, list[float]] = {}
-        for label, (call, rest) in programs.items():
-            try:
-                once = jax.jit(call)(q, *rest)
-                if not label.startswith("dense"):
-                    outputs[label] = np.asarray(once, np.float32)
-                samples = seconds_of(jax.jit(chained(call)), (q, *rest), repeats)
-                seconds[label] = [sample / CHAIN for sample in samples]
-            except Exception as error:  # noqa: BLE001  the others must still run
-                refusals[label] = f"{type(error).__name__}: {str(error)[:300]}"
-        first = next(iter(outputs.values()), None)
+        alike = [label for label in programs if not label.startswith("dense")]
         return {
-            "seconds": seconds,
-            "refusals": refusals,
-            "difference": {n: float(np.abs(out - first).max()) for n, out in outputs.items()},
+            **_time(programs, refusals, q, repeats, alike),
             "num_bytes": step.num_bytes,
             "num_flops": step.num_flops,
             "dense_bytes": step.dense.num_bytes,
@@ -243,8 +250,8 @@ class KernelWorker:
 
     def _list_programs(
         self, step: ListStep, q: jax.Array, kv: PagedKV
-    ) -> tuple[dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]], dict[str, str]]:
-        programs: dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]] = {}
+    ) -> tuple[Programs, dict[str, str]]:
+        programs: Programs = {}
         refusals: dict[str, str] = {}
         platform, capability = present_device()
         pages_of, pages, indptr, positions = map(jnp.asarray, step.arrays())
