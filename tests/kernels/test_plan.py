@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core import compiled
-from jaxserve.pallas_kernels import planner, planner_loops, variant
+from jaxserve.pallas_kernels import (
+    planner,
+    planner_items,
+    planner_loops,
+    planner_words,
+    variant,
+)
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import Item, ItemFlag, Plan, PlanSpec
 from jaxserve.pallas_kernels.planner import make_plan
@@ -176,7 +182,7 @@ def test_long_work_is_spread_evenly():
     num_ctas=st.integers(1, 40),
 )
 def test_longest_first_is_what_a_heap_would_do(cost, blocks, num_ctas):
-    found, begins = planner_loops.assign_longest_first(np.array(cost), blocks, num_ctas)
+    found, begins = planner_items.assign_longest_first(np.array(cost), blocks, num_ctas)
     heap = [(0, cta) for cta in range(num_ctas)]
     chosen: list[list[int]] = [[] for _ in range(num_ctas)]
     costs = cost * blocks
@@ -184,7 +190,7 @@ def test_longest_first_is_what_a_heap_would_do(cost, blocks, num_ctas):
         load, cta = heapq.heappop(heap)
         chosen[cta].append(index)
         heapq.heappush(heap, (load + costs[index], cta))
-    bits = planner_loops.BLOCK_BITS
+    bits = planner_words.BLOCK_BITS
     order = (found & ((1 << bits) - 1)) * len(cost) + (found >> bits)
     bounds = itertools.pairwise([0, *begins, len(costs)])
     assert [list(order[a:b]) for a, b in bounds] == chosen
@@ -272,9 +278,10 @@ def test_without_a_compiler_plans_are_the_same(mode, monkeypatch, caplog):
     wanted = make_plan(spec, q_len, table, shared=shared).buffer
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setitem(sys.modules, "jaxserve.core.compiled", load("door", compiled.__file__))
-    plain = load("plain_loops", planner_loops.__file__)
+    plain, plain_items = (load("plain", each.__file__) for each in (planner_loops, planner_items))
     assert "install numba" in caplog.text
     monkeypatch.setattr(planner, "_loops", lambda: plain)
+    monkeypatch.setattr(planner, "_item_loops", lambda: plain_items)
     assert (make_plan(spec, q_len, table, shared=shared).buffer == wanted).all()
 
 

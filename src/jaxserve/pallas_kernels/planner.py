@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxserve.pallas_kernels import planner_words as words
 from jaxserve.pallas_kernels.paged import PageTable
 from jaxserve.pallas_kernels.plan import ItemFlag, Plan, PlanSpec
 from jaxserve.pallas_kernels.prefixes import SharedPrefix
@@ -76,37 +77,43 @@ _SAME_PLACE = "tokens of two requests stand in the same place; correct q_start."
 
 @functools.cache
 def _loops() -> types.ModuleType:
-    """Return the compiled loops; importing their compiler takes half a second."""
+    """Return the compiled loops over requests; importing their compiler takes half a second."""
     return importlib.import_module("jaxserve.pallas_kernels.planner_loops")
+
+
+@functools.cache
+def _item_loops() -> types.ModuleType:
+    """Return the compiled loops over items."""
+    return importlib.import_module("jaxserve.pallas_kernels.planner_items")
 
 
 @functools.lru_cache(maxsize=64)
 def _numbers(spec: PlanSpec) -> tuple[np.ndarray, np.ndarray]:
     """Return where the parts of a plan's buffer begin, and the numbers of its spec."""
-    loops, (items, units) = _loops(), spec.bounds
+    items, units = spec.bounds
     sizes = {"balanced": -1, "none": 0, "fixed": spec.fixed_split_size or 0}
     values = {
-        loops.Number.TILE_KV: spec.tile_kv,
-        loops.Number.TILE_TOKENS: spec.tile_tokens,
-        loops.Number.MAX_TOKENS: spec.max_tokens,
-        loops.Number.BLOCKS: spec.num_blocks,
-        loops.Number.HEADS_PER_TILE: spec.heads_per_tile,
-        loops.Number.GROUP: spec.group,
-        loops.Number.CTAS: spec.num_ctas,
-        loops.Number.ITEM_COST: spec.item_cost,
-        loops.Number.TOKEN_COST: spec.row_cost * spec.heads_per_tile,
-        loops.Number.DECODE_TOKENS: spec.decode_tokens,
-        loops.Number.WINDOW: spec.window or 0,
-        loops.Number.IS_CAUSAL: int(spec.causal),
-        loops.Number.HAS_MASK: int(spec.variant.packed_mask != "none"),
-        loops.Number.SPLIT_SIZE: sizes[spec.split_mode],
-        loops.Number.MAX_REQUESTS: spec.max_requests,
-        loops.Number.MAX_ITEMS: items,
-        loops.Number.MAX_UNITS: units,
-        loops.Number.MAX_MERGES: spec.layout["merge_target"][2][0],
+        words.Number.TILE_KV: spec.tile_kv,
+        words.Number.TILE_TOKENS: spec.tile_tokens,
+        words.Number.MAX_TOKENS: spec.max_tokens,
+        words.Number.BLOCKS: spec.num_blocks,
+        words.Number.HEADS_PER_TILE: spec.heads_per_tile,
+        words.Number.GROUP: spec.group,
+        words.Number.CTAS: spec.num_ctas,
+        words.Number.ITEM_COST: spec.item_cost,
+        words.Number.TOKEN_COST: spec.row_cost * spec.heads_per_tile,
+        words.Number.DECODE_TOKENS: spec.decode_tokens,
+        words.Number.WINDOW: spec.window or 0,
+        words.Number.IS_CAUSAL: int(spec.causal),
+        words.Number.HAS_MASK: int(spec.variant.packed_mask != "none"),
+        words.Number.SPLIT_SIZE: sizes[spec.split_mode],
+        words.Number.MAX_REQUESTS: spec.max_requests,
+        words.Number.MAX_ITEMS: items,
+        words.Number.MAX_UNITS: units,
+        words.Number.MAX_MERGES: spec.layout["merge_target"][2][0],
     }
-    starts = [spec.layout[name][0] for name in loops.PARTS]
-    return np.array(starts, np.int64), np.array([values[key] for key in loops.Number], np.int64)
+    starts = [spec.layout[name][0] for name in words.PARTS]
+    return np.array(starts, np.int64), np.array([values[key] for key in words.Number], np.int64)
 
 
 @dataclasses.dataclass(slots=True)
@@ -247,7 +254,7 @@ def _write_requests(plan: Plan, requests: _Requests, shared: Sequence[SharedPref
     """Write what the plan says about requests and tokens, and bring tokens into its order.
 
     Returns:
-        Tiles of query rows and what each of them sees, int64 `[tiles, len(Tile)]`.
+        Tiles of query rows and what each of them sees, int64 `[tiles, len(words.Tile)]`.
     """
     spec, loops = plan.spec, _loops()
     plan.kv_indices[: requests.table.indices.size] = requests.table.indices
@@ -259,7 +266,7 @@ def _write_requests(plan: Plan, requests: _Requests, shared: Sequence[SharedPref
         plan.token_place[order] = np.arange(order.size, dtype=np.int32)
         nonempty = requests.q_len > 0
         requests.q_start[nonempty] = plan.token_place[requests.q_start[nonempty]]
-    tiles = np.empty((requests.num_tiles, len(loops.Tile)), np.int64)
+    tiles = np.empty((requests.num_tiles, len(words.Tile)), np.int64)
     at, numbers = _numbers(spec)
     is_apart = loops.write_requests(
         plan.buffer,
@@ -297,7 +304,7 @@ def _token_order(spec: PlanSpec, requests: _Requests, shared: Sequence[SharedPre
 
 def _visited(spec: PlanSpec, tiles: np.ndarray) -> np.ndarray:
     """Leave out blocks of keys that the variant hides from a whole tile."""
-    ask, kinds, size = spec.variant.block_mask, _loops().Tile, spec.tile_kv
+    ask, kinds, size = spec.variant.block_mask, words.Tile, spec.tile_kv
     if ask is None or not tiles.size:
         return tiles
     begin, end = tiles[:, kinds.BEGIN], tiles[:, kinds.END]
@@ -352,7 +359,7 @@ def _with_shared(
 ) -> np.ndarray:
     """Put tiles of shared prefixes before those of requests, which then read only the rest."""
     spec, loops = plan.spec, _loops()
-    kinds, (_, numbers) = loops.Tile, _numbers(spec)
+    kinds, (_, numbers) = words.Tile, _numbers(spec)
     groups: list[np.ndarray] = []
     rows, found = 0, 0
     plan.shared_len[: requests.q_len.size] = requests.shared_len
@@ -396,18 +403,18 @@ def _with_shared(
 
 def _write_items(plan: Plan, tiles: np.ndarray) -> None:
     """Write items, what each CTA does, and how partial states merge."""
-    spec, loops = plan.spec, _loops()
+    spec = plan.spec
     at, numbers = _numbers(spec)
     plan.merge_target.fill(spec.max_tokens * spec.num_blocks)
     if not tiles.size:
         return
-    lacking, needed = loops.lay_out(plan.buffer, at, numbers, tiles)
+    lacking, needed = _item_loops().lay_out(plan.buffer, at, numbers, tiles)
     if lacking >= 0:
         what, name = {
-            loops.Number.MAX_ITEMS: ("work items", "max_items"),
-            loops.Number.MAX_UNITS: ("units of partial state", "max_units"),
-            loops.Number.MAX_MERGES: ("merges", "max_units"),
-        }[loops.Number(lacking)]
+            words.Number.MAX_ITEMS: ("work items", "max_items"),
+            words.Number.MAX_UNITS: ("units of partial state", "max_units"),
+            words.Number.MAX_MERGES: ("merges", "max_units"),
+        }[words.Number(lacking)]
         raise ValueError(
             f"{needed} {what}, but the spec has room for {numbers[lacking]}; raise {name}."
         )
