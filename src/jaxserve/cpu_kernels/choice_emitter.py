@@ -16,6 +16,8 @@ from jaxserve.cpu_kernels.places import (
     store_word,
 )
 
+_AHEAD = 64
+"""Clusters by which means are asked for before they are multiplied."""
 _HIGHEST = 60.0
 """Most that a weight may exceed its level, in the exponent."""
 
@@ -121,6 +123,11 @@ class Choice:
             def place(lane: int, row: Value = row) -> Value:
                 return e.at(table.centroids, b.mul(b.add(row, const(lane)), row_bytes), 1)
 
+            # The next entry may lie anywhere.
+            later = e.minimum(b.add(start, const(_AHEAD)), b.sub(stop, const(e.width)))
+            after = e.at(table.centroids, b.mul(table.row(e, later), row_bytes), 1)
+            for byte in range(0, e.width * self.shape.head_dim * ITEM_BYTES[table.kind], 64):
+                e.prefetch(e.at(after, const(byte), 1))
             scores = dot_rows(e, queries, place, table.kind)
             if self.sampling.uses_spread:
                 variance = e.load(e.at(table.spread, row, 4), "float32")

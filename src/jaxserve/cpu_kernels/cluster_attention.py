@@ -397,6 +397,8 @@ class _Head:
         with b.if_else(b.icmp_signed(">", self.used, const(0))) as (some, none):
             with some:
                 self.choice.choose(self.used, top, mass)
+                if self.form.uses_tail:
+                    self.choice.scatter_tail()
             with none:
                 store_word(e, const(0), space.num_tokens, const(0))
                 for g in range(group):
@@ -446,14 +448,18 @@ class _Head:
             reader.write(self._state(b.add(part, const(_KEPT_PARTS))))
 
     def add_means(self, block: Value) -> None:
-        """Add up mean values, by the mass that is not read, of one block of the order."""
+        """Add up mean values, by the mass that is not read, of one block of clusters.
+
+        They come as they lie, those without such mass too: in the order of choice most rows would
+        be waited for.
+        """
         e, b, shape, kind = self.e, self.e.b, self.form.shape, self.form.index_kind
         first = b.mul(block, const(CLUSTER_BLOCK))
         count = b.sub(e.minimum(b.add(first, const(CLUSTER_BLOCK)), self.used), first)
         row_bytes = const(shape.head_dim * ITEM_BYTES[kind])
 
         def row(i: Value) -> Value:
-            number = self.table.row(e, load_int(e, self.space.order, b.add(first, i)))
+            number = self.table.row(e, b.add(first, i))
             return e.at(self.value_means, b.mul(number, row_bytes), 1)
 
         def later(i: Value) -> Value:
@@ -463,7 +469,7 @@ class _Head:
             parts = shape.head_dim // e.width
             zero = e.splat_const(0.0)
             sums = [[e.variable(e.vector, zero) for _ in range(parts)] for _ in range(shape.group)]
-            masses = [e.at(each, first, 4) for each in self.space.model]
+            masses = [e.at(each, first, 4) for each in self.space.weight]
             scale_add(e, sums, masses, count, row, kind, later)
             low = b.mul(block, const(shape.group * shape.head_dim))
             for g in range(shape.group):
