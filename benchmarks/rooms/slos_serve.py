@@ -272,12 +272,14 @@ def clairvoyant(task: Task) -> float | None:
     server = machine(task.machine, task.traces)
     if not isinstance(server.cost, LinearCost):
         return None
-    workload, cost = load(task.scenario, task.traces), server.cost
+    workload, cost, spec = load(task.scenario, task.traces), server.cost, server.spec
     low, high = task.guess / 4, task.guess * 16
     while high / low > 1.03:
         middle = math.sqrt(low * high)
         requests = workload.offer(middle, task.count, cost)
-        share = clairvoyant_share(requests, cost)
+        share = clairvoyant_share(
+            requests, cost, capacity=spec.num_pages * spec.page_size, seats=spec.max_num_seqs
+        )
         low, high = (middle, high) if share >= LEVEL else (low, middle)
     return math.sqrt(low * high)
 

@@ -14,13 +14,21 @@ from jaxserve.sim.fleet import FleetSpec, FleetTrace
 from jaxserve.sim.request import SimRequest
 
 _PER_SECOND = 1000
+_SLACK = 1e-9
+_WHOLE = 200
+"""Stretches from the beginning that are looked at."""
 _WINDOWS_S = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 
 
-def least_work(cost: LinearCost, request: SimRequest) -> float:
+def least_work(cost: LinearCost, request: SimRequest, *, count: int | None = None) -> float:
     """Return the seconds of server time that a request takes at the very least.
 
     Its tokens and their contexts are counted, and nothing of what a step costs whoever is in it.
+
+    Args:
+        cost: The model.
+        request: The request.
+        count: Tokens behind the first one that are counted; None counts all.
 
     Raises:
         ConfigError: If the model has several planes, whose parts do not add up.
@@ -33,67 +41,65 @@ def least_work(cost: LinearCost, request: SimRequest) -> float:
     base = cost.step_time(StepLoad())
     left = request.prompt_len - request.cached_len
     work = cost.step_time(StepLoad().with_chunk(left, request.cached_len)) - base
-    count = request.output_len - 1
+    count = request.output_len - 1 if count is None else count
     context = count * request.prompt_len + count * (count + 1) // 2
     decodes = cost.step_time(StepLoad(decodes=count, context=context)) - base
     return work + max(0.0, decodes)
 
 
-def clairvoyant_share(requests: Sequence[SimRequest], cost: LinearCost) -> float:
+def clairvoyant_share(
+    requests: Sequence[SimRequest],
+    cost: LinearCost,
+    *,
+    capacity: int | None = None,
+    seats: int | None = None,
+) -> float:
     """Return an upper bound of the share of requests that can keep their objectives.
 
-    Work is a fluid, any part of a request can be served, and only that must hold: whatever arrives
-    and is due within a stretch of time takes no longer than the stretch. A request is due when its
-    last token is, with early tokens making up for late ones, so that the bound is one for every
-    reading of the time per token.
+    Work is a fluid, any part of a request can be served, and only that must hold: of what arrives
+    within a stretch of time, the tokens that are due in it take no longer than the stretch. Early
+    tokens make up for late ones, so that the bound is one for every reading of the time per token.
 
     Args:
         requests: In order of arrival, each with objectives of the time to the first token and per
             token.
         cost: A model with one plane.
+        capacity: Tokens that the cache holds: a step's decodes attend to no more, which tells how
+            many steps there are at least, and what these take whoever is in them. None forgets
+            what a step takes by itself.
+        seats: Most sequences of a step, likewise.
 
     Returns:
         The bound, between 0 and 1.
 
     Raises:
-        ConfigError: If a request has no such objectives.
+        ConfigError: If a request has no such objectives, or the model has several planes.
 
     Source: ours; a relaxation of preemptive earliest-deadline scheduling.
     """
-    work = np.array([least_work(cost, request) for request in requests])
-    arrivals = np.array([request.arrival for request in requests])
-    firsts, dues = np.empty(len(requests)), np.empty(len(requests))
-    for place, request in enumerate(requests):
-        slo = request.slo
-        if slo is None or slo.ttft_ms is None or slo.tpot_ms is None:
-            raise ConfigError(
-                f"request {request.request_id} has no objectives of the first token and per token; "
-                "leave it out."
-            )
-        firsts[place] = request.arrival + slo.ttft_ms / _PER_SECOND
-        dues[place] = firsts[place] + (request.output_len - 1) * slo.tpot_ms / _PER_SECOND
-    prefills = np.array([_prefill_work(cost, request) for request in requests])
+    known = _Demands(requests, cost, capacity=capacity, seats=seats)
     rows: list[np.ndarray] = []
     columns: list[np.ndarray] = []
     values: list[np.ndarray] = []
     limits: list[float] = []
 
-    def constrain(which: np.ndarray, amounts: np.ndarray, seconds: float) -> None:
-        if float(amounts[which].sum()) > seconds:
-            places = np.flatnonzero(which)
-            rows.append(np.full(len(places), len(limits)))
-            columns.append(places)
-            values.append(amounts[places])
-            limits.append(seconds)
+    def constrain(start: float, end: float) -> None:
+        for amounts in known.due(start, end):
+            if float(amounts.sum()) > end - start:
+                places = np.flatnonzero(amounts)
+                rows.append(np.full(len(places), len(limits)))
+                columns.append(places)
+                values.append(amounts[places])
+                limits.append(end - start)
 
-    end = float(dues.max())
-    for window in (*_WINDOWS_S, end - float(arrivals[0])):
-        for start in np.arange(float(arrivals[0]), end, window / 2):
-            inside = arrivals >= start
-            constrain(inside & (dues <= start + window), work, window)
-            constrain(inside & (firsts <= start + window), prefills, window)
-    for due in np.unique(np.quantile(dues, np.linspace(0, 1, 200))):
-        constrain(dues <= due, work, float(due - arrivals[0]))
+    begin, end = float(known.arrivals[0]), float(known.lasts.max())
+    for window in _WINDOWS_S:
+        for start in np.arange(begin, float(known.arrivals[-1]), window / 2):
+            constrain(start, start + window)
+    for due in np.linspace(begin, end, _WHOLE)[1:]:
+        constrain(begin, float(due))
+    for due in np.unique(np.quantile(known.firsts, np.linspace(0, 1, _WHOLE))):
+        constrain(begin, float(due))
     if not limits:
         return 1.0
     shape = (len(limits), len(requests))
@@ -109,10 +115,49 @@ def clairvoyant_share(requests: Sequence[SimRequest], cost: LinearCost) -> float
     return min(1.0, -float(found.fun) / len(requests))
 
 
-def _prefill_work(cost: LinearCost, request: SimRequest) -> float:
-    left = request.prompt_len - request.cached_len
-    whole = cost.step_time(StepLoad().with_chunk(left, request.cached_len))
-    return whole - cost.step_time(StepLoad())
+class _Demands:
+    """Seconds of server time that requests ask for, by when they are due."""
+
+    def __init__(
+        self,
+        requests: Sequence[SimRequest],
+        cost: LinearCost,
+        *,
+        capacity: int | None,
+        seats: int | None,
+    ) -> None:
+        for request in requests:
+            slo = request.slo
+            if slo is None or slo.ttft_ms is None or slo.tpot_ms is None:
+                raise ConfigError(
+                    f"request {request.request_id} has no objectives of the first token and per "
+                    "token; leave it out."
+                )
+        base = cost.step_time(StepLoad())
+        self.prefills = np.array([least_work(cost, r, count=0) for r in requests])
+        self.arrivals = np.array([r.arrival for r in requests])
+        slos = np.array([(r.slo.ttft_ms, r.slo.tpot_ms) for r in requests if r.slo], np.float64)
+        self.firsts = self.arrivals + slos[:, 0] / _PER_SECOND
+        self._pace = slos[:, 1] / _PER_SECOND
+        self._prompts = np.array([r.prompt_len for r in requests], np.float64)
+        self._further = np.array([r.output_len - 1 for r in requests], np.float64)
+        self.lasts = self.firsts + self._further * self._pace
+        plane = cost.planes[0]
+        per_token, per_context = plane.token + plane.request, plane.context
+        self._prices = [
+            (per_token + (base / seats if seats else 0.0), per_context),
+            (per_token, per_context + (base / capacity if capacity else 0.0)),
+        ]
+        """Per token and per token of context: steps are as many as sequences ask for, or memory."""
+
+    def due(self, start: float, end: float) -> list[np.ndarray]:
+        """Return the seconds of each request that arrives and is due within a stretch of time."""
+        arrived = self.arrivals >= start
+        count = np.floor((end - self.firsts) / self._pace + _SLACK)
+        count = np.where(arrived, np.clip(count, 0.0, self._further), 0.0)
+        first = np.where(arrived & (self.firsts <= end), self.prefills, 0.0)
+        context = count * self._prompts + count * (count + 1) / 2
+        return [first + per * count + read * context for per, read in self._prices]
 
 
 def class_rate(
