@@ -300,12 +300,9 @@ def test_the_host_is_asked_for_a_plan():
 def test_what_is_refused(change, message):
     x, experts, weights, _ = routing(0, "any", 8)
     arguments = {"x": x, "experts": experts, "weights": weights, "num_experts": EXPERTS} | change
+    x, experts, weights = (arguments.pop(name) for name in ("x", "experts", "weights"))
     with pytest.raises(ConfigError, match=message):
-        moe_dispatch(
-            *(arguments.pop(name) for name in ("x", "experts", "weights")),
-            mesh=make_mesh(4, 2),
-            **arguments,
-        )
+        moe_dispatch(x, experts, weights, mesh=make_mesh(4, 2), **arguments)
 
 
 def test_results_that_do_not_fit_are_refused():
