@@ -28,13 +28,14 @@ class Worker:
         import jax
         import jax.numpy as jnp
         from flax import nnx
-        from jax.sharding import Mesh, NamedSharding
+        from jax.sharding import NamedSharding
 
         from benchmarks.rooms.flash import expert_parallel as model
+        from jaxserve.sharding.flash.transport import make_mesh
 
         self._model = model
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-        self.mesh = Mesh(np.array(devices).reshape(servers, gpus), ("server", "gpu"))
+        self.mesh = make_mesh(gpus)
+        assert self.mesh.devices.shape == (servers, gpus)
         ids = model.prompts(
             servers * gpus, job["sequences"], job["length"], job["skew"], job["seed"]
         )

@@ -18,7 +18,14 @@ from jaxserve.sharding.flash.collectives import flash_all_to_all
 from jaxserve.sharding.flash.errors import CountsError, MeshError, RowsError, TrafficError
 from jaxserve.sharding.flash.links import calibrate
 from jaxserve.sharding.flash.stages import Stages, follow, plan_on_device, rotate, stages_of
-from jaxserve.sharding.flash.transport import Wire, carry, check_hosts, settle, stages_for
+from jaxserve.sharding.flash.transport import (
+    Wire,
+    carry,
+    check_hosts,
+    make_mesh,
+    settle,
+    stages_for,
+)
 
 PLACES = 12
 COST = CostModel(gpus=2)
@@ -255,6 +262,16 @@ def test_servers_that_span_hosts_are_refused():
     other = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("server", "rank"))
     with pytest.raises(MeshError, match="must have axes"):
         flash_all_to_all(jnp.zeros((2, 2, 1, 1)), jnp.zeros((2, 2), int), mesh=other)
+
+
+def test_meshes_of_servers():
+    mesh = make_mesh(2, devices=jax.devices()[::-1])
+    assert mesh.axis_names == ("server", "gpu")
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    assert mesh.devices.shape == (4, 2)
+    assert make_mesh().devices.shape == (1, 8)  # one host
+    with pytest.raises(MeshError, match=r"a multiple of gpus=3 devices, got \{0: 8\} by host"):
+        make_mesh(3)
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (1, 2), (2, 1)])

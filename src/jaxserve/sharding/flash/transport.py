@@ -5,9 +5,10 @@ barrier between stages: a message waits for those before it on its own device on
 `in_flight` of them are under way at a time.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,46 @@ class Wire:
             )
 
 
+class Device(Protocol):
+    """What is asked of a device of JAX."""
+
+    @property
+    def id(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def process_index(self) -> int:
+        """The process that it belongs to."""
+        ...
+
+
+def _host_of(device: Device) -> int:
+    # Processes may have a GPU each; slices are what fast links join, where JAX knows them.
+    return getattr(device, "slice_index", device.process_index)
+
+
+def make_mesh(gpus: int | None = None, *, devices: Sequence[Device] | None = None) -> Mesh:
+    """Build a mesh of servers of GPUs, none of which spans hosts.
+
+    Args:
+        gpus: GPUs of a server; None: as many as a host has.
+        devices: Which; None: all.
+
+    Raises:
+        MeshError: If hosts have other numbers of devices than whole servers.
+    """
+    found = sorted(devices or jax.devices(), key=lambda device: (_host_of(device), device.id))
+    sizes = Counter(map(_host_of, found))
+    gpus = min(sizes.values()) if gpus is None else gpus
+    if gpus < 1 or any(size % gpus for size in sizes.values()):
+        raise MeshError(
+            f"every host must have a multiple of gpus={gpus} devices, got {dict(sizes)} by host; "
+            "leave devices out, or take a divisor."
+        )
+    return Mesh(np.array(found).reshape(-1, gpus), ("server", "gpu"))
+
+
 def check_mesh(mesh: Mesh) -> tuple[int, int]:
     """Return servers, and GPUs of each.
 
@@ -93,8 +134,7 @@ def check_hosts(devices: np.ndarray) -> None:
         MeshError: If a row spans hosts.
     """
     for server, row in enumerate(devices):
-        # Processes may have a GPU each; slices are what fast links join, where JAX knows them.
-        hosts = {getattr(device, "slice_index", device.process_index) for device in row}
+        hosts = {_host_of(device) for device in row}
         if len(hosts) > 1:
             raise MeshError(
                 f"the GPUs of a server must be on one host, got hosts {sorted(hosts)} for server "
