@@ -36,6 +36,10 @@ def main() -> None:
     parser.add_argument(
         "--transports", default="sockets,gloo", help="of --net: sockets, gloo, or both"
     )
+    parser.add_argument(
+        "--where", default=",".join(moe.PLACES), help="of --moe: process, links, or both"
+    )
+    parser.add_argument("--ways", default="", help="of --moe, with ; between them; all if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder of results")
     args = parser.parse_args()
     if not (args.plan or args.model or args.net or args.moe or args.tables):
@@ -54,17 +58,19 @@ def main() -> None:
         if skipped is not None:
             print(skipped)
     if args.moe:
-        skipped = moe.measure(recorder, mbit=args.mbit, repeats=args.repeats)
+        ways = args.ways.split(";") if args.ways else list(moe.WAYS)
+        if unknown := [way for way in ways if way not in moe.WAYS]:
+            parser.error(f"--ways must be of {'; '.join(moe.WAYS)}, got {'; '.join(unknown)}.")
+        skipped = moe.measure(
+            recorder, mbit=args.mbit, repeats=args.repeats, where=args.where.split(","), ways=ways
+        )
         if skipped is not None:
             print(skipped)
-    if args.plan or args.tables:
-        print(planning.report(recorder.path))
-    if args.model or args.tables:
-        print(model.report(recorder.path))
-    if args.net or args.tables:
-        print(net.report(recorder.path))
-    if args.moe or args.tables:
-        print(moe.report(recorder.path))
+    for is_asked_for, part in (
+        (args.plan, planning), (args.model, model), (args.net, net), (args.moe, moe),
+    ):  # fmt: skip
+        if is_asked_for or args.tables:
+            print(part.report(recorder.path))
 
 
 if __name__ == "__main__":

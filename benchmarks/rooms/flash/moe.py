@@ -7,6 +7,7 @@ compared with the model on one device.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
     for dedup in (False, True)
 }  # fmt: skip
 """`once`: one copy per token and server. Capacities always suffice."""
+PLACES: Final = ("process", "links")
 JOB: Final[dict[str, Any]] = {"sequences": 2, "length": 64, "skew": 1.2, "seed": 0}
 TOLERANCE: Final = 1e-5
 _LEAD_S: Final = 0.25
@@ -70,24 +72,34 @@ class _Alone:
         self._process.wait()
 
 
-def measure(recorder: Recorder, *, mbit: float, repeats: int) -> str | None:
-    """Measure all ways, interleaved, in one process and over shaped links, and record them.
+def measure(
+    recorder: Recorder,
+    *,
+    mbit: float,
+    repeats: int,
+    where: Sequence[str] = PLACES,
+    ways: Sequence[str] = tuple(WAYS),
+) -> str | None:
+    """Measure ways, interleaved, in one process and over shaped links, and record them.
 
     Returns:
-        Why links were left out; None if they were not.
+        Why links were left out; None if they were not, or not asked for.
     """
     environment = {"FLASH_SERVERS": str(SERVERS), "FLASH_GPUS": str(GPUS)}
-    alone = _Alone(environment)
-    try:
-        _measure(recorder, alone, 1, "one process", None, repeats)
-    finally:
-        alone.close()
+    if "process" in where:
+        alone = _Alone(environment)
+        try:
+            _measure(recorder, alone, 1, "one process", None, repeats, ways)
+        finally:
+            alone.close()
+    if "links" not in where:
+        return None
     reason = why_not()
     if reason is not None:
         return f"skipped: links of --moe: {reason}."
     # A server's GPUs share the link of its process, which is as fast as theirs together.
     with Cluster(SERVERS, 1, GPUS * mbit, MODULE, environment) as cluster:
-        _measure(recorder, cluster, SERVERS, "links", mbit, repeats)
+        _measure(recorder, cluster, SERVERS, "links", mbit, repeats, ways)
     return None
 
 
@@ -98,6 +110,7 @@ def _measure(
     where: str,
     mbit: float | None,
     repeats: int,
+    ways: Sequence[str],
 ) -> None:
     def ask(line: str, word: str, read: Callable[[str], Any]) -> list[Any]:
         talk.tell([line] * count)
@@ -105,17 +118,19 @@ def _measure(
 
     facts = ask(f"job {json.dumps(JOB)}", "facts", json.loads)[0]
     errors: dict[str, float] = {}
-    for name, options in WAYS.items():
+    for name in ways:
+        options = WAYS[name]
         line = f"prepare {json.dumps({'name': name, **options})}"
         errors[name] = max(ask(line, "prepared", float))
         if errors[name] > TOLERANCE:
             raise RuntimeError(f"{name} is off by {errors[name]:.2g} from the model on one device.")
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
-        for name in WAYS:
+        for name in ways:
             start = time.monotonic() + _LEAD_S
             times[name].append(max(ask(f"go {name} {start}", "done", float)) - start)
-    for name, options in WAYS.items():
+    for name in ways:
+        options = WAYS[name]
         key = ("dedup" if options["dedup"] else "all") + (" eplb" if options["eplb"] else "")
         rows = facts["wire_rows"][key]
         median = summary(times[name])["median"]
@@ -140,7 +155,7 @@ def report(path: Path) -> str:
         rows.append(
             [
                 f"{line['where']}, {line['way']}", f"{speed:.0f}", f"{slow:.0f}-{fast:.0f}",
-                f"{speed / base[line['where']]:.2f}", f"{line['imbalance']:.2f}",
+                f"{speed / base.get(line['where'], math.nan):.2f}", f"{line['imbalance']:.2f}",
                 str(line["wire_rows"]), f"{line['load'][0]:.1f}",
             ]
         )  # fmt: skip
