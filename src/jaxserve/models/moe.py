@@ -198,17 +198,34 @@ class Experts(nnx.Module):
         place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
         sizes = jnp.zeros((num_experts,), jnp.int32).at[flat].add(1, mode="drop")
         rows, owner = x[order // top_k], flat[order]
-        if differentiable:
-            out = self._by_group(rows, owner, sizes)
-        else:
-            out = lax.platform_dependent(
-                rows, owner, sizes, cpu=self._by_block, default=self._by_group
-            )
+        out = self.of_sorted(rows, owner, sizes, differentiable=differentiable)
         parts = out[place].reshape(*expert.shape, -1).astype(jnp.float32)
         total = sum(parts[:, i] * weight[:, i, None] for i in range(top_k))
         if is_real is not None:
             total = jnp.where(is_real[:, None], total, 0.0)
         return jnp.asarray(total).astype(x.dtype)
+
+    def of_sorted(
+        self,
+        rows: Float[Array, "rows hidden"],
+        owner: Int[Array, " rows"],
+        sizes: Int[Array, " experts"],
+        *,
+        differentiable: bool = False,
+    ) -> Float[Array, "rows hidden"]:
+        """Pass rows that are sorted by expert through it, each through one.
+
+        Args:
+            rows: The rows; results of those behind the last expert's are arbitrary.
+            owner: Expert of each row.
+            sizes: How many rows each expert has.
+            differentiable: Whether gradients will be asked for.
+        """
+        if differentiable:
+            return self._by_group(rows, owner, sizes)
+        return lax.platform_dependent(
+            rows, owner, sizes, cpu=self._by_block, default=self._by_group
+        )
 
     def _by_group(self, rows: Array, owner: Array, sizes: Array) -> Array:
         gate = self.gate_proj.grouped(rows, owner, sizes)

@@ -13,12 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.sharding.flash import plan
-from jaxserve.sharding.flash.collectives import (
-    flash_all_to_all,
-    num_permutes,
-    permutations,
-    plan_on_device,
-)
+from jaxserve.sharding.flash.collectives import flash_all_to_all
+from jaxserve.sharding.flash.stages import num_permutes, permutations, plan_on_device, rank_of
 from tests.rooms.flash.cases import COST, largest_sum, off_diagonal
 
 CAPACITY = 6
@@ -136,8 +132,8 @@ def test_plans_on_the_device_are_whole_and_as_good_as_those_of_the_host(n, seed)
     rng = np.random.default_rng(seed)
     counts = np.minimum(rng.pareto(0.8, (n, n)) * 20, 10**6).astype(np.int32)
     counts = off_diagonal(counts.astype(np.int64) * (rng.random((n, n)) < 0.8)).astype(np.int32)
-    stages, rows = map(np.asarray, planner(n)(jnp.asarray(counts)))
-    perms = permutations(n)[stages]
+    perms, rows = map(np.asarray, planner(n)(jnp.asarray(counts)))
+    assert np.array_equal(permutations(n)[rank_of(perms)], perms)
     carried = np.zeros((n, n), np.int64)
     for perm, sent in zip(perms, rows, strict=True):
         np.add.at(carried, (np.arange(n), perm), sent)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxserve.core.errors import ConfigError, did_you_mean
 from jaxserve.sharding.flash import decomposition
 from jaxserve.sharding.flash.cost import CostModel
+from jaxserve.sharding.flash.errors import TrafficError
 from jaxserve.sharding.flash.rails import assign_rails, sum_servers
 from jaxserve.sharding.flash.traffic import as_counts
 
@@ -170,8 +171,8 @@ def plan(
         equal schedules.
 
     Raises:
-        ConfigError: If the matrix is not square, not whole, negative, or too large for int64; if
-            the mode is unknown; or if so few stages cannot be.
+        TrafficError: If the matrix is not square, not whole, negative, or too large for int64.
+        ConfigError: If the mode is unknown, or so few stages cannot be.
 
     Source: FLASH, arXiv 2505.09764, sections on intra-server balancing and on stages from
         Birkhoff's decomposition.
@@ -224,12 +225,12 @@ def _error(
     said: int, counts: np.ndarray, first: int, second: int, max_stages: int | None
 ) -> ConfigError:
     if said == decomposition.NEGATIVE:
-        return ConfigError(
+        return TrafficError(
             f"numbers of rows must be 0 or more, got {counts[first, second]} from {first} to "
             f"{second}; count what is sent."
         )
     if said == decomposition.TOO_LARGE:
-        return ConfigError(
+        return TrafficError(
             f"the rows of all pairs must be fewer than 2**63 in sum, which {counts[first, second]} "
             f"from {first} to {second} exceeds; count in larger units."
         )
