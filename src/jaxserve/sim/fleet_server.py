@@ -45,6 +45,8 @@ def _seat(rules: Rules, rq: Records, sv: Servers, s: int, r: int, now: float) ->
     i = sv.one.decodes[s]
     steps, k = sv.one.steps[s], rq.tier[r]
     sv.slots.request[s, i] = r
+    sv.slots.tier[s, i] = k
+    sv.slots.tpot[s, i] = rq.tpot[r]
     sv.slots.context[s, i] = rq.total[r] - steps
     sv.slots.emitted[s, i] = rq.emitted[r] - steps
     sv.slots.finish[s, i] = steps + rq.output[r] - rq.emitted[r]
@@ -67,9 +69,11 @@ def _unseat(rq: Records, sv: Servers, s: int, i: int) -> None:
     sv.one.kv[s] -= held
     rq.emitted[r] = sv.slots.emitted[s, i] + sv.one.steps[s]
     last = sv.one.decodes[s] - 1
-    k, due = rq.tier[r], sv.slots.due[s, i]
+    k, due = sv.slots.tier[s, i], sv.slots.due[s, i]
     if i != last:
         sv.slots.request[s, i] = sv.slots.request[s, last]
+        sv.slots.tier[s, i] = sv.slots.tier[s, last]
+        sv.slots.tpot[s, i] = sv.slots.tpot[s, last]
         sv.slots.context[s, i] = sv.slots.context[s, last]
         sv.slots.emitted[s, i] = sv.slots.emitted[s, last]
         sv.slots.due[s, i] = sv.slots.due[s, last]
@@ -80,14 +84,14 @@ def _unseat(rq: Records, sv: Servers, s: int, i: int) -> None:
         least = min(least, sv.slots.finish[s, j])
     sv.one.next_finish[s] = least
     if due <= sv.min_due[s, k]:
-        _refresh_due(rq, sv, s, k)
+        _refresh_due(sv, s, k)
 
 
 @compiled
-def _refresh_due(rq: Records, sv: Servers, s: int, k: int) -> None:
+def _refresh_due(sv: Servers, s: int, k: int) -> None:
     least = np.inf
     for j in range(sv.one.decodes[s]):
-        if rq.tier[sv.slots.request[s, j]] == k:
+        if sv.slots.tier[s, j] == k:
             least = min(least, sv.slots.due[s, j])
     sv.min_due[s, k] = least
 
@@ -108,23 +112,23 @@ def _judge(
         return
     for i in range(sv.one.decodes[s]):
         r = sv.slots.request[s, i]
-        k = rq.tier[r]
+        k = sv.slots.tier[s, i]
         gap = seconds
         if bd.desk.fresh[s] and out.last[r] >= 0:
             gap = t - out.last[r]
             out.last[r] = -1.0
-        if gap > rq.tpot[r] + EPS:
+        if gap > sv.slots.tpot[s, i] + EPS:
             out.missed[r] |= LATE_GAP
         if is_late:
             number = sv.slots.emitted[s, i] + steps - 1
-            if t > rq.due[r] + number * rq.tpot[r] + EPS:
+            if t > rq.due[r] + number * sv.slots.tpot[s, i] + EPS:
                 out.missed[r] |= LATE_TOKEN
             if t > sv.slots.due[s, i] + rules.means.tau[k] * steps + EPS:
                 sv.slots.due[s, i] = t - rules.means.tau[k] * steps
     bd.desk.fresh[s] = 0
     if is_late:
         for k in range(rules.means.size):
-            _refresh_due(rq, sv, s, k)
+            _refresh_due(sv, s, k)
 
 
 @compiled

@@ -144,8 +144,7 @@ def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int,
     steps = sv.one.steps[s] + ahead
     many, total = 0, 0
     for i in range(sv.one.decodes[s]):
-        q = sv.slots.request[s, i]
-        mean = rules.means.output[rq.tier[q]]
+        mean = rules.means.output[sv.slots.tier[s, i]]
         left = max(mean - (sv.slots.emitted[s, i] + steps), _LEAST_LEFT * mean)
         held = sv.slots.context[s, i] + steps
         at = min(_BINS, int(left) // width + 1)

@@ -197,6 +197,8 @@ class _Arrays:
         k = int(rq.tier[r])
         tau = float(rules.means.tau[k])
         sv.slots.request[s, i] = r
+        sv.slots.tier[s, i] = k
+        sv.slots.tpot[s, i] = rq.tpot[r]
         sv.slots.context[s, i] = sequence.num_computed
         sv.slots.emitted[s, i] = rq.emitted[r]
         sv.slots.finish[s, i] = NEVER

@@ -109,14 +109,18 @@ SERVER = np.dtype(
 """
 
 SLOT = np.dtype(
-    [("request", "i8"), ("context", "i8"), ("emitted", "i8"), ("due", "f8"), ("finish", "i8")]
-)
+    [
+        ("request", "i8"), ("context", "i8"), ("emitted", "i8"), ("due", "f8"), ("finish", "i8"),
+        ("tier", "i8"), ("tpot", "f8"),
+    ]
+)  # fmt: skip
 """A seat; the first `decodes` of a server are in use.
 
 * `request`: who decodes there.
 * `context`: tokens in the cache, less `steps`; `emitted`: output tokens, less `steps`.
 * `due`: the token that step j ends with is due at this plus j times the seconds of its tier.
 * `finish`: step that ends with the last token.
+* `tier`, `tpot`: the request's; millions of requests lie too far apart to be asked themselves.
 """
 
 MEANS = np.dtype(
