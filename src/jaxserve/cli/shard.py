@@ -18,7 +18,7 @@ from jaxserve.models.hub import resolve_model
 from jaxserve.models.quantization import Quantization, Scheme
 from jaxserve.models.registry import abstract_model, named_weights
 from jaxserve.sharding.explain import Placement, explain
-from jaxserve.sharding.rules import EXPERT_AXIS, TENSOR_AXIS
+from jaxserve.sharding.rules import EXPERT_AXIS, TENSOR_AXIS, names_of
 
 _LAYER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
 
@@ -166,7 +166,7 @@ def rows_of(placements: Iterable[Placement]) -> list[Row]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     placement = row.placement
-    spec = ", ".join(axis or "-" for axis in placement.spec)
+    spec = ", ".join("+".join(names_of(entry)) or "-" for entry in placement.spec)
     times = f" x {row.count}" if row.count > 1 else ""
     shape = " x ".join(str(size) for size in placement.weight.shape)
     return row.path, shape, f"({spec})", format_bytes(placement.device_bytes) + times

@@ -329,7 +329,7 @@ def _load_files(
 ) -> LoadedEncoder:
     if config.model.load_format == "gguf":
         raise UnsupportedError("encoders are read from safetensors; --load-format gguf is not.")
-    mesh = mesh or make_mesh(config.runner.tensor_parallel_size)
+    mesh = mesh or make_mesh(config.parallel.tensor_parallel_size)
     is_dummy = config.model.load_format == "dummy"
     if is_dummy:
         path = Path(source).parent if Path(source).is_file() else Path(source)

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,12 @@ from jaxserve.engine.kernel_choice import (
 )
 from jaxserve.engine.kernel_plans import KernelPlans
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.parallel import (
+    check_settings,
+    mesh_of,
+    num_cache_parts,
+    rules_of,
+)
 from jaxserve.engine.policy import EnginePolicy
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
@@ -67,7 +73,7 @@ from jaxserve.models.registry import (
 from jaxserve.pallas_kernels.variant import compose, sinks, soft_cap
 from jaxserve.scheduling.policies import PolicySettings
 from jaxserve.sharding.mesh import make_mesh
-from jaxserve.sharding.rules import LogicalAxisRules
+from jaxserve.sharding.rules import LogicalAxisRules, ModelSharding
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +105,7 @@ class LoadedModel:
         mesh: Where they lie.
         path: Where it came from; None for live parameters.
         generation_config: Sampling defaults that came with it.
+        rules: By which rules they lie there.
     """
 
     name: str
@@ -108,6 +115,14 @@ class LoadedModel:
     mesh: jax.sharding.Mesh
     path: Path | None
     generation_config: Mapping[str, object]
+    rules: LogicalAxisRules = field(default_factory=LogicalAxisRules)
+
+    @property
+    def sharding(self) -> ModelSharding | None:
+        """How it lies on several devices; None on one."""
+        if self.mesh.devices.size == 1:
+            return None
+        return ModelSharding(mesh=self.mesh, rules=self.rules)
 
 
 def load_model(
@@ -122,7 +137,7 @@ def load_model(
     Args:
         source: The model; one that has been loaded is returned as it is.
         config: Precision, format and parallelism.
-        mesh: Devices; by default those of live parameters, else the first local ones.
+        mesh: Devices; by default those of live parameters, else as many as `config` says.
         progress: Whether to show progress bars.
 
     Raises:
@@ -135,13 +150,11 @@ def load_model(
         return source
     if isinstance(source, CausalLM):
         graph, state = nnx.split(source)
-        return _quantize_live(_live(source.config, graph, state, mesh), config.model)
+        return _quantize_live(_live(source.config, graph, state, mesh), config)
     if isinstance(source, tuple):
         raw, params = source
         shape = raw if isinstance(raw, ModelConfig) else ModelConfig.from_hf(raw)
-        return _quantize_live(_live_params(shape, params, mesh), config.model)
-    if mesh is None:
-        mesh = make_mesh(config.runner.tensor_parallel_size)
+        return _quantize_live(_live_params(shape, params, mesh), config)
     if config.model.load_format == "dummy":
         return _draw(Path(source), config, mesh)
     path = resolve_model(source, revision=config.model.revision, progress=progress)
@@ -188,9 +201,10 @@ def _quantization(options: ModelOptions) -> Quantization | None:
     return Quantization(scheme=options.quantization, ignore=options.unquantized_layers)
 
 
-def _quantize_live(model: LoadedModel, options: ModelOptions) -> LoadedModel:
+def _quantize_live(model: LoadedModel, config: EngineConfig) -> LoadedModel:
     """Quantise live parameters, which stay as they are, as do those that are not quantised."""
-    wanted = _quantization(options)
+    model = dataclasses.replace(model, rules=rules_of(config.parallel))
+    wanted = _quantization(config.model)
     if wanted is None:
         return model
     arrays = flatten_params(model.state)
@@ -202,28 +216,29 @@ def _quantize_live(model: LoadedModel, options: ModelOptions) -> LoadedModel:
         )
     chosen = wanted.choose(arrays)
     graph, state = quantized_model(model.graph, model.state, KINDS[wanted.scheme], chosen)
-    specs = abstract_params(state, mesh=model.mesh, rules=LogicalAxisRules())
+    specs = abstract_params(state, mesh=model.mesh, rules=model.rules)
     made = fill(state, quantize_params(arrays, specs))
     return dataclasses.replace(model, graph=graph, state=made)
 
 
-def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh) -> LoadedModel:
+def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh | None) -> LoadedModel:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"load_format dummy needs a config.json, found none at {path}.")
     shape = ModelConfig.from_hf(read_json(file))
     dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=False))
     graph, state = abstract_model(shape, dtype=dtype, quantization=_quantization(config.model))
-    described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
+    mesh, rules = mesh or mesh_of(config.parallel, shape), rules_of(config.parallel)
+    described = abstract_params(state, mesh=mesh, rules=rules)
     arrays = draw_params(described, seed=config.model.seed)
     return LoadedModel(
         name=path.name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
-        path=path, generation_config={},
+        path=path, generation_config={}, rules=rules,
     )  # fmt: skip
 
 
 def _load(
-    name: str, path: Path, config: EngineConfig, mesh: jax.sharding.Mesh, *, progress: bool
+    name: str, path: Path, config: EngineConfig, mesh: jax.sharding.Mesh | None, *, progress: bool
 ) -> LoadedModel:
     checkpoint = open_checkpoint(path, config.model.load_format)
     try:
@@ -231,11 +246,13 @@ def _load(
         dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=checkpoint.is_quantized))
         wanted = _quantization(config.model)
         graph, state = abstract_model(shape, dtype=dtype, quantization=wanted)
-        described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
+        mesh, rules = mesh or mesh_of(config.parallel, shape), rules_of(config.parallel)
+        described = abstract_params(state, mesh=mesh, rules=rules)
         arrays = load_params(checkpoint, described, progress=progress)
         return LoadedModel(
             name=name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
             path=checkpoint.path, generation_config=dict(checkpoint.generation_config),
+            rules=rules,
         )  # fmt: skip
     finally:
         checkpoint.close()
@@ -409,7 +426,8 @@ def _free_memory(config: EngineConfig, model: LoadedModel, *, on_cpu: bool) -> i
     limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
     share = config.cache.gpu_memory_utilization
     # Activations, logits and the program itself live beside weights and cache.
-    budget = int((limit * share - used) * 0.9) * model.mesh.devices.size
+    parts = num_cache_parts(model.mesh, model.config.num_kv_heads)
+    budget = int((limit * share - used) * 0.9) * parts
     if budget <= 0:
         raise CapacityError(
             f"the device has {format_bytes(limit)} of which {format_bytes(used)} are in use; "
@@ -506,6 +524,7 @@ def assemble(
         logger.info("batch_invariant: prefixes are not cached")
         cache = dataclasses.replace(config.cache, enable_prefix_caching=False)
         config = dataclasses.replace(config, cache=cache)
+    check_settings(config, is_live=not isinstance(source, str | Path))
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
     check_sparse(config, model.mesh, has_own=attention is not None)
@@ -601,6 +620,7 @@ def assemble(
         matmul_precision="highest" if dtype == "float32" else "default",
         lora=_lora_shape(config),
         sparse=sparse,
+        sharding=model.sharding,
     )
     metrics = EngineMetrics(
         max_model_len=plan.max_model_len,
