@@ -1,6 +1,7 @@
 """Attention on several devices: each attends with its own heads, and nothing is exchanged."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -35,6 +36,29 @@ def head_axes(sharding: ModelSharding, q_heads: int, kv_heads: int) -> tuple[str
     return axes if is_aligned else ()
 
 
+def own_heads(
+    sharding: ModelSharding | None, q_heads: int, kv_heads: int
+) -> tuple[int, int] | None:
+    """Count the heads of queries, and of keys, with which a device attends.
+
+    Args:
+        sharding: How the model lies on devices; None on one.
+        q_heads: Heads of queries in all.
+        kv_heads: Heads of keys and values in all.
+
+    Returns:
+        The two numbers; None where devices do not attend by themselves.
+    """
+    if sharding is None:
+        return q_heads, kv_heads
+    axes = head_axes(sharding, q_heads, kv_heads)
+    if not axes:
+        return None
+    sizes = dict(sharding.mesh.shape)
+    parts = math.prod(sizes[name] for name in axes)
+    return q_heads // parts, kv_heads // sizes[TENSOR_AXIS]
+
+
 def attend_by_heads(
     attend: Attend,
     q: Array,
@@ -62,8 +86,6 @@ def attend_by_heads(
     """
     own = dataclasses.replace(plan, sharding=None)
     queries, keys = PartitionSpec(None, axes), PartitionSpec(None, TENSOR_AXIS)
-    whole = jax.tree.map(lambda _: PartitionSpec(), own)
-    per_cache = jax.tree.map(lambda _: keys, cache)
 
     def body(
         q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, sinks: Array | None
@@ -73,8 +95,8 @@ def attend_by_heads(
     shared = jax.shard_map(
         body,
         mesh=sharding.mesh,
-        in_specs=(queries, keys, keys, per_cache, whole, PartitionSpec(axes)),
-        out_specs=(queries, per_cache),
+        in_specs=(queries, keys, keys, keys, PartitionSpec(), PartitionSpec(axes)),
+        out_specs=(queries, keys),
         check_vma=False,
     )
     return shared(q, k, v, cache, own, sinks)

@@ -8,7 +8,6 @@ from jaxserve.core.parallel import ParallelOptions
 from jaxserve.models.config import ModelConfig
 from jaxserve.sharding.mesh import engine_mesh
 from jaxserve.sharding.rules import (
-    COPY_AXIS,
     TENSOR_AXIS,
     LogicalAxisRules,
     expert_parallel_rules,
@@ -114,6 +113,19 @@ def check_settings(config: EngineConfig, *, is_live: bool) -> None:
             )
 
 
+def check_encoder(options: ParallelOptions) -> None:
+    """Check that an encoder can be shared as asked for.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if options.data_parallel_size > 1 or options.enable_expert_parallel or options.is_multi_host:
+        raise ConfigError(
+            "data_parallel_size, enable_expert_parallel and dist_init_addr are for decoders, and "
+            "this model is an encoder; leave them out, and start several servers."
+        )
+
+
 def kv_axis(mesh: jax.sharding.Mesh, kv_heads: int) -> str | None:
     """Return the mesh axis along which a cache is split by heads; None where it is whole."""
     size = dict(mesh.shape).get(TENSOR_AXIS, 0)
@@ -123,8 +135,3 @@ def kv_axis(mesh: jax.sharding.Mesh, kv_heads: int) -> str | None:
 def num_cache_parts(mesh: jax.sharding.Mesh, kv_heads: int) -> int:
     """Count the devices that hold different parts of a cache; the others hold copies."""
     return dict(mesh.shape)[TENSOR_AXIS] if kv_axis(mesh, kv_heads) else 1
-
-
-def head_axes(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-    """Return the mesh axes along which heads of queries are split."""
-    return tuple(name for name in (TENSOR_AXIS, COPY_AXIS) if name in mesh.axis_names)

@@ -14,6 +14,7 @@ import psutil
 from flax import nnx
 
 from jaxserve.attention.custom import CustomAttention
+from jaxserve.attention.sharded import own_heads
 from jaxserve.cache.buffers import slot_capacity
 from jaxserve.core.config import EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
@@ -464,9 +465,17 @@ def _kernel_plans(
     dtype: str,
     plan: _CachePlan,
     attention: CustomAttention | None,
-) -> KernelPlans:
-    """Say what the paged kernels plan with; which of them is not yet chosen."""
+    *,
+    has_sparse: bool,
+) -> KernelPlans | None:
+    """Say what the paged kernels of a device plan with; which of them is not yet chosen.
+
+    None if no device can attend by itself.
+    """
     shape, parts = model.config, []
+    heads = own_heads(model.sharding, shape.num_heads, shape.num_kv_heads)
+    if heads is None or (attention is not None and model.sharding is not None):
+        return None
     if shape.attention_soft_cap is not None:
         parts.append(soft_cap(shape.attention_soft_cap))
     if shape.attention_sinks:
@@ -476,8 +485,8 @@ def _kernel_plans(
         parts.append(dataclasses.replace(attention.variant, block_mask=None))
     return KernelPlans(
         backend="",
-        q_heads=shape.num_heads,
-        kv_heads=shape.num_kv_heads,
+        q_heads=heads[0],
+        kv_heads=heads[1],
         head_dim=shape.head_dim,
         page_size=config.cache.block_size,
         dtype=dtype,
@@ -487,6 +496,7 @@ def _kernel_plans(
         shares=config.cache.enable_prefix_caching,
         variant=compose(*parts),
         extra={} if attention is None else attention.arrays(shape.num_heads),
+        has_sparse=has_sparse,
     )
 
 
@@ -557,9 +567,7 @@ def assemble(
     chosen = choose_kernels(
         config,
         model.mesh,
-        dataclasses.replace(
-            _kernel_plans(config, model, dtype, plan, attention), has_sparse=sparse is not None
-        ),
+        _kernel_plans(config, model, dtype, plan, attention, has_sparse=sparse is not None),
         has_draft=draft is not None,
         use_pages=plan.use_pages,
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +36,28 @@ def make_mesh(tensor_parallel_size: int = 1, expert_parallel_size: int = 1) -> j
         return jax.sharding.Mesh(chosen, (TENSOR_AXIS,))
     by_group = chosen.reshape(expert_parallel_size, tensor_parallel_size)
     return jax.sharding.Mesh(by_group, (EXPERT_AXIS, TENSOR_AXIS))
+
+
+def axis_sizes(
+    tensor_parallel_size: int, data_parallel_size: int = 1, *, kv_heads: int | None = None
+) -> dict[str, int]:
+    """Return the axes of the mesh of one engine, the outermost first.
+
+    Args:
+        tensor_parallel_size: Devices that share each layer.
+        data_parallel_size: Groups of such devices.
+        kv_heads: Heads of keys and values; None splits as if there were enough.
+
+    >>> axis_sizes(8, 2, kv_heads=2), axis_sizes(4)
+    ({'data': 2, 'tensor': 2, 'copy': 4}, {'tensor': 4})
+    """
+    heads = tensor_parallel_size if kv_heads is None else math.gcd(kv_heads, tensor_parallel_size)
+    sizes = {
+        DATA_AXIS: data_parallel_size,
+        TENSOR_AXIS: heads,
+        COPY_AXIS: tensor_parallel_size // heads,
+    }
+    return {name: size for name, size in sizes.items() if size > 1 or name == TENSOR_AXIS}
 
 
 def engine_mesh(
@@ -70,18 +93,12 @@ def engine_mesh(
         raise ConfigError(_too_few(tensor_parallel_size, data_parallel_size, replica, devices))
     if not is_alone:
         _check_hosts(tensor_parallel_size, data_parallel_size, devices)
-    heads = tensor_parallel_size if kv_heads is None else math.gcd(kv_heads, tensor_parallel_size)
-    sizes = {
-        DATA_AXIS: data_parallel_size,
-        TENSOR_AXIS: heads,
-        COPY_AXIS: tensor_parallel_size // heads,
-    }
-    kept = {name: size for name, size in sizes.items() if size > 1 or name == TENSOR_AXIS}
-    chosen = np.asarray(devices[first : first + wanted]).reshape(tuple(kept.values()))
-    return jax.sharding.Mesh(chosen, tuple(kept))
+    sizes = axis_sizes(tensor_parallel_size, data_parallel_size, kv_heads=kv_heads)
+    chosen = np.asarray(devices[first : first + wanted]).reshape(tuple(sizes.values()))
+    return jax.sharding.Mesh(chosen, tuple(sizes))
 
 
-def _too_few(tensor: int, data: int, replica: int, devices: Sequence[jax.Device]) -> str:
+def _too_few(tensor: int, data: int, replica: int, devices: Sequence[Any]) -> str:
     factor = f" x data_parallel_size={data}" if data > 1 else ""
     behind = f" behind those of {replica} other engines" if replica else ""
     fix = "use more devices, or lower the sizes"
@@ -96,7 +113,7 @@ def _too_few(tensor: int, data: int, replica: int, devices: Sequence[jax.Device]
     )
 
 
-def _check_hosts(tensor: int, data: int, devices: Sequence[jax.Device]) -> None:
+def _check_hosts(tensor: int, data: int, devices: Sequence[Any]) -> None:
     counts = [len(list(own)) for _, own in groupby(devices, lambda one: one.process_index)]
     per_host = counts[0]
     if len(set(counts)) > 1:
