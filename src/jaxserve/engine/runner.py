@@ -427,7 +427,7 @@ class Runner:
 
     def run(self, packed: PackedStep) -> StepResult:
         """Launch one step; returns at once, results follow when they are read."""
-        step, draw = self._launches(packed.shape)
+        step, draw = self.prepare(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
         mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
         if self.spec.sparse and self.spec.sparse.measure_every and packed.shape.num_segments:
@@ -449,7 +449,7 @@ class Runner:
             self.slots = cache
         return StepResult(sampled=sampled, hidden=hidden, reading=reading)
 
-    def _launches(self, shape: StepShape) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def prepare(self, shape: StepShape) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Return the two programs of a step; describing them anew for every step takes long."""
         found = self._found.get(shape)
         if found is None:
@@ -648,6 +648,10 @@ class Runner:
         """Replace cache and row state by fresh ones, after a failed step left them undefined."""
         self._free()
         self._allocate()
+
+    def explain(self, error: Exception) -> Exception:
+        """Return why a step has failed, if more is known than its error says."""
+        return error
 
     def _free(self) -> None:
         for leaf in jax.tree.leaves((self.slots, self.pages, self._clusters, self._rows)):

@@ -20,9 +20,11 @@ from jaxserve.core.config import EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
+from jaxserve.engine.agreement import agree
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.draft_runner import DraftedRunner, DraftModel
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.hosts import Channel, join
 from jaxserve.engine.kernel_choice import (
     PAGED_BACKENDS,
     check_custom,
@@ -30,6 +32,7 @@ from jaxserve.engine.kernel_choice import (
     choose_kernels,
 )
 from jaxserve.engine.kernel_plans import KernelPlans
+from jaxserve.engine.leader import LeadingDraftedRunner, LeadingRunner
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.parallel import (
     check_settings,
@@ -449,6 +452,7 @@ class Assembled:
         default_sampling: Sampling defaults of the model.
         policy: The configured policy; not yet installed if it needs times of steps that have to be
             measured. None if a scheduler was given.
+        channel: Where launches are announced to other processes, if some run the engine together.
     """
 
     engine: Engine
@@ -457,6 +461,7 @@ class Assembled:
     model: LoadedModel
     default_sampling: dict[str, Any]
     policy: EnginePolicy | None = None
+    channel: Channel | None = None
 
 
 def _kernel_plans(
@@ -535,6 +540,12 @@ def assemble(
         cache = dataclasses.replace(config.cache, enable_prefix_caching=False)
         config = dataclasses.replace(config, cache=cache)
     check_settings(config, is_live=not isinstance(source, str | Path))
+    hosts = join(config.parallel)
+    if hosts is not None and config.runner.warmup == "background":
+        # Which programs are ready at some time would differ between processes.
+        config = dataclasses.replace(
+            config, runner=dataclasses.replace(config.runner, warmup="full")
+        )
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
     check_sparse(config, model.mesh, has_own=attention is not None)
@@ -558,6 +569,8 @@ def assemble(
     num_draft = 0 if speculation is None else speculation.num_speculative_tokens
     draft = _load_draft(config, model, dtype)
     plan = _plan_cache(config, model, dtype, max_num_seqs, draft)
+    channel, agreed = agree(hosts, config, dataclasses.asdict(plan))
+    plan = _CachePlan(**cast(Any, agreed))
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
@@ -643,15 +656,19 @@ def assemble(
     }
     if tokenizer is None:
         tokenizer = _find_tokenizer(config.model, model.path)
+    leads = hosts is not None and hosts.leads
     if draft is None:
-        runner = Runner(spec, model.graph, model.state, **places)
+        runner = (LeadingRunner if leads else Runner)(spec, model.graph, model.state, **places)
     else:
         check_draft_model(draft.config, model.config, plan.max_model_len)
         own = dataclasses.replace(config.model, tokenizer=None)
         check_same_tokens(_find_tokenizer(own, draft.path), tokenizer, vocab)
         draft = _fit_length(draft, plan.max_model_len)
         small = DraftModel(config=draft.config, graph=draft.graph, state=draft.state, dtype=dtype)
-        runner = DraftedRunner(spec, model.graph, model.state, draft=small, **places)
+        kind = LeadingDraftedRunner if leads else DraftedRunner
+        runner = kind(spec, model.graph, model.state, draft=small, **places)
+    if channel is not None and isinstance(runner, LeadingRunner | LeadingDraftedRunner):
+        runner.begin(channel)
     metrics.set_cache_config(
         {
             "block_size": spec.page_size,
@@ -703,6 +720,7 @@ def assemble(
         model=model,
         default_sampling=_default_sampling(config.model, model.generation_config),
         policy=policy,
+        channel=channel,
     )
 
 

@@ -18,4 +18,6 @@ def put(value: np.ndarray | np.generic, sharding: jax.sharding.Sharding | None) 
     if sharding.is_fully_addressable and sharding.is_fully_replicated:
         return jax.device_put(value, sharding)
     whole = np.asarray(value)
-    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+    return jax.make_array_from_callback(
+        whole.shape, sharding, lambda index: np.asarray(whole[index])
+    )
