@@ -26,7 +26,7 @@ class Message:
 
     def to_bytes(self) -> bytes:
         """Write it: the length of the head, the head as JSON, the arrays one after the other."""
-        parts = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        parts = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         head = json.dumps(
             {
                 "name": self.name,
