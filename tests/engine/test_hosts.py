@@ -254,6 +254,31 @@ def test_a_server_on_two_processes_answers_and_ends_when_one_is_lost(folder, tmp
             log.close()
 
 
+def test_announcements_arrive_in_order_and_a_loss_is_noticed_in_time() -> None:
+    port, timeout = free_port(), 4
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable, str(PROGRAM.with_name("channel_process.py")),
+                str(rank), str(port), str(timeout),
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said, errors = processes[0].communicate(timeout=TIMEOUT_S)
+        assert processes[1].communicate(timeout=60)[0] == "received\n"
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 3], errors
+    reason, seconds, refused = said.splitlines()
+    assert reason.startswith("process 1 of 2 gave no sign of life for 4 s")
+    assert timeout - 2 < float(seconds) < timeout + 10
+    assert refused == f"EngineDeadError: a host is lost: {reason}."
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3),
