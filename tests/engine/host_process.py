@@ -43,11 +43,13 @@ def lead(model: str, options: dict[str, Any], plan: dict[str, Any]) -> None:
     from jaxserve.core.errors import JaxserveError
 
     llm = LLM(model, **options)
-    for _ in range(plan["rounds"]):
+    for number in range(plan["rounds"]):
+        # Prompts whose tokens are scored are not taken from the prefix cache.
+        scored = {"prompt_logprobs": 1} if number == 0 else {}
         start = time.monotonic()
         try:
             outputs = llm.generate(
-                plan["prompts"], SamplingParams(**plan["sampling"]), use_tqdm=False
+                plan["prompts"], SamplingParams(**plan["sampling"], **scored), use_tqdm=False
             )
             said: dict[str, Any] = {
                 "tokens": [output.outputs[0].token_ids for output in outputs],

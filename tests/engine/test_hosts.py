@@ -29,7 +29,7 @@ from tests.tiny import write_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("host_process.py")
 PROMPTS = [[5, 9, 2, 77, 31, 8, 40, 41, 42, 43], [7, 7, 3]]
-SAMPLING = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True, "prompt_logprobs": 1}
+SAMPLING = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
 SMALL = {
     "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16, "block_size": 8,
     "num_gpu_blocks_override": 32, "dtype": "float32",
