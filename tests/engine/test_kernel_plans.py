@@ -177,10 +177,6 @@ def test_batch_invariant_plans_cut_at_fixed_places(wide):
             {"attention_backend": "pallas", "kv_layout": "slots"},
             "'pallas' reads pages, but kv_layout is 'slots'; use kv_layout='pages' or 'auto'",
         ),
-        (
-            {"attention_backend": "pallas", "tensor_parallel_size": 2},
-            "it works on one device, found 2; use 'auto'",
-        ),
     ],
 )
 def test_what_the_kernels_cannot_serve_is_refused(tmp_path, settings, message):

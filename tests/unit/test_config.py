@@ -11,6 +11,7 @@ from jaxserve.core.config import (
     iter_options,
 )
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.parallel import ParallelOptions
 
 
 def test_defaults_pass_their_own_checks():
@@ -67,7 +68,10 @@ def test_configurations_are_frozen():
             lambda: SchedulerOptions(max_num_batched_tokens=-5),
             "max_num_batched_tokens must be at least 1, got -5",
         ),
-        (lambda: RunnerOptions(tensor_parallel_size=0), "tensor_parallel_size must be at least 1"),
+        (
+            lambda: ParallelOptions(tensor_parallel_size=0),
+            "tensor_parallel_size must be at least 1",
+        ),
         (lambda: RunnerOptions(max_logprobs=-2), "max_logprobs must be at least -1, got -2"),
     ],
 )

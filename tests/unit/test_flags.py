@@ -87,8 +87,8 @@ def test_overlap_can_be_switched_off_in_the_other_engines_words():
 
 
 def test_short_names():
-    assert parse(["-tp", "2"], {}).engine.runner.tensor_parallel_size == 2
-    assert parse(["--tp", "2"], {}).engine.runner.tensor_parallel_size == 2
+    assert parse(["-tp", "2"], {}).engine.parallel.tensor_parallel_size == 2
+    assert parse(["--tp", "2"], {}).engine.parallel.tensor_parallel_size == 2
     assert parse(["-q", "int8"], {}).engine.model.quantization == "int8"
     assert parse(["--quantization", "none"], {}).engine.model.quantization is None
 
@@ -141,7 +141,7 @@ def test_file_understands_aliases_and_negations(tmp_path: Path):
     path = tmp_path / "settings.yaml"
     path.write_text("tp: 2\ndisable-radix-cache: true\nenable_log_requests: yes\n")
     made = parse(["--config", str(path)], {})
-    assert made.engine.runner.tensor_parallel_size == 2
+    assert made.engine.parallel.tensor_parallel_size == 2
     assert made.engine.cache.enable_prefix_caching is False
     assert made.server.log.enable_log_requests is True
 

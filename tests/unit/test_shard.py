@@ -114,9 +114,24 @@ def test_people_and_programs_are_told_the_same(capsys: pytest.CaptureFixture[str
     assert said["notes"] == lines[-len(said["notes"]) :]
 
 
+def test_experts_on_all_devices_are_shown_as_served(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tp", "4", "--dp", "2", "--enable-expert-parallel"]
+    assert main(["shard", "explain", str(GOLDEN / "qwen3_moe_plain"), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("on 8 devices: data 2, tensor 2, copy 2")
+    assert sum("(data+tensor+copy, -, -)" in line for line in lines) >= 2
+    assert "its cache, lies on 2 devices" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--ep", "5"], "does not divide expert of"), (["--tp", "0"], "at least 1 device, got 0")],
+    [
+        (["--ep", "5"], "does not divide expert of"),
+        (["--tp", "0"], "at least 1 device, got 0"),
+        (["--tp", "3"], "tensor_parallel_size=3 does not divide attention heads (4)"),
+        (["--dp", "3", "--enable-expert-parallel"], "shares 8 experts among"),
+        (["--ep", "2", "--dp", "2"], "leave it out, or leave out --dp"),
+    ],
 )
 def test_the_command_fails_with_one_message(flags, words, capsys) -> None:
     assert main(["shard", "explain", str(GOLDEN / "qwen3_moe_plain"), *flags]) == 1

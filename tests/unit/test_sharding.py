@@ -30,7 +30,7 @@ def test_a_mesh_larger_than_the_machine_is_refused():
     ],
 )
 def test_names_of_axes_become_specs(axes, spec):
-    assert LogicalAxisRules().spec(axes) == spec
+    assert LogicalAxisRules().spec(axes, (TENSOR_AXIS,)) == spec
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

@@ -27,6 +27,7 @@ from jaxserve.attention.metadata import (
     PaddedPlan,
     ScoreRule,
 )
+from jaxserve.attention.sharded import attend_by_heads, head_axes
 from jaxserve.attention.tactic.attention import SpanBackend
 from jaxserve.attention.tactic.rows import attend_rows
 from jaxserve.cache.buffers import KvLayer
@@ -89,8 +90,29 @@ def attend(
         if plan.backend == "reference":
             return reference.softmax_attend(q, k, v, seen[:, None, :], rule=rule), cache
         return xla.padded(q, k, v, seen, rule=rule), cache
+    return _attend_cached(q, k, v, cache, plan, rule=rule, sinks=sinks)
+
+
+def _attend_cached(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KvLayer | None,
+    plan: AttentionPlan,
+    *,
+    rule: ScoreRule,
+    sinks: Array | None,
+) -> tuple[Array, KvLayer | None]:
+    """Attend against the cache, on one device or on several."""
     if cache is None:
         raise ValueError("an AttentionPlan needs a cache, got None; use a CausalPlan without one.")
+    if plan.sharding is not None:
+        axes = head_axes(plan.sharding, q.shape[1], k.shape[1])
+        if axes:
+            return attend_by_heads(
+                functools.partial(_attend_cached, rule=rule), q, k, v, cache, plan,
+                sharding=plan.sharding, axes=axes, sinks=sinks,
+            )  # fmt: skip
     if plan.kernel_plans:
         return _attend_kernels(q, k, v, cache, plan, rule=rule, sinks=sinks)
     if sinks is not None and plan.sparse is not None:

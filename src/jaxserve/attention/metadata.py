@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.attention.tactic.rows import SparseRows
 from jaxserve.pallas_kernels.plan import Plan
+from jaxserve.sharding.rules import ModelSharding
 
 Backend = Literal["xla", "llvm", "reference", "mosaic", "triton", "pallas-xla", "pallas-reference"]
 """`xla` runs everywhere; `llvm` decodes with kernels compiled for this CPU; `reference` is slow.
@@ -116,6 +117,7 @@ class AttentionPlan:
         upcast: Whether products are taken in float32 whatever the dtype of the cache.
         batch_invariant: Whether a row's result may not depend on the length of its neighbours,
             not even in the last bit.
+        sharding: How the model lies on several devices; None on one.
     """
 
     token_row: Int[Array, " tokens"]
@@ -137,6 +139,7 @@ class AttentionPlan:
     backend: Backend = dataclasses.field(default="xla", metadata={"static": True})
     upcast: bool = dataclasses.field(default=False, metadata={"static": True})
     batch_invariant: bool = dataclasses.field(default=False, metadata={"static": True})
+    sharding: ModelSharding | None = dataclasses.field(default=None, metadata={"static": True})
 
     def of_layer(self, index: int) -> "AttentionPlan":
         """Return the plan for one layer of the model."""

@@ -3,14 +3,17 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import jax.numpy as jnp
 
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.parallel import ParallelOptions
 from jaxserve.core.units import format_bytes
+from jaxserve.engine.parallel import check_model, rules_of
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.files import read_json
@@ -18,7 +21,14 @@ from jaxserve.models.hub import resolve_model
 from jaxserve.models.quantization import Quantization, Scheme
 from jaxserve.models.registry import abstract_model, named_weights
 from jaxserve.sharding.explain import Placement, explain
-from jaxserve.sharding.rules import EXPERT_AXIS, TENSOR_AXIS
+from jaxserve.sharding.mesh import axis_sizes
+from jaxserve.sharding.rules import (
+    COPY_AXIS,
+    EXPERT_AXIS,
+    TENSOR_AXIS,
+    LogicalAxisRules,
+    names_of,
+)
 
 _LAYER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
 
@@ -53,7 +63,20 @@ def shard_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--tp", type=int, default=1, metavar="N", help="devices that share each layer [1]"
     )
     explainer.add_argument(
-        "--ep", type=int, default=1, metavar="N", help="devices that share the experts [1]"
+        "--dp", type=int, default=1, metavar="N", help="groups of such devices [1]"
+    )
+    explainer.add_argument(
+        "--enable-expert-parallel",
+        action="store_true",
+        help="whole experts on all devices, as `serve` places them with this flag",
+    )
+    explainer.add_argument(
+        "--ep",
+        type=int,
+        default=1,
+        metavar="N",
+        help="groups of devices that share the experts, whose matrices each group splits; a mesh "
+        "of `make_mesh`, which no flag of `serve` makes [1]",
     )
     explainer.add_argument(
         "--dtype",
@@ -83,17 +106,18 @@ def run(given: argparse.Namespace, out: Callable[[str], None]) -> int:
     dtype = given.dtype if given.dtype != "auto" else config.torch_dtype or "bfloat16"
     wanted = None if given.quantization is None else Quantization(scheme=given.quantization)
     _, state = abstract_model(config, dtype=jnp.dtype(dtype), quantization=wanted)
-    placements = explain(named_weights(state), {EXPERT_AXIS: given.ep, TENSOR_AXIS: given.tp})
+    sizes, rules = _mesh_of(given, config)
+    placements = explain(named_weights(state), sizes, rules)
     whole = sum(placement.weight.num_bytes for placement in placements)
     device = sum(placement.device_bytes for placement in placements)
-    notes = _notes(config, given.tp)
+    notes = _notes(config, given.tp, sizes)
     if given.json:
         out(
             json.dumps(
                 {
                     "model_type": config.model_type,
                     "dtype": dtype,
-                    "mesh": {EXPERT_AXIS: given.ep, TENSOR_AXIS: given.tp},
+                    "mesh": sizes,
                     "weights": [
                         {
                             "path": placement.weight.path,
@@ -113,8 +137,9 @@ def run(given: argparse.Namespace, out: Callable[[str], None]) -> int:
         )
         return 0
     out(
-        f"{config.model_type}, {config.num_layers} layers, {dtype}, on {given.ep * given.tp} "
-        f"devices: {EXPERT_AXIS} {given.ep}, {TENSOR_AXIS} {given.tp}"
+        f"{config.model_type}, {config.num_layers} layers, {dtype}, on "
+        f"{given.ep * given.tp * given.dp} devices: "
+        f"{', '.join(f'{name} {size}' for name, size in sizes.items())}"
     )
     for line in _table([_cells(row) for row in rows_of(placements)]):
         out(line)
@@ -122,6 +147,31 @@ def run(given: argparse.Namespace, out: Callable[[str], None]) -> int:
     for note in notes:
         out(note)
     return 0
+
+
+def _mesh_of(
+    given: argparse.Namespace, config: ModelConfig
+) -> tuple[dict[str, int], LogicalAxisRules]:
+    """Return the axes of the mesh that is asked for, and what lies on them."""
+    for name in ("tp", "dp", "ep"):
+        if getattr(given, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1 device, got {getattr(given, name)}.")
+    if given.ep > 1:
+        if given.dp > 1 or given.enable_expert_parallel:
+            raise ConfigError(
+                "--ep splits experts over a mesh axis of their own; leave it out, or leave out "
+                "--dp and --enable-expert-parallel."
+            )
+        return {EXPERT_AXIS: given.ep, TENSOR_AXIS: given.tp}, LogicalAxisRules()
+    options = ParallelOptions(
+        tensor_parallel_size=given.tp,
+        data_parallel_size=given.dp,
+        enable_expert_parallel=given.enable_expert_parallel,
+    )
+    check_model(options, config)
+    # Without shared experts each group of devices has all weights.
+    groups = given.dp if given.enable_expert_parallel else 1
+    return axis_sizes(given.tp, groups, kv_heads=config.num_kv_heads), rules_of(options)
 
 
 def read_config(model: str) -> ModelConfig:
@@ -166,7 +216,7 @@ def rows_of(placements: Iterable[Placement]) -> list[Row]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     placement = row.placement
-    spec = ", ".join(axis or "-" for axis in placement.spec)
+    spec = ", ".join("+".join(names_of(entry)) or "-" for entry in placement.spec)
     times = f" x {row.count}" if row.count > 1 else ""
     shape = " x ".join(str(size) for size in placement.weight.shape)
     return row.path, shape, f"({spec})", format_bytes(placement.device_bytes) + times
@@ -181,14 +231,20 @@ def _table(cells: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _notes(config: ModelConfig, tensor: int) -> list[str]:
+def _notes(config: ModelConfig, tensor: int, sizes: Mapping[str, int]) -> list[str]:
     notes: list[str] = []
     if config.num_heads % tensor:
         notes.append(
             f"note: {tensor} devices do not divide the number of heads ({config.num_heads}); "
             "projections are split inside heads, and devices exchange the parts in every layer"
         )
-    if config.num_kv_heads % tensor:
+    copies = sizes.get(COPY_AXIS, 1)
+    if copies > 1:
+        notes.append(
+            f"note: each of {config.num_kv_heads} heads of keys and values, and its cache, lies "
+            f"on {copies} devices"
+        )
+    elif config.num_kv_heads % tensor:
         notes.append(
             "note: the cache is whole on each device, as they do not divide the number of heads of "
             f"keys and values ({config.num_kv_heads})"

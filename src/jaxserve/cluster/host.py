@@ -184,8 +184,9 @@ class FleetHost(AbstractHost):
         """
         if self._prepare is None:
             raise UnsupportedError(
-                "replicas in other processes cannot be given arrays of this one; write the weights "
-                "to a folder that all can read, and use update_weights_from_disk()."
+                "replicas in other processes or with devices of their own cannot be given arrays; "
+                "write the weights to a folder that all can read, and use "
+                "update_weights_from_disk()."
             )
         return self._prepare(params, names, partial=partial, donate=donate)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxserve.cluster.replica import Replica
 from jaxserve.cluster.times import slowest
@@ -22,6 +23,7 @@ from jaxserve.engine.host import EngineHost, Progress, StepMeter
 from jaxserve.engine.inbox import Sink
 from jaxserve.engine.measure import measure_engine
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.parallel import mesh_of
 from jaxserve.engine.setup import LoadedModel
 from jaxserve.engine.tokenizer import Tokenizer
 
@@ -88,6 +90,8 @@ class LocalFactory:
         tokenizer: Shared by all.
         count: Replicas at most; they share the device's memory.
         file: Times of steps; None leaves it to the policy to measure.
+        spreads: Whether each replica has devices of its own, the next ones, and its own copy of the
+            weights there; otherwise all share those of the model.
 
     Attributes:
         file: Times of steps, once they are known.
@@ -102,9 +106,11 @@ class LocalFactory:
         tokenizer: Tokenizer | None,
         count: int,
         file: CostFile | None = None,
+        spreads: bool = False,
     ) -> None:
         """Make nothing yet."""
         self.file = file
+        self._spreads = spreads
         # Weights are not kept here: sleep and updates must be able to let them go.
         self._model = dataclasses.replace(model, state=nnx.State({}))
         self._kept: tuple[nnx.State, str] | None = (model.state, FIRST_VERSION)
@@ -119,7 +125,7 @@ class LocalFactory:
         known = self.file
         meter: StepMeter | None = None if known is None else (lambda *_: known)
         host = EngineHost(
-            dataclasses.replace(self._model, state=state),
+            self._placed(dataclasses.replace(self._model, state=state), index),
             tokenizer=self._tokenizer, config=self._config_of(index), meter=meter,
         )  # fmt: skip
         if version != FIRST_VERSION:
@@ -155,8 +161,9 @@ class LocalFactory:
         try:
             for index in range(number):
                 host = EngineHost(
-                    model, tokenizer=self._tokenizer, config=self._config_of(index),
-                    meter=meter, on_warm_up=on_warm_up if index == 0 else None,
+                    self._placed(model, index), tokenizer=self._tokenizer,
+                    config=self._config_of(index), meter=meter,
+                    on_warm_up=on_warm_up if index == 0 else None,
                 )  # fmt: skip
                 made.append(LocalReplica(host))
         except BaseException:
@@ -185,8 +192,9 @@ class LocalFactory:
 
             try:
                 host = EngineHost(
-                    model, tokenizer=self._tokenizer, config=self._config_of(index),
-                    meter=meter, on_warm_up=on_warm_up if index == 0 else None,
+                    self._placed(model, index), tokenizer=self._tokenizer,
+                    config=self._config_of(index), meter=meter,
+                    on_warm_up=on_warm_up if index == 0 else None,
                 )  # fmt: skip
                 made[index] = LocalReplica(host)
             except BaseException as error:  # noqa: BLE001  raised again by whoever waits
@@ -212,6 +220,20 @@ class LocalFactory:
         self.file = slowest(files.values())
         return [made[i] for i in range(number)]
 
+    def _placed(self, model: LoadedModel, index: int) -> LoadedModel:
+        """Return a model on the devices of one replica."""
+        if not self._spreads:
+            return model
+        mesh = mesh_of(self._config.parallel, model.config, replica=index)
+        if jax.tree.leaves(model.state)[0].sharding.mesh == mesh:
+            return dataclasses.replace(model, mesh=mesh)
+
+        def move(array: jax.Array) -> jax.Array:
+            spec = array.sharding.spec  # type: ignore[attr-defined]  loaded onto a mesh
+            return jax.device_put(array, NamedSharding(mesh, spec))
+
+        return dataclasses.replace(model, mesh=mesh, state=jax.tree.map(move, model.state))
+
     def _current(self) -> tuple[nnx.State, str]:
         """Return the weights that are served now, and their version."""
         for replica in self.living():
@@ -232,6 +254,8 @@ class LocalFactory:
     def _config_of(self, index: int) -> EngineConfig:
         """Return settings in which a replica takes its share of what memory is left."""
         cache = self._config.cache
+        if self._spreads:
+            return self._config
         if cache.kv_cache_memory_bytes is not None or cache.num_gpu_blocks_override is not None:
             return self._config
         stats = jax.local_devices()[0].memory_stats() or {}

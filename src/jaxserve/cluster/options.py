@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from jaxserve.core.config import option
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.core.setting import option
 
 ClusterKind = Literal["local", "ray"]
 RoutingPolicy = Literal["round_robin", "least_loaded", "prefix_aware", "polyserve"]
@@ -15,11 +15,7 @@ RoutingPolicy = Literal["round_robin", "least_loaded", "prefix_aware", "polyserv
 class ClusterOptions:
     """How many engines serve the model, and who decides which of them a request goes to."""
 
-    replicas: int = option(
-        1,
-        "Engines that serve the model side by side, behind one port.",
-        "data-parallel-size", "dp", "dp-size",
-    )  # fmt: skip
+    replicas: int = option(1, "Engines that serve the model side by side, behind one port.")
     cluster: ClusterKind = option(
         "local",
         "Where replicas run: local, each on a thread of this process with the same weights, or "

@@ -493,7 +493,7 @@ class RayFactory:
             "scheduling_strategy": "SPREAD",
         }  # fmt: skip
         if self._ray.cluster_resources().get("GPU", 0) > 0:
-            wanted["num_gpus"] = self._config.runner.tensor_parallel_size
+            wanted["num_gpus"] = self._config.parallel.tensor_parallel_size
         return {**wanted, **given}
 
     def _warn_of_what_is_missing(self, number: int) -> None:

@@ -1,5 +1,6 @@
 """From settings to a fleet that serves."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -57,10 +58,61 @@ def open_fleet(
         known = read_cost(Path(chosen.scheduler.cost_model))
     if options.cluster == "ray":
         return open_ray_fleet(
-            source, options, chosen, tokenizer=tokenizer, known=known,
+            source, options, own_devices(options, chosen)[0], tokenizer=tokenizer, known=known,
             needs_times=options.routing_policy in NEED_TIMES,
         )  # fmt: skip
     return _open_local(source, options, chosen, tokenizer=tokenizer, known=known, progress=progress)
+
+
+def own_devices(options: ClusterOptions, config: EngineConfig) -> tuple[EngineConfig, bool]:
+    """Say whether replicas have devices of their own, as `data_parallel_size` asks.
+
+    Args:
+        options: Settings of the fleet; there are as many replicas as groups of devices.
+        config: Settings of all groups together.
+
+    Returns:
+        Settings of one replica, and whether each has its own devices.
+
+    Raises:
+        ConfigError: If the two numbers differ.
+    """
+    groups = config.parallel.data_parallel_size
+    if groups == 1:
+        return config, False
+    if options.replicas != groups:
+        raise ConfigError(
+            f"replicas={options.replicas} and data_parallel_size={groups} both say how many "
+            "engines there are; give one of them."
+        )
+    parallel = dataclasses.replace(config.parallel, data_parallel_size=1)
+    return dataclasses.replace(config, parallel=parallel), True
+
+
+def fleet_options(options: ClusterOptions, config: EngineConfig) -> ClusterOptions:
+    """Return settings of a fleet with one replica for each group of devices.
+
+    Args:
+        options: As they were given.
+        config: Settings of all groups together. Where experts are shared, or several processes
+            run one engine, all groups belong to that engine.
+
+    Raises:
+        ConfigError: If there are to be both replicas and groups, or several of such engines.
+    """
+    parallel = config.parallel
+    groups = parallel.data_parallel_size
+    if groups == 1 or parallel.enable_expert_parallel or parallel.is_multi_host:
+        if options.is_fleet and (groups > 1 or parallel.is_multi_host):
+            raise ConfigError(
+                "replicas each have an engine, and with enable_expert_parallel or dist_init_addr "
+                "one engine takes all devices; leave replicas and cluster out."
+            )
+        return options
+    if options.replicas > 1:
+        own_devices(options, config)
+        return options
+    return dataclasses.replace(options, replicas=groups)
 
 
 def _open_local(
@@ -72,10 +124,12 @@ def _open_local(
     known: CostFile | None,
     progress: bool,
 ) -> AsyncLLM:
+    config, spreads = own_devices(options, config)
     model = load_model(source, config, progress=progress)
     factory = LocalFactory(
-        model, replica_config(config), tokenizer=tokenizer, count=options.replicas, file=known
-    )
+        model, replica_config(config), tokenizer=tokenizer, count=options.replicas, file=known,
+        spreads=spreads,
+    )  # fmt: skip
     del model  # the factory lets the weights go once replicas have them
     needs_times = options.routing_policy in NEED_TIMES and known is None
     first = factory.make_first(
@@ -106,7 +160,8 @@ def _open_local(
                 make_reader(host.engine.runner, host.name),
                 max_cpu_loras=lora.max_cpu_loras or lora.max_loras,
             ),
-            prepare=prepare,
+            # With devices of its own a replica reads new weights by itself.
+            prepare=None if spreads else prepare,
             on_death=factory.bury,
         )  # fmt: skip
     except BaseException:

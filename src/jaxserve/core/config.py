@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.core.parallel import ParallelOptions
+from jaxserve.core.setting import check_at_least, check_one_of, option
 from jaxserve.core.sparse import SparseConfig
 from jaxserve.core.speculative import SpeculativeConfig
 
@@ -45,38 +47,6 @@ _STORED_SCHEMES: tuple[str, ...] = (
     "gptq", "gptq_marlin", "modelopt", "mxfp4", "quark", "torchao", "w8a8_fp8", "w8a8_int8",
 )  # fmt: skip
 """Words of other engines for checkpoints that come quantised."""
-
-
-def option(
-    default: object, text: str, *aliases: str, count: bool = False, hidden: bool = False
-) -> Any:  # noqa: ANN401  dataclass fields are typed by their annotation
-    """Describe one setting.
-
-    Args:
-        default: Its default.
-        text: Help text.
-        *aliases: Further flag names, without dashes in front.
-        count: Whether suffixes such as `4k` are understood.
-        hidden: Whether the command line leaves it out.
-    """
-    metadata = {"help": text, "aliases": aliases, "count": count, "hidden": hidden}
-    return field(default=default, metadata=metadata)
-
-
-def _at_least(config: object, low: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise ConfigError(f"{name} must be at least {low}, got {value}.")
-
-
-def _one_of(config: object, **choices: object) -> None:
-    for name, literal in choices.items():
-        value = getattr(config, name)
-        known = typing.get_args(literal)
-        if value not in known:
-            hint = did_you_mean(str(value), map(str, known))
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}.{hint}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +89,8 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _one_of(self, dtype=Dtype, load_format=LoadFormat)
-        _at_least(self, 2, "max_model_len")
+        check_one_of(self, dtype=Dtype, load_format=LoadFormat)
+        check_at_least(self, 2, "max_model_len")
         self._check_quantization()
 
     def _check_quantization(self) -> None:
@@ -131,7 +101,7 @@ class ModelOptions:
                 "as it is loaded, or a GGUF file."
             )
         if self.quantization is not None:
-            _one_of(self, quantization=QuantizationScheme)
+            check_one_of(self, quantization=QuantizationScheme)
         settings = self.quantization_config
         if settings is None:
             return
@@ -184,8 +154,8 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _one_of(self, kv_layout=KvLayout)
-        _at_least(self, 1, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes")
+        check_one_of(self, kv_layout=KvLayout)
+        check_at_least(self, 1, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}."
@@ -253,9 +223,9 @@ class SchedulerOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _one_of(self, scheduling_policy=SchedulingPolicy, slo_pace=SloPace)
-        _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs")
-        _at_least(self, 1, "max_mixed_prefill_tokens")
+        check_one_of(self, scheduling_policy=SchedulingPolicy, slo_pace=SloPace)
+        check_at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs")
+        check_at_least(self, 1, "max_mixed_prefill_tokens")
         if not self.policy_budget_ms > 0:
             raise ConfigError(
                 f"policy_budget_ms must be greater than zero, got {self.policy_budget_ms}."
@@ -298,18 +268,16 @@ class RunnerOptions:
     max_logprobs: int = option(
         20, "Most candidates per token that a request may ask for; -1 is the vocabulary."
     )
-    tensor_parallel_size: int = option(1, "Devices that share each layer.", "tp", "tp-size")
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _one_of(
+        check_one_of(
             self,
             attention_backend=AttentionBackend,
             warmup=WarmupMode,
             logprobs_mode=LogprobsMode,
         )
-        _at_least(self, 1, "tensor_parallel_size")
-        _at_least(self, -1, "max_logprobs")
+        check_at_least(self, -1, "max_logprobs")
 
 
 _STRUCTURED_KEYS = {
@@ -344,7 +312,7 @@ class StructuredOptions:
         """Check the values."""
         if self.backend in _FOREIGN_BACKENDS:
             raise ConfigError(_foreign_backend(self.backend))
-        _one_of(self, structured_outputs_backend=GrammarBackend)
+        check_one_of(self, structured_outputs_backend=GrammarBackend)
         if self.grammar_compile_timeout <= 0:
             raise ConfigError(
                 "grammar_compile_timeout must be greater than zero, got "
@@ -405,7 +373,7 @@ class PoolingOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _one_of(self, runner=RunnerType)
+        check_one_of(self, runner=RunnerType)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -479,8 +447,8 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _at_least(self, 1, "max_loras", "max_lora_rank")
-        _at_least(self, 0, "lora_drain_wait_threshold")
+        check_at_least(self, 1, "max_loras", "max_lora_rank")
+        check_at_least(self, 0, "lora_drain_wait_threshold")
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigError(
                 f"max_cpu_loras must be at least max_loras={self.max_loras}, got "
@@ -529,6 +497,7 @@ class EngineConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     runner: RunnerOptions = field(default_factory=RunnerOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     structured: StructuredOptions = field(default_factory=StructuredOptions)
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
     speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)

@@ -23,6 +23,7 @@ from jaxserve.engine.encoder import Encoder
 from jaxserve.engine.encoder_metrics import EncoderMetrics
 from jaxserve.engine.encoder_runner import BatchShapes, EncoderRunner, EncoderSpec
 from jaxserve.engine.host import EngineHost, Progress, progress_bar
+from jaxserve.engine.parallel import check_encoder
 from jaxserve.engine.pooling import TextPooling, cannot
 from jaxserve.engine.setup import (
     ModelSource,
@@ -329,7 +330,8 @@ def _load_files(
 ) -> LoadedEncoder:
     if config.model.load_format == "gguf":
         raise UnsupportedError("encoders are read from safetensors; --load-format gguf is not.")
-    mesh = mesh or make_mesh(config.runner.tensor_parallel_size)
+    check_encoder(config.parallel)
+    mesh = mesh or make_mesh(config.parallel.tensor_parallel_size)
     is_dummy = config.model.load_format == "dummy"
     if is_dummy:
         path = Path(source).parent if Path(source).is_file() else Path(source)

@@ -871,6 +871,7 @@ class Engine(Inbox):
 
     def _recover(self, error: Exception) -> None:
         """Fail what was under way, start from empty buffers, and go on; give up on repetition."""
+        error = self.runner.explain(error)
         logger.error("a step failed; all requests under way end with an error", exc_info=error)
         self._num_failures += 1
         self._in_flight = None

@@ -1,5 +1,6 @@
 """What the synchronous and the asynchronous face share: a loaded engine on its thread."""
 
+import contextlib
 import functools
 import logging
 import sys
@@ -26,6 +27,8 @@ from jaxserve.core.request import Request
 from jaxserve.engine.abstract_host import AbstractHost
 from jaxserve.engine.adapters import AdapterStore, make_reader
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.hosts import join
+from jaxserve.engine.leader import refused
 from jaxserve.engine.lifecycle import Lifecycle
 from jaxserve.engine.loop import EngineThread
 from jaxserve.engine.measure import measure_engine
@@ -98,9 +101,16 @@ class EngineHost(AbstractHost):
                 f"give settings either in `config` or one by one, got both ({', '.join(settings)})."
             )
         self.clock = WallClock()
+        config = config or EngineConfig.from_settings(settings)
+        hosts = join(config.parallel)
+        if hosts is not None and not hosts.leads:
+            raise ConfigError(
+                f"process {hosts.rank} of {hosts.size} takes no requests; let it run "
+                "`jaxserve serve` with the same flags, or `jaxserve.engine.follower.follow`."
+            )
         made = assemble(
             source,
-            config or EngineConfig.from_settings(settings),
+            config,
             clock=self.clock,
             tokenizer=tokenizer,
             mesh=mesh,
@@ -108,6 +118,7 @@ class EngineHost(AbstractHost):
             attention=attention,
             progress=progress,
         )
+        self._hosts = hosts
         self.has_custom_attention = attention is not None
         # Not kept whole: it holds the first weights, which an update lets go.
         self.engine = made.engine
@@ -126,6 +137,8 @@ class EngineHost(AbstractHost):
         else:
             self._warm_up(on_progress)
         self._thread = EngineThread(self.engine)
+        if hosts is not None:
+            hosts.on_loss(self._stop_engine)
         self._lifecycle = Lifecycle(self.engine, self._thread.call)
         options = self.config.lora
         self.adapters = AdapterStore(
@@ -225,6 +238,7 @@ class EngineHost(AbstractHost):
         self, params: object, names: Names, *, partial: bool, donate: bool
     ) -> NewWeights:
         """Bring weights into the form in which they are served; see `Controls.update_params`."""
+        self._check_alone()
         specs = self.engine.runner.param_specs
         return prepare_weights(params, specs, names=names, partial=partial, donate=donate)
 
@@ -251,9 +265,15 @@ class EngineHost(AbstractHost):
 
     def read_weights(self, model_path: str | Path) -> NewWeights:
         """Read a checkpoint of the same model."""
+        self._check_alone()
         specs = self.engine.runner.param_specs
         place = resolve_model(model_path)
         return prepare_weights(read_weights(place, self.model_config, specs), specs)
+
+    def _check_alone(self) -> None:
+        """Check that weights can be replaced: that no other process has a part of them."""
+        if self._hosts is not None:
+            raise refused("weights are replaced")
 
     def adapter_replaced(self, adapter: LoraAdapter) -> None:
         """Forget what an adapter of the same number has left on the device."""
@@ -283,6 +303,14 @@ class EngineHost(AbstractHost):
             RequestError: If the constraint is malformed, or none can be served here.
         """
         return self.engine.constraints.begin(request.sampling)
+
+    def _stop_engine(self, reason: str) -> None:
+        """End everything because a host is lost, even while its step will never come back."""
+        reason = f"a host is lost: {reason}"
+        with contextlib.suppress(TimeoutError, EngineDeadError):
+            self._thread.call(lambda: self.engine.stop(reason)).result(timeout=2)
+        if self.engine.dead is None:
+            self.engine.stop(reason)
 
     def close(self) -> None:
         """Abort what is under way, stop the thread and free the cache; weights stay."""

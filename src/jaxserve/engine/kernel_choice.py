@@ -24,7 +24,7 @@ PAGED_BACKENDS = ("pallas", *KERNEL_BACKENDS)
 def choose_kernels(
     config: EngineConfig,
     mesh: jax.sharding.Mesh,
-    plans: KernelPlans,
+    plans: KernelPlans | None,
     *,
     has_draft: bool,
     use_pages: bool,
@@ -34,7 +34,8 @@ def choose_kernels(
     Args:
         config: Settings.
         mesh: Where the model is.
-        plans: What is planned with, but for the backend.
+        plans: What is planned with on one device, but for the backend; None if devices would need
+            each other to attend.
         has_draft: Whether another model drafts.
         use_pages: Whether the cache is in pages.
 
@@ -50,8 +51,11 @@ def choose_kernels(
         return None
     reasons: dict[str, str] = {}
     general = _why_no_kernel(mesh, has_draft=has_draft)
-    if general is not None:
-        reasons["every kernel"] = general
+    if plans is None or general is not None:
+        reasons["every kernel"] = general or (
+            f"a device needs heads of keys and values that others of {mesh.devices.size} have, or "
+            "attention is your own"
+        )
     else:
         # Plain JAX gains nothing from plans, so it is nobody's choice but of who asks for them.
         best: tuple[Backend, ...] = ("mosaic", "triton", *([] if is_auto else ["pallas-xla"]))
@@ -75,8 +79,6 @@ def choose_kernels(
 
 def _why_no_kernel(mesh: jax.sharding.Mesh, *, has_draft: bool) -> str | None:
     devices, default = mesh.devices, jax.devices()[0].platform
-    if devices.size != 1:
-        return f"it works on one device, found {devices.size}"
     if devices.flat[0].platform != default:
         return (
             f"it works on the default device, of platform {default}, found one of platform "

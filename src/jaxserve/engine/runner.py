@@ -19,6 +19,7 @@ from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.compiling import Programs
 from jaxserve.engine.kernel_plans import fields_of
+from jaxserve.engine.parallel import kv_axis
 from jaxserve.engine.pooled import Pooled, pool_chunks
 from jaxserve.engine.sampler import (
     Drafts,
@@ -55,7 +56,8 @@ from jaxserve.models.layers import CausalLM
 from jaxserve.models.lora import Factors, LoraBuffers, LoraShape, StepLora
 from jaxserve.models.registry import flatten_params
 from jaxserve.pallas_kernels.plan import Plan
-from jaxserve.sharding.rules import TENSOR_AXIS, LogicalAxisRules
+from jaxserve.sharding.arrays import put
+from jaxserve.sharding.rules import LogicalAxisRules, ModelSharding
 
 MAX_MOVES = 64
 """Pages copied between slots and store by one launch."""
@@ -85,6 +87,7 @@ class RunnerSpec:
         matmul_precision: Precision of matrix products; "highest" for float32.
         lora: Slots for low-rank adapters; None has none.
         sparse: Sparse attention; None reads everything.
+        sharding: How the model lies on several devices; None on one.
     """
 
     config: ModelConfig
@@ -104,6 +107,7 @@ class RunnerSpec:
     matmul_precision: str
     lora: LoraShape | None = None
     sparse: SparseSpec | None = None
+    sharding: ModelSharding | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,25 +187,15 @@ class Runner:
     def _allocate(self) -> None:
         self.slots, self.pages = self._allocate_cache(self.spec)
         self._clusters = allocate_clusters(self.spec.sparse, self.spec.config, self._everywhere)
-        rows, vocab = self.spec.max_num_seqs, self.spec.config.vocab_size
-        self._rows = jax.device_put(
-            RowState(
-                last_token=jnp.zeros((rows,), jnp.int32),
-                counts=jnp.zeros((rows, vocab), jnp.int32),
-                prompt_seen=jnp.zeros((rows, vocab), bool),
-                bias=jnp.zeros((rows, vocab), jnp.float32),
-            ),
-            self._everywhere,
-        )
+        make = _rows_program(self.spec.max_num_seqs, self.spec.config.vocab_size, self._everywhere)
+        self._rows = make()
 
     def _allocate_cache(self, spec: RunnerSpec) -> tuple[KvBuffers, KvBuffers]:
         """Allocate the slots and pages that a model needs."""
         config = spec.config
         dtype = jnp.dtype(spec.dtype)
         heads = config.num_kv_heads
-        size = dict(self._mesh.shape).get(TENSOR_AXIS, 0)
-        split = TENSOR_AXIS if size and heads % size == 0 else None
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, split))
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, kv_axis(self._mesh, heads)))
         page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
         slots: KvBuffers = ()
         pages: KvBuffers = ()
@@ -433,7 +427,7 @@ class Runner:
 
     def run(self, packed: PackedStep) -> StepResult:
         """Launch one step; returns at once, results follow when they are read."""
-        step, draw = self._launches(packed.shape)
+        step, draw = self.prepare(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
         mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
         if self.spec.sparse and self.spec.sparse.measure_every and packed.shape.num_segments:
@@ -455,7 +449,7 @@ class Runner:
             self.slots = cache
         return StepResult(sampled=sampled, hidden=hidden, reading=reading)
 
-    def _launches(self, shape: StepShape) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def prepare(self, shape: StepShape) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Return the two programs of a step; describing them anew for every step takes long."""
         found = self._found.get(shape)
         if found is None:
@@ -502,7 +496,7 @@ class Runner:
                 spec.lora,
                 jnp.dtype(spec.dtype),
                 mesh=self._mesh,
-                rules=LogicalAxisRules(),
+                rules=LogicalAxisRules() if spec.sharding is None else spec.sharding.rules,
             )
 
     def set_row(
@@ -585,7 +579,7 @@ class Runner:
             yield self._put(np.int32(len(part))), [self._put(column) for column in columns]
 
     def _put(self, value: np.ndarray | np.generic) -> jax.Array:
-        return jax.device_put(value, self._everywhere)
+        return put(value, self._everywhere)
 
     @property
     def params(self) -> nnx.State:
@@ -655,6 +649,10 @@ class Runner:
         self._free()
         self._allocate()
 
+    def explain(self, error: Exception) -> Exception:
+        """Return why a step has failed, if more is known than its error says."""
+        return error
+
     def _free(self) -> None:
         for leaf in jax.tree.leaves((self.slots, self.pages, self._clusters, self._rows)):
             if not leaf.is_deleted():
@@ -670,6 +668,21 @@ class Runner:
         self.slots = self.pages = ()
         self._clusters = ()
         self._params = ()
+
+
+@functools.lru_cache(maxsize=16)
+def _rows_program(rows: int, vocab: int, sharding: jax.sharding.Sharding) -> Callable[[], RowState]:
+    """Return what makes empty row state, once, so that allocating anew compiles nothing."""
+
+    def make() -> RowState:
+        return RowState(
+            last_token=jnp.zeros((rows,), jnp.int32),
+            counts=jnp.zeros((rows, vocab), jnp.int32),
+            prompt_seen=jnp.zeros((rows, vocab), bool),
+            bias=jnp.zeros((rows, vocab), jnp.float32),
+        )
+
+    return jax.jit(make, out_shardings=sharding)
 
 
 def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -715,6 +728,7 @@ def attention_plan(
         backend=spec.backend,
         upcast=spec.upcast,
         batch_invariant=spec.batch_invariant,
+        sharding=spec.sharding,
     )
 
 
@@ -756,6 +770,7 @@ def _step(
     # Padded to one size, so that one program scores the prompts of all shapes.
     longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
     prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
+    prefill = lax.with_sharding_constraint(prefill, everywhere)
     layers = cast(KvBuffers, new_cache)
     reading = tuple((layer[2], layer[3]) for layer in layers if len(layer) > 2)
     return logits, drawing, prefill, tuple(layer[:2] for layer in layers), reading
@@ -886,4 +901,7 @@ def _prompt_logprobs(
         top_token=jnp.zeros((*rows, spec.num_candidates), jnp.int32),
         top_logprob=jnp.zeros((*rows, spec.num_candidates), jnp.float32),
     )
-    return lax.fori_loop(0, (count + size - 1) // size, score, empty)
+    scores = lax.fori_loop(0, (count + size - 1) // size, score, empty)
+    if spec.sharding is None:
+        return scores
+    return lax.with_sharding_constraint(scores, NamedSharding(spec.sharding.mesh, PartitionSpec()))

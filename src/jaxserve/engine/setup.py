@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +14,17 @@ import psutil
 from flax import nnx
 
 from jaxserve.attention.custom import CustomAttention
+from jaxserve.attention.sharded import own_heads
 from jaxserve.cache.buffers import slot_capacity
 from jaxserve.core.config import EngineConfig, ModelOptions
 from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
+from jaxserve.engine.agreement import agree
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.draft_runner import DraftedRunner, DraftModel
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.hosts import Channel, join
 from jaxserve.engine.kernel_choice import (
     PAGED_BACKENDS,
     check_custom,
@@ -29,7 +32,14 @@ from jaxserve.engine.kernel_choice import (
     choose_kernels,
 )
 from jaxserve.engine.kernel_plans import KernelPlans
+from jaxserve.engine.leader import LeadingDraftedRunner, LeadingRunner
 from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.parallel import (
+    check_settings,
+    mesh_of,
+    num_cache_parts,
+    rules_of,
+)
 from jaxserve.engine.policy import EnginePolicy
 from jaxserve.engine.runner import Runner, RunnerSpec
 from jaxserve.engine.shapes import ShapeTable
@@ -67,7 +77,7 @@ from jaxserve.models.registry import (
 from jaxserve.pallas_kernels.variant import compose, sinks, soft_cap
 from jaxserve.scheduling.policies import PolicySettings
 from jaxserve.sharding.mesh import make_mesh
-from jaxserve.sharding.rules import LogicalAxisRules
+from jaxserve.sharding.rules import LogicalAxisRules, ModelSharding
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +109,7 @@ class LoadedModel:
         mesh: Where they lie.
         path: Where it came from; None for live parameters.
         generation_config: Sampling defaults that came with it.
+        rules: By which rules they lie there.
     """
 
     name: str
@@ -108,6 +119,14 @@ class LoadedModel:
     mesh: jax.sharding.Mesh
     path: Path | None
     generation_config: Mapping[str, object]
+    rules: LogicalAxisRules = field(default_factory=LogicalAxisRules)
+
+    @property
+    def sharding(self) -> ModelSharding | None:
+        """How it lies on several devices; None on one."""
+        if self.mesh.devices.size == 1:
+            return None
+        return ModelSharding(mesh=self.mesh, rules=self.rules)
 
 
 def load_model(
@@ -122,7 +141,7 @@ def load_model(
     Args:
         source: The model; one that has been loaded is returned as it is.
         config: Precision, format and parallelism.
-        mesh: Devices; by default those of live parameters, else the first local ones.
+        mesh: Devices; by default those of live parameters, else as many as `config` says.
         progress: Whether to show progress bars.
 
     Raises:
@@ -135,13 +154,11 @@ def load_model(
         return source
     if isinstance(source, CausalLM):
         graph, state = nnx.split(source)
-        return _quantize_live(_live(source.config, graph, state, mesh), config.model)
+        return _quantize_live(_live(source.config, graph, state, mesh), config)
     if isinstance(source, tuple):
         raw, params = source
         shape = raw if isinstance(raw, ModelConfig) else ModelConfig.from_hf(raw)
-        return _quantize_live(_live_params(shape, params, mesh), config.model)
-    if mesh is None:
-        mesh = make_mesh(config.runner.tensor_parallel_size)
+        return _quantize_live(_live_params(shape, params, mesh), config)
     if config.model.load_format == "dummy":
         return _draw(Path(source), config, mesh)
     path = resolve_model(source, revision=config.model.revision, progress=progress)
@@ -188,9 +205,10 @@ def _quantization(options: ModelOptions) -> Quantization | None:
     return Quantization(scheme=options.quantization, ignore=options.unquantized_layers)
 
 
-def _quantize_live(model: LoadedModel, options: ModelOptions) -> LoadedModel:
+def _quantize_live(model: LoadedModel, config: EngineConfig) -> LoadedModel:
     """Quantise live parameters, which stay as they are, as do those that are not quantised."""
-    wanted = _quantization(options)
+    model = dataclasses.replace(model, rules=rules_of(config.parallel))
+    wanted = _quantization(config.model)
     if wanted is None:
         return model
     arrays = flatten_params(model.state)
@@ -202,28 +220,29 @@ def _quantize_live(model: LoadedModel, options: ModelOptions) -> LoadedModel:
         )
     chosen = wanted.choose(arrays)
     graph, state = quantized_model(model.graph, model.state, KINDS[wanted.scheme], chosen)
-    specs = abstract_params(state, mesh=model.mesh, rules=LogicalAxisRules())
+    specs = abstract_params(state, mesh=model.mesh, rules=model.rules)
     made = fill(state, quantize_params(arrays, specs))
     return dataclasses.replace(model, graph=graph, state=made)
 
 
-def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh) -> LoadedModel:
+def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh | None) -> LoadedModel:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"load_format dummy needs a config.json, found none at {path}.")
     shape = ModelConfig.from_hf(read_json(file))
     dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=False))
     graph, state = abstract_model(shape, dtype=dtype, quantization=_quantization(config.model))
-    described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
+    mesh, rules = mesh or mesh_of(config.parallel, shape), rules_of(config.parallel)
+    described = abstract_params(state, mesh=mesh, rules=rules)
     arrays = draw_params(described, seed=config.model.seed)
     return LoadedModel(
         name=path.name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
-        path=path, generation_config={},
+        path=path, generation_config={}, rules=rules,
     )  # fmt: skip
 
 
 def _load(
-    name: str, path: Path, config: EngineConfig, mesh: jax.sharding.Mesh, *, progress: bool
+    name: str, path: Path, config: EngineConfig, mesh: jax.sharding.Mesh | None, *, progress: bool
 ) -> LoadedModel:
     checkpoint = open_checkpoint(path, config.model.load_format)
     try:
@@ -231,11 +250,13 @@ def _load(
         dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=checkpoint.is_quantized))
         wanted = _quantization(config.model)
         graph, state = abstract_model(shape, dtype=dtype, quantization=wanted)
-        described = abstract_params(state, mesh=mesh, rules=LogicalAxisRules())
+        mesh, rules = mesh or mesh_of(config.parallel, shape), rules_of(config.parallel)
+        described = abstract_params(state, mesh=mesh, rules=rules)
         arrays = load_params(checkpoint, described, progress=progress)
         return LoadedModel(
             name=name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
             path=checkpoint.path, generation_config=dict(checkpoint.generation_config),
+            rules=rules,
         )  # fmt: skip
     finally:
         checkpoint.close()
@@ -409,7 +430,8 @@ def _free_memory(config: EngineConfig, model: LoadedModel, *, on_cpu: bool) -> i
     limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
     share = config.cache.gpu_memory_utilization
     # Activations, logits and the program itself live beside weights and cache.
-    budget = int((limit * share - used) * 0.9) * model.mesh.devices.size
+    parts = num_cache_parts(model.mesh, model.config.num_kv_heads)
+    budget = int((limit * share - used) * 0.9) * parts
     if budget <= 0:
         raise CapacityError(
             f"the device has {format_bytes(limit)} of which {format_bytes(used)} are in use; "
@@ -430,6 +452,7 @@ class Assembled:
         default_sampling: Sampling defaults of the model.
         policy: The configured policy; not yet installed if it needs times of steps that have to be
             measured. None if a scheduler was given.
+        channel: Where launches are announced to other processes, if some run the engine together.
     """
 
     engine: Engine
@@ -438,6 +461,7 @@ class Assembled:
     model: LoadedModel
     default_sampling: dict[str, Any]
     policy: EnginePolicy | None = None
+    channel: Channel | None = None
 
 
 def _kernel_plans(
@@ -446,9 +470,17 @@ def _kernel_plans(
     dtype: str,
     plan: _CachePlan,
     attention: CustomAttention | None,
-) -> KernelPlans:
-    """Say what the paged kernels plan with; which of them is not yet chosen."""
+    *,
+    has_sparse: bool,
+) -> KernelPlans | None:
+    """Say what the paged kernels of a device plan with; which of them is not yet chosen.
+
+    None if no device can attend by itself.
+    """
     shape, parts = model.config, []
+    heads = own_heads(model.sharding, shape.num_heads, shape.num_kv_heads)
+    if heads is None or (attention is not None and model.sharding is not None):
+        return None
     if shape.attention_soft_cap is not None:
         parts.append(soft_cap(shape.attention_soft_cap))
     if shape.attention_sinks:
@@ -458,8 +490,8 @@ def _kernel_plans(
         parts.append(dataclasses.replace(attention.variant, block_mask=None))
     return KernelPlans(
         backend="",
-        q_heads=shape.num_heads,
-        kv_heads=shape.num_kv_heads,
+        q_heads=heads[0],
+        kv_heads=heads[1],
         head_dim=shape.head_dim,
         page_size=config.cache.block_size,
         dtype=dtype,
@@ -469,6 +501,7 @@ def _kernel_plans(
         shares=config.cache.enable_prefix_caching,
         variant=compose(*parts),
         extra={} if attention is None else attention.arrays(shape.num_heads),
+        has_sparse=has_sparse,
     )
 
 
@@ -506,6 +539,13 @@ def assemble(
         logger.info("batch_invariant: prefixes are not cached")
         cache = dataclasses.replace(config.cache, enable_prefix_caching=False)
         config = dataclasses.replace(config, cache=cache)
+    check_settings(config, is_live=not isinstance(source, str | Path))
+    hosts = join(config.parallel)
+    if hosts is not None and config.runner.warmup == "background":
+        # Which programs are ready at some time would differ between processes.
+        config = dataclasses.replace(
+            config, runner=dataclasses.replace(config.runner, warmup="full")
+        )
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
     check_sparse(config, model.mesh, has_own=attention is not None)
@@ -529,6 +569,8 @@ def assemble(
     num_draft = 0 if speculation is None else speculation.num_speculative_tokens
     draft = _load_draft(config, model, dtype)
     plan = _plan_cache(config, model, dtype, max_num_seqs, draft)
+    channel, agreed = agree(hosts, config, dataclasses.asdict(plan))
+    plan = _CachePlan(**cast(Any, agreed))
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
@@ -538,9 +580,7 @@ def assemble(
     chosen = choose_kernels(
         config,
         model.mesh,
-        dataclasses.replace(
-            _kernel_plans(config, model, dtype, plan, attention), has_sparse=sparse is not None
-        ),
+        _kernel_plans(config, model, dtype, plan, attention, has_sparse=sparse is not None),
         has_draft=draft is not None,
         use_pages=plan.use_pages,
     )
@@ -601,6 +641,7 @@ def assemble(
         matmul_precision="highest" if dtype == "float32" else "default",
         lora=_lora_shape(config),
         sparse=sparse,
+        sharding=model.sharding,
     )
     metrics = EngineMetrics(
         max_model_len=plan.max_model_len,
@@ -615,15 +656,19 @@ def assemble(
     }
     if tokenizer is None:
         tokenizer = _find_tokenizer(config.model, model.path)
+    leads = hosts is not None and hosts.leads
     if draft is None:
-        runner = Runner(spec, model.graph, model.state, **places)
+        runner = (LeadingRunner if leads else Runner)(spec, model.graph, model.state, **places)
     else:
         check_draft_model(draft.config, model.config, plan.max_model_len)
         own = dataclasses.replace(config.model, tokenizer=None)
         check_same_tokens(_find_tokenizer(own, draft.path), tokenizer, vocab)
         draft = _fit_length(draft, plan.max_model_len)
         small = DraftModel(config=draft.config, graph=draft.graph, state=draft.state, dtype=dtype)
-        runner = DraftedRunner(spec, model.graph, model.state, draft=small, **places)
+        kind = LeadingDraftedRunner if leads else DraftedRunner
+        runner = kind(spec, model.graph, model.state, draft=small, **places)
+    if channel is not None and isinstance(runner, LeadingRunner | LeadingDraftedRunner):
+        runner.begin(channel)
     metrics.set_cache_config(
         {
             "block_size": spec.page_size,
@@ -675,6 +720,7 @@ def assemble(
         model=model,
         default_sampling=_default_sampling(config.model, model.generation_config),
         policy=policy,
+        channel=channel,
     )
 
 

@@ -21,6 +21,7 @@ from jaxserve.models.fields import Fields
 from jaxserve.models.files import AGAIN, cannot_open, describe_start, read_json
 from jaxserve.models.fused import Slice, slices_of
 from jaxserve.models.quantization import is_scale, quantize_rows, scale_path
+from jaxserve.sharding.arrays import put
 
 INDEX_FILE = "model.safetensors.index.json"
 """Says which file holds which tensor, where there are several."""
@@ -447,4 +448,4 @@ def load_params(
 def _place(path: str, value: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
     buffer = prepare_buffer(value, spec.dtype, transpose=is_kernel(path))
     # Blocks, so that buffers of running transfers do not pile up.
-    return jax.device_put(buffer, spec.sharding).block_until_ready()
+    return put(buffer, spec.sharding).block_until_ready()

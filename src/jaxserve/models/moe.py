@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.attention.metadata import AttentionPlan
@@ -34,6 +35,7 @@ from jaxserve.models.layers import (
 from jaxserve.models.lora import LayerLora
 from jaxserve.models.parts import ExpertsConfig
 from jaxserve.models.positions import LayerKind
+from jaxserve.sharding.rules import ModelSharding, names_of
 
 _LONGEST_BLOCK = 32
 """Rows of a block at most."""
@@ -180,6 +182,7 @@ class Experts(nnx.Module):
         *,
         is_real: Bool[Array, " tokens"] | None = None,
         differentiable: bool = False,
+        sharding: ModelSharding | None = None,
     ) -> Float[Array, "tokens hidden"]:
         """Pass every token through its experts, and add their results up.
 
@@ -188,11 +191,26 @@ class Experts(nnx.Module):
             choice: Their experts and weights.
             is_real: Which of them are no padding, whose result is zero; None if all are real.
             differentiable: Whether gradients will be asked for, which blocks do not have.
+            sharding: How the model lies on several devices; None leaves that to the compiler.
+        """
+        if is_real is not None:
+            choice = jnp.where(is_real[:, None], choice[0], self.experts.num_experts), choice[1]
+        if sharding is not None:
+            return over_devices(self, x, choice, sharding).astype(x.dtype)
+        return self.of_own(x, choice, differentiable=differentiable).astype(x.dtype)
+
+    def of_own(
+        self, x: Float[Array, "tokens hidden"], choice: Choice, *, differentiable: bool = False
+    ) -> Float[Array, "tokens hidden"]:
+        """Add up the results of the experts that are here, in float32.
+
+        Args:
+            x: The tokens.
+            choice: Their experts and weights; experts that are not here add nothing.
+            differentiable: Whether gradients will be asked for.
         """
         expert, weight = choice
-        top_k, num_experts = expert.shape[1], self.experts.num_experts
-        if is_real is not None:
-            expert = jnp.where(is_real[:, None], expert, num_experts)
+        top_k, num_experts = expert.shape[1], self.gate_proj.kernel.shape[0]
         flat = expert.reshape(-1)
         order = jnp.argsort(flat, stable=True)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
@@ -200,10 +218,9 @@ class Experts(nnx.Module):
         rows, owner = x[order // top_k], flat[order]
         out = self.of_sorted(rows, owner, sizes, differentiable=differentiable)
         parts = out[place].reshape(*expert.shape, -1).astype(jnp.float32)
-        total = sum(parts[:, i] * weight[:, i, None] for i in range(top_k))
-        if is_real is not None:
-            total = jnp.where(is_real[:, None], total, 0.0)
-        return jnp.asarray(total).astype(x.dtype)
+        # Rows behind the last expert's are arbitrary.
+        parts = jnp.where((expert < num_experts)[..., None], parts, 0.0)
+        return jnp.asarray(sum(parts[:, i] * weight[:, i, None] for i in range(top_k)))
 
     def of_sorted(
         self,
@@ -246,6 +263,58 @@ class Experts(nnx.Module):
             return jax.nn.silu(gate) * up
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return (up + 1) * (gate * jax.nn.sigmoid(gate * self.experts.swiglu_alpha))
+
+
+def over_devices(
+    module: Experts,
+    x: Float[Array, "tokens hidden"],
+    choice: Choice,
+    sharding: ModelSharding,
+) -> Float[Array, "tokens hidden"]:
+    """Apply experts that lie on several devices; each device works on what it has of them.
+
+    Every device sees all tokens and passes on those that its experts are asked for; the sums are
+    added over the devices. What travels is one row per token, whatever the router chooses.
+
+    Args:
+        module: All experts.
+        x: The tokens.
+        choice: Their experts and weights.
+        sharding: How the model lies on devices.
+    """
+    graph, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+    specs = nnx.from_flat_state(
+        [(path, leaf.replace(_spec_of(leaf, sharding))) for path, leaf in flat]
+    )
+    down = _spec_of(module.down_proj.kernel, sharding)
+    by_expert, within = names_of(down[0]), names_of(down[1])
+    everywhere = PartitionSpec()
+
+    def own(state: nnx.State, x: Array, expert: Array, weight: Array) -> Array:
+        here = nnx.merge(graph, state)
+        bias = here.down_proj.bias
+        if bias is not None and within:  # is added once, where the first part of an expert is
+            is_first = lax.axis_index(within) == 0
+            bias[...] = jnp.where(is_first, bias[...], 0)
+        count = here.gate_proj.kernel.shape[0]
+        local = expert - (lax.axis_index(by_expert) * count if by_expert else 0)
+        local = jnp.where((local >= 0) & (local < count), local, count)
+        total = here.of_own(x, (local, weight))
+        return lax.psum(total, (*by_expert, *within)) if by_expert or within else total
+
+    shared = jax.shard_map(
+        own,
+        mesh=sharding.mesh,
+        in_specs=(specs, everywhere, everywhere, everywhere),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    return shared(state, x, *choice)
+
+
+def _spec_of(leaf: nnx.Variable[Array], sharding: ModelSharding) -> PartitionSpec:
+    return sharding.spec(leaf.get_metadata("axes"), leaf.get_value().shape)
 
 
 def block_rows(rows: int, num_experts: int) -> int:
@@ -327,6 +396,7 @@ class MoeMlp(nnx.Module):
                 choice,
                 is_real=plan.token_row >= 0 if is_step else None,
                 differentiable=not is_step,
+                sharding=plan.sharding if is_step else None,
             )
         if self.shared_experts is not None:
             with jax.named_scope("shared_experts"):

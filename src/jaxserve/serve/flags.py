@@ -39,6 +39,7 @@ GROUPS = {
     "cache": "key-value cache",
     "scheduler": "scheduling",
     "runner": "execution",
+    "parallel": "several devices and hosts",
     "structured": "structured outputs",
     "pooling": "embeddings and scores",
     "speculative": "speculative decoding",

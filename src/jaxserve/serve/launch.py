@@ -49,8 +49,29 @@ def run(settings: Settings) -> int:
         JaxserveError: If the port is taken or the model cannot be loaded.
     """
     listen = settings.server.listen
+    if settings.engine.parallel.is_multi_host and not _leads(settings):
+        return 0
     with bind(listen) as listener:
         return _serve(settings, listener)
+
+
+def _leads(settings: Settings) -> bool:
+    """Meet the other processes that run this engine; those behind the first follow it to the end.
+
+    Returns:
+        Whether this is the first one, which serves.
+    """
+    from jaxserve.engine.hosts import join  # noqa: PLC0415  loads JAX
+    from jaxserve.models.hub import DEFAULT_MODEL  # noqa: PLC0415
+
+    hosts = join(settings.engine.parallel)
+    if hosts is None or hosts.leads:
+        return True
+    from jaxserve.engine.follower import follow  # noqa: PLC0415  loads JAX
+
+    say(f"process {hosts.rank} of {hosts.size}: process 0 takes the requests")
+    follow(settings.model or DEFAULT_MODEL, config=settings.engine)
+    return False
 
 
 @contextlib.contextmanager

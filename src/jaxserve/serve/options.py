@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxserve.cluster.options import ClusterOptions
-from jaxserve.core.config import ContentFormat, EngineConfig, iter_options, option
+from jaxserve.core.config import ContentFormat, EngineConfig, iter_options
 from jaxserve.core.errors import ConfigError, did_you_mean
+from jaxserve.core.setting import option
 from jaxserve.parsers.registry import reasoning_parser, tool_parser
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]

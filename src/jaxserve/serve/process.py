@@ -20,7 +20,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 from jaxserve import __version__
 from jaxserve.core.clock import WallClock
-from jaxserve.core.errors import ConfigError
+from jaxserve.core.errors import ConfigError, EngineDeadError
 from jaxserve.models.hub import DEFAULT_MODEL, resolve_model
 from jaxserve.serve.app import create_app
 from jaxserve.serve.lora_routes import load_modules
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 FLUSH_S = 5
 """Seconds that the last bytes of drained answers get to leave."""
 BACKLOG = 2048
+_WATCH_S = 1.0
 
 
 def _uvicorn_settings(config: ServerConfig) -> dict[str, Any]:
@@ -122,6 +123,8 @@ class Process:
         """
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(self._main())
+        if isinstance(self._problem, EngineDeadError):
+            raise self._problem  # its last step may never come back; nothing can be closed
         if self.state.engine is not None:
             self.state.engine.close()
         if self._problem is not None:
@@ -148,6 +151,8 @@ class Process:
             self._problem = error
             self._server.should_exit = True
             return
+        if self.settings.engine.parallel.is_multi_host:
+            self._spawn(self._watch(engine))
         gc.collect()
         gc.freeze()  # the model's objects live as long as the server; do not walk them again
         self.state.engine = engine
@@ -156,6 +161,18 @@ class Process:
             f"(model {self.state.model_names[0]}, context {engine.max_model_len} tokens, "
             f"after {clock.now() - start:.1f} s)"
         )
+
+    async def _watch(self, engine: "AsyncLLM") -> None:
+        """End this process once its engine is dead, so that all can be started again."""
+        while not self._server.should_exit:
+            try:
+                engine.check_health()
+            except EngineDeadError as error:
+                self._problem = error
+                await self.state.idle(FLUSH_S)
+                self._server.should_exit = True
+                return
+            await asyncio.sleep(_WATCH_S)
 
     @contextlib.contextmanager
     def _signals(self) -> Generator[None]:
@@ -202,12 +219,11 @@ def _make_engine(settings: Settings, name: str) -> "AsyncLLM":
     source: str | Path = name
     if settings.engine.model.load_format != "dummy":
         source = resolve_model(name, revision=settings.engine.model.revision)
+    from jaxserve.cluster.start import fleet_options, open_fleet  # noqa: PLC0415  loads JAX
     from jaxserve.engine.async_engine import AsyncLLM  # noqa: PLC0415  loads JAX, which takes long
 
-    if settings.server.cluster.is_fleet:
-        from jaxserve.cluster.start import open_fleet  # noqa: PLC0415  loads JAX
-
-        options = settings.server.cluster
+    options = fleet_options(settings.server.cluster, settings.engine)
+    if options.is_fleet:
         # Actors look a name up where they are; it has been downloaded here by now.
         place = name if options.cluster == "ray" else source
         engine = open_fleet(place, options, config=settings.engine, progress=True)

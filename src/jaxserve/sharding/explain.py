@@ -1,13 +1,13 @@
 """Where weights would lie on a mesh, and how much of them on each device; none is needed."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
 from jaxserve.core.errors import ConfigError
-from jaxserve.sharding.rules import LogicalAxisRules
+from jaxserve.sharding.rules import LogicalAxisRules, MeshAxes, names_of
 
 _MOST_NAMED = 3
 
@@ -40,7 +40,7 @@ class Placement:
 
     Attributes:
         weight: The weight.
-        spec: Mesh axis along which each of its axes is split, or None.
+        spec: Mesh axes along which each of its axes is split, or None.
         device_bytes: Bytes of it on every device.
     """
 
@@ -52,14 +52,14 @@ class Placement:
 def explain(
     weights: Iterable[NamedWeight], sizes: Mapping[str, int], rules: LogicalAxisRules | None = None
 ) -> list[Placement]:
-    """Place weights on a mesh, strictly: what a mesh axis does not divide is an error.
+    """Place weights on a mesh, strictly: what mesh axes do not divide is an error.
 
     `LogicalAxisRules.sharding` keeps such a weight whole on every device instead.
 
     Args:
         weights: The weights.
         sizes: Devices along each axis of the mesh; axes of one device split nothing.
-        rules: Which mesh axis each logical axis lies on.
+        rules: Which mesh axes each logical axis lies on.
 
     Raises:
         ConfigError: If a size is impossible, a mesh axis of several devices splits nothing, or one
@@ -70,43 +70,46 @@ def explain(
             raise ConfigError(f"mesh axis {name!r} must have at least 1 device, got {size}.")
     rules = LogicalAxisRules() if rules is None else rules
     given = list(weights)
-    specs = [_split_axes(rules.spec(weight.axes), sizes) for weight in given]
+    several = [name for name, size in sizes.items() if size > 1]
+    specs = [rules.spec(weight.axes, several) for weight in given]
     pairs = list(zip(given, specs, strict=True))
-    for name, size in sizes.items():
-        if size > 1:
-            _check_axis(name, size, pairs)
+    used = {entry: names_of(entry) for spec in specs for entry in spec if entry is not None}
+    for name in several:
+        if not any(name in names for names in used.values()):
+            raise ConfigError(
+                f"mesh axis {name!r} of {sizes[name]} devices splits no weight of this model; make "
+                "it 1."
+            )
+    for entry, names in used.items():
+        _check_axes(entry, math.prod(sizes[name] for name in names), pairs)
     return [
         Placement(
             weight=weight,
             spec=spec,
-            device_bytes=weight.num_bytes // math.prod(sizes[name] for name in spec if name),
+            device_bytes=weight.num_bytes
+            // math.prod(sizes[name] for entry in spec for name in names_of(entry)),
         )
         for weight, spec in pairs
     ]
 
 
-def _split_axes(spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
-    return PartitionSpec(*(name if sizes.get(name, 1) > 1 else None for name in spec))
-
-
-def _check_axis(name: str, size: int, pairs: list[tuple[NamedWeight, PartitionSpec]]) -> None:
-    on_axis = [
+def _check_axes(
+    entry: MeshAxes, size: int, pairs: Sequence[tuple[NamedWeight, PartitionSpec]]
+) -> None:
+    on_axes = [
         (weight, weight.axes[place], weight.shape[place])
         for weight, spec in pairs
         for place, found in enumerate(spec)
-        if found == name
+        if found == entry
     ]
-    if not on_axis:
-        raise ConfigError(
-            f"mesh axis {name!r} of {size} devices splits no weight of this model; make it 1."
-        )
-    odd = [f"{logical} of {weight.path} ({n})" for weight, logical, n in on_axis if n % size]
+    odd = [f"{logical} of {weight.path} ({n})" for weight, logical, n in on_axes if n % size]
     if odd:
-        common = math.gcd(*(n for _, _, n in on_axis))
+        common = math.gcd(*(n for _, _, n in on_axes))
         fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
         more = f" and {len(odd) - _MOST_NAMED} more" if len(odd) > _MOST_NAMED else ""
+        named = " x ".join(repr(name) for name in names_of(entry))
         raise ConfigError(
-            f"mesh axis {name!r} of {size} devices does not divide "
+            f"mesh axis {named} of {size} devices does not divide "
             f"{', '.join(odd[:_MOST_NAMED])}{more}; sizes that divide all that lies on it: "
             f"{', '.join(fitting)}."
         )

@@ -1,0 +1,89 @@
+"""Settings of an engine that runs on several devices, or on several hosts."""
+
+from dataclasses import dataclass
+
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.setting import check_at_least, option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelOptions:
+    """How one model is shared by several devices, and by several hosts."""
+
+    tensor_parallel_size: int = option(
+        1,
+        "Devices that share each layer: heads, feed-forwards and vocabulary are split among them.",
+        "tp", "tp-size",
+    )  # fmt: skip
+    data_parallel_size: int = option(
+        1,
+        "Groups of tensor-parallel-size devices that share the requests. The server starts one "
+        "engine per group behind its router; with enable-expert-parallel, and in the library, one "
+        "engine runs on all groups.",
+        "dp", "dp-size",
+    )  # fmt: skip
+    enable_expert_parallel: bool = option(
+        False,
+        "Share whole experts among all tensor-parallel-size x data-parallel-size devices. Without "
+        "it each expert's matrices are split like other feed-forwards.",
+        "ep",
+    )
+    nnodes: int | None = option(
+        None,
+        "Processes that run one engine together, usually one per host. Under Slurm, in Kubernetes "
+        "indexed jobs and under Open MPI JAX finds it out.",
+        "num-hosts",
+    )
+    node_rank: int | None = option(
+        None, "Which of these processes this one is; process 0 listens for requests.", "host-rank"
+    )
+    dist_init_addr: str | None = option(
+        None,
+        "Address HOST:PORT at which process 0 coordinates the others; auto lets JAX find it out. "
+        "Default: this process is alone.",
+        "coordinator-address",
+    )
+    host_timeout: int = option(
+        30,
+        "Seconds without a sign of life after which a host counts as lost, and all others end with "
+        "an error.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_at_least(self, 1, "tensor_parallel_size", "data_parallel_size", "nnodes")
+        check_at_least(self, 0, "node_rank")
+        check_at_least(self, 2, "host_timeout")
+        self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        address, number, rank = self.dist_init_addr, self.nnodes, self.node_rank
+        if address is None:
+            if rank or (number or 1) > 1:
+                raise ConfigError(
+                    f"nnodes={number} and node_rank={rank} need dist_init_addr, the HOST:PORT at "
+                    "which process 0 can be reached by all; give it, or auto."
+                )
+            return
+        if address == "auto":
+            return
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdigit()):
+            raise ConfigError(f"dist_init_addr must be HOST:PORT or auto, got {address!r}.")
+        if number is None or rank is None:
+            raise ConfigError(
+                f"dist_init_addr={address} needs nnodes and node_rank as well, got nnodes={number} "
+                f"and node_rank={rank}; give both, or dist_init_addr=auto where JAX finds them out."
+            )
+        if rank >= number:
+            raise ConfigError(f"node_rank must be less than nnodes={number}, got {rank}.")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of one engine that runs on all groups."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def is_multi_host(self) -> bool:
+        """Whether several processes may run one engine together."""
+        return self.dist_init_addr is not None
