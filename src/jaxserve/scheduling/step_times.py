@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled
+from jaxserve.core.compiled import lean
 from jaxserve.core.cost import CostModel, LinearCost, StepLoad
 from jaxserve.core.cost_buckets import BucketCost
 from jaxserve.core.cost_table import TableCost
@@ -111,7 +111,7 @@ def _ends(sizes: Sequence[int]) -> list[int]:
     return sorted(found | {2 * below})
 
 
-@compiled
+@lean
 def step_seconds(
     times: StepTimes,
     prefill: int,
@@ -144,7 +144,7 @@ def step_seconds(
     return max(decode, _corners(times, decodes, mean, prefill, before))
 
 
-@compiled
+@lean
 def _cell(values: np.ndarray, start: int, size: int, value: float) -> tuple[int, float]:
     """Return the cell of an axis that holds a value, and how far the value is in it."""
     if size == 1:
@@ -156,7 +156,7 @@ def _cell(values: np.ndarray, start: int, size: int, value: float) -> tuple[int,
     return index, (value - low) / (values[start + index + 1] - low)
 
 
-@compiled
+@lean
 def _corners(times: StepTimes, batch: float, mean: float, chunk: float, past: float) -> float:
     """Interpolate in the table, in the order in which `TableCost` does."""
     grid, axes = times.grid, times.axes
@@ -194,7 +194,7 @@ def _corners(times: StepTimes, batch: float, mean: float, chunk: float, past: fl
     return found
 
 
-@compiled
+@lean
 def longest_chunk(
     times: StepTimes,
     seconds: float,
@@ -253,7 +253,7 @@ def longest_chunk(
     return low
 
 
-@compiled
+@lean
 def _fits(
     times: StepTimes,
     seconds: float,

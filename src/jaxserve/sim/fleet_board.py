@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled, inlined
+from jaxserve.core.compiled import inlined, lean
 from jaxserve.scheduling.polyserve.state import NOBODY, Records, Rules
 
 LATE_FIRST, LATE_TOKEN, LATE_GAP, DECLINED = 1, 2, 4, 8
@@ -110,7 +110,7 @@ SIZE, STEPS, DONE, EVENTS, DRAINED, PROMOTED, STARTED, TICKS, HANDED = range(9)
 promotions, servers started, checks, and the first whose prompt has just been computed elsewhere."""
 
 
-@compiled
+@lean
 def _sift(bd: Board, at: int) -> None:
     """Move one server of the heap to where its key belongs."""
     heap, key, spot = bd.desk.heap, bd.desk.key, bd.desk.spot
@@ -142,7 +142,7 @@ def _sift(bd: Board, at: int) -> None:
     spot[s] = at
 
 
-@compiled
+@lean
 def set_event(bd: Board, s: int, time: float) -> None:
     """Set the time of a server's next event."""
     bd.desk.key[s] = time
@@ -168,7 +168,7 @@ def drop_event(bd: Board, s: int) -> None:
         _sift(bd, at)
 
 
-@compiled
+@lean
 def end_request(rules: Rules, rq: Records, bd: Board, out: Records, r: int, t: float) -> None:
     """Note down the end of a request that got all of its tokens."""
     out.finish[r] = t
@@ -178,7 +178,7 @@ def end_request(rules: Rules, rq: Records, bd: Board, out: Records, r: int, t: f
     rules.means.output[k] += (rq.output[r] - rules.means.output[k]) / rules.means.finished[k]
 
 
-@compiled
+@lean
 def decline(bd: Board, out: Records, r: int, t: float) -> None:
     """Note down that a request was refused."""
     out.missed[r] |= DECLINED

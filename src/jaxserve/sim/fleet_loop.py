@@ -6,7 +6,7 @@ by number. `fleet.py` is the way in.
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled, inlined
+from jaxserve.core.compiled import inlined, lean
 from jaxserve.scheduling.polyserve.admission import TAKES, admits
 from jaxserve.scheduling.polyserve.packing import (
     LEAST_REQUESTS,
@@ -64,7 +64,7 @@ _ASKED = 4
 """Waiting requests that a server is asked about in vain before it goes on."""
 
 
-@compiled
+@lean
 def _enqueue(rq: Records, bd: Board, row: int, r: int) -> None:
     """Let a request wait at the router; whoever is due first is first."""
     before, q = NOBODY, bd.lines.queue[row]
@@ -78,18 +78,18 @@ def _enqueue(rq: Records, bd: Board, row: int, r: int) -> None:
     bd.lines.waiting[row] += 1
 
 
-@compiled
+@lean
 def _must_wait(
     rules: Rules, rq: Records, sv: Servers, gr: Gradient, bd: Board, r: int, now: float
 ) -> bool:
     """Tell whether a prompt would be computed for nobody who could go on with it."""
-    ahead = np.empty(rules.means.size, np.int64)
+    ahead = sv.ahead
     for k in range(rules.means.size):
         ahead[k] = bd.lines.coming[k] + bd.lines.waiting[k]
     return is_backed_up(rules, rq, sv, gr, r, now, ahead)
 
 
-@compiled
+@lean
 def _offer(
     times: StepTimes,
     rules: Rules,
@@ -118,7 +118,7 @@ def _offer(
     return True
 
 
-@compiled
+@lean
 def _put(
     times: StepTimes,
     rules: Rules,
@@ -304,7 +304,7 @@ def _tick(
     _sample(sv, gr, bd, now, timeline)
 
 
-@compiled
+@lean
 def _force(
     times: StepTimes,
     rules: Rules,
@@ -414,7 +414,7 @@ def _arrive(
     _enqueue(rq, bd, row, r)
 
 
-@compiled
+@lean
 def run(
     times: StepTimes,
     rules: Rules,

@@ -7,7 +7,7 @@ the next sequence ends, and until then a server's state follows from its last on
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled, inlined
+from jaxserve.core.compiled import inlined, lean
 from jaxserve.scheduling.polyserve.admission import EPS, chunk, slack_of
 from jaxserve.scheduling.polyserve.packing import Gradient, load_of, move
 from jaxserve.scheduling.polyserve.state import (
@@ -39,7 +39,7 @@ from jaxserve.sim.fleet_board import (
 _ROUNDING = 1 - 1e-9
 
 
-@compiled
+@lean
 def _seat(rules: Rules, rq: Records, sv: Servers, s: int, r: int, now: float) -> None:
     """Let a request decode on a server from its next step on."""
     i = sv.one.decodes[s]
@@ -60,7 +60,7 @@ def _seat(rules: Rules, rq: Records, sv: Servers, s: int, r: int, now: float) ->
     sv.one.context[s] += rq.total[r]
 
 
-@compiled
+@lean
 def _unseat(rq: Records, sv: Servers, s: int, i: int) -> None:
     """Take the request of a slot away; the last slot's takes its place."""
     r = sv.slots.request[s, i]
@@ -87,7 +87,7 @@ def _unseat(rq: Records, sv: Servers, s: int, i: int) -> None:
         _refresh_due(sv, s, k)
 
 
-@compiled
+@lean
 def _refresh_due(sv: Servers, s: int, k: int) -> None:
     least = np.inf
     for j in range(sv.one.decodes[s]):
@@ -131,7 +131,7 @@ def _judge(
             _refresh_due(sv, s, k)
 
 
-@compiled
+@lean
 def _settle(
     rules: Rules,
     su: Setup,
@@ -250,7 +250,7 @@ def queue_prompt(su: Setup, rq: Records, sv: Servers, bd: Board, s: int, r: int)
         bd.desk.tail[s] = r
 
 
-@compiled
+@lean
 def update_load(times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, s: int) -> None:
     """Note down what is known of a server, and move it to where its load belongs."""
     sv.one.known[s], sv.one.known_kv[s] = sv.one.context[s], sv.one.kv[s]
@@ -259,7 +259,7 @@ def update_load(times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, s: in
         move(gr, sv, s)
 
 
-@compiled
+@lean
 def advance(
     times: StepTimes,
     rules: Rules,
@@ -337,7 +337,7 @@ def _preempt(
         sv.one.head[s] = r
 
 
-@compiled
+@lean
 def begin_step(  # noqa: C901  parts of it would hand a dozen numbers back and forth
     times: StepTimes,
     rules: Rules,
@@ -413,7 +413,7 @@ def begin_step(  # noqa: C901  parts of it would hand a dozen numbers back and f
     sv.one.phase[s] = STEPPING
 
 
-@compiled
+@lean
 def is_hopeless(times: StepTimes, rq: Records, r: int, now: float) -> bool:
     """Tell whether a prompt's first token would be late even if nobody else were there."""
     left = rq.total[r]

@@ -10,8 +10,9 @@ Source: PolyServe (arXiv 2507.17769). Chunks follow from the slack of who decode
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled, inlined
+from jaxserve.core.compiled import inlined, lean
 from jaxserve.scheduling.polyserve.state import (
+    BINS,
     DECODE,
     IDLE,
     NOBODY,
@@ -30,12 +31,11 @@ what there is too little of."""
 EPS = 1e-9
 """Seconds by which sums may be rounded."""
 _FIRST_BIT, _SECOND_BIT, _LATER_BIT = 1, 2, 4
-_BINS = 16
 _LEAST_LEFT = 0.25
 """Share of its tier's mean output that a request is taken to have left at least."""
 
 
-@compiled
+@lean
 def slack_of(rules: Rules, sv: Servers, s: int, begin: float) -> float:
     """Return how long a step that begins now may take, so that no decode on the server is late.
 
@@ -51,7 +51,7 @@ def slack_of(rules: Rules, sv: Servers, s: int, begin: float) -> float:
     return slack
 
 
-@compiled
+@lean
 def chunk(
     times: StepTimes,
     rules: Rules,
@@ -80,7 +80,7 @@ def chunk(
     return got
 
 
-@compiled
+@lean
 def tier_seconds(rules: Rules, sv: Servers, s: int, tier: int) -> float:
     """Return the shortest seconds per token of a server's label, its decodes and a tier."""
     tau = rules.means.tau[tier]
@@ -93,7 +93,7 @@ def tier_seconds(rules: Rules, sv: Servers, s: int, tier: int) -> float:
     return tau
 
 
-@compiled
+@lean
 def steady_seconds(
     times: StepTimes, rules: Rules, tier: int, many: int, context: int, share: float
 ) -> float:
@@ -119,7 +119,7 @@ def steady_seconds(
     return step_seconds(times, tokens, pairs, 1, 0, many, context)
 
 
-@compiled
+@lean
 def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int, ahead: int) -> int:
     """Return the most tokens that will be in the cache at once if a request is taken.
 
@@ -138,44 +138,45 @@ def peak_kv(rules: Rules, rq: Records, sv: Servers, s: int, r: int, tokens: int,
     horizon = 1.0
     for k in range(rules.means.size):
         horizon = max(horizon, rules.means.output[k])
-    width = int(horizon / _BINS) + 1
-    leaving = np.zeros(_BINS + 1, np.int64)
-    leaving_tokens = np.zeros(_BINS + 1, np.int64)
+    width = int(horizon / BINS) + 1
+    for i in range(BINS + 1):
+        sv.bins[0, i] = 0
+        sv.bins[1, i] = 0
     steps = sv.one.steps[s] + ahead
     many, total = 0, 0
     for i in range(sv.one.decodes[s]):
         mean = rules.means.output[sv.slots.tier[s, i]]
         left = max(mean - (sv.slots.emitted[s, i] + steps), _LEAST_LEFT * mean)
         held = sv.slots.context[s, i] + steps
-        at = min(_BINS, int(left) // width + 1)
-        leaving[at] += 1
-        leaving_tokens[at] += held
+        at = min(BINS, int(left) // width + 1)
+        sv.bins[0, at] += 1
+        sv.bins[1, at] += held
         many += 1
         total += held
     for queued in (sv.one.head[s], sv.one.join_head[s]):
         q = queued
         while q != NOBODY:
-            at = min(_BINS, int(rules.means.output[rq.tier[q]]) // width + 1)
-            leaving[at] += 1
-            leaving_tokens[at] += rq.total[q]
+            at = min(BINS, int(rules.means.output[rq.tier[q]]) // width + 1)
+            sv.bins[0, at] += 1
+            sv.bins[1, at] += rq.total[q]
             many += 1
             total += rq.total[q]
             q = rq.following[q]
     if r != NOBODY:
-        at = min(_BINS, int(rules.means.output[rq.tier[r]]) // width + 1)
-        leaving[at] += 1
-        leaving_tokens[at] += tokens
+        at = min(BINS, int(rules.means.output[rq.tier[r]]) // width + 1)
+        sv.bins[0, at] += 1
+        sv.bins[1, at] += tokens
         many += 1
         total += tokens
     most = total
-    for i in range(1, _BINS + 1):  # at the end of bin i, before those leave who do so in it
+    for i in range(1, BINS + 1):  # at the end of bin i, before those leave who do so in it
         most = max(most, total + many * width * i)
-        many -= leaving[i]
-        total -= leaving_tokens[i]
+        many -= sv.bins[0, i]
+        total -= sv.bins[1, i]
     return most
 
 
-@compiled
+@lean
 def admits(
     times: StepTimes,
     rules: Rules,
@@ -256,7 +257,7 @@ def _walk(  # noqa: C901  parts of it would hand a dozen numbers back and forth
 ) -> int:
     """Follow all prompts of a server, and the request's in its place, to their first tokens."""
     tiers = rules.means.size
-    dues = np.empty(tiers)  # when each tier's next token is due
+    dues = sv.dues  # when each tier's next token is due
     decodes, steps = sv.one.decodes[s], sv.one.steps[s] + ahead
     context = sv.one.context[s] + ahead * decodes
     under_way = ahead > 0
@@ -363,7 +364,7 @@ def _walk(  # noqa: C901  parts of it would hand a dozen numbers back and forth
     return FIRST
 
 
-@compiled
+@lean
 def _unfinished(rq: Records, q: int, under_way: bool) -> int:  # noqa: FBT001  as compiled
     """Return the first prompt from `q` on that is not done with the step under way."""
     while under_way and q != NOBODY and rq.computed[q] + rq.grant[q] >= rq.total[q]:
@@ -371,7 +372,7 @@ def _unfinished(rq: Records, q: int, under_way: bool) -> int:  # noqa: FBT001  a
     return q
 
 
-@compiled
+@lean
 def _next_step(
     times: StepTimes, rules: Rules, dues: np.ndarray, decodes: int, context: int, time: float
 ) -> int:

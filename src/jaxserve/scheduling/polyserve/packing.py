@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled
+from jaxserve.core.compiled import lean
 from jaxserve.scheduling.polyserve.admission import TAKES, admits, steady_seconds
 from jaxserve.scheduling.polyserve.state import (
     DECODE,
@@ -42,7 +42,7 @@ def empty_gradient(servers: int, tiers: int) -> Gradient:
     return Gradient(np.full((tiers + 1, servers), NOBODY), np.zeros(tiers + 1, np.int64))
 
 
-@compiled
+@lean
 def load_of(times: StepTimes, rules: Rules, sv: Servers, s: int) -> float:
     """Return how full a server is: the largest of its shares of pace, cache and seats.
 
@@ -64,7 +64,7 @@ def load_of(times: StepTimes, rules: Rules, sv: Servers, s: int) -> float:
     return max(load, context / rules.capacity, many / rules.seats)
 
 
-@compiled
+@lean
 def enter(gr: Gradient, sv: Servers, s: int, row: int) -> None:
     """Put a server into a row, behind those that are as full."""
     sv.one.row[s] = row
@@ -74,7 +74,7 @@ def enter(gr: Gradient, sv: Servers, s: int, row: int) -> None:
     move(gr, sv, s)
 
 
-@compiled
+@lean
 def leave(gr: Gradient, sv: Servers, s: int) -> None:
     """Take a server out of its row."""
     row = sv.one.row[s]
@@ -88,7 +88,7 @@ def leave(gr: Gradient, sv: Servers, s: int) -> None:
     sv.one.row[s] = NOBODY
 
 
-@compiled
+@lean
 def move(gr: Gradient, sv: Servers, s: int) -> None:
     """Move a server to where its load belongs; loads change little at a time."""
     row = sv.one.row[s]
@@ -109,7 +109,7 @@ def move(gr: Gradient, sv: Servers, s: int) -> None:
     sv.one.place[s] = i
 
 
-@compiled
+@lean
 def label(gr: Gradient, sv: Servers, s: int, row: int, tiers: int) -> None:
     """Take a server out of the pool for a tier, or for prompts."""
     sv.one.state[s] = SERVING
@@ -117,7 +117,7 @@ def label(gr: Gradient, sv: Servers, s: int, row: int, tiers: int) -> None:
     enter(gr, sv, s, row)
 
 
-@compiled
+@lean
 def probe(
     times: StepTimes,
     rules: Rules,
@@ -156,7 +156,7 @@ def probe(
     return NOBODY
 
 
-@compiled
+@lean
 def is_backed_up(
     rules: Rules, rq: Records, sv: Servers, gr: Gradient, r: int, now: float, ahead: np.ndarray
 ) -> bool:
@@ -195,7 +195,7 @@ def is_backed_up(
     return wanted > room
 
 
-@compiled
+@lean
 def take_pooled(sv: Servers, stage: int) -> int:
     """Return an idle warm server of a stage, or `NOBODY`."""
     for s in range(sv.one.state.size):
@@ -204,7 +204,7 @@ def take_pooled(sv: Servers, stage: int) -> int:
     return NOBODY
 
 
-@compiled
+@lean
 def take_spare(sv: Servers, gr: Gradient, row: int, stage: int) -> int:
     """Return a server that can be had at once, or `NOBODY`; it is not in any row.
 
@@ -228,7 +228,7 @@ def take_spare(sv: Servers, gr: Gradient, row: int, stage: int) -> int:
     return NOBODY
 
 
-@compiled
+@lean
 def route(
     times: StepTimes,
     rules: Rules,
@@ -279,7 +279,7 @@ def route(
     return _take_over(times, rules, rq, sv, gr, r, now, row)
 
 
-@compiled
+@lean
 def _take_over(
     times: StepTimes,
     rules: Rules,
@@ -311,14 +311,14 @@ def _take_over(
 POLYSERVE = 8
 
 
-@compiled
+@lean
 def draw(seed: np.ndarray) -> int:
     """Draw a number of 23 bits (a linear congruential generator of 31)."""
     seed[0] = (seed[0] * 1103515245 + 12345) & 0x7FFFFFFF
     return seed[0] >> 8
 
 
-@compiled
+@lean
 def rival(  # noqa: C901  a line or two for each rule
     kind: int,
     times: StepTimes,
@@ -390,12 +390,12 @@ def rival(  # noqa: C901  a line or two for each rule
     return best
 
 
-@compiled
+@lean
 def _requests(sv: Servers, s: int) -> int:
     return sv.one.decodes[s] + sv.one.pending[s] + sv.one.joining[s]
 
 
-@compiled
+@lean
 def _nth(sv: Servers, stage: int, n: int) -> int:
     for s in range(sv.one.state.size):
         if sv.one.state[s] == SERVING and sv.one.stage[s] == stage:
@@ -405,7 +405,7 @@ def _nth(sv: Servers, stage: int, n: int) -> int:
     return NOBODY
 
 
-@compiled
+@lean
 def _headroom(
     times: StepTimes,
     rq: Records,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.core.compiled import compiled
+from jaxserve.core.compiled import lean
 from jaxserve.scheduling.polyserve.admission import steady_seconds
 from jaxserve.scheduling.polyserve.packing import Gradient, label, leave, load_of
 from jaxserve.scheduling.polyserve.state import (
@@ -59,7 +59,7 @@ def empty_watch(tiers: int) -> Watch:
     )  # fmt: skip
 
 
-@compiled
+@lean
 def spares_tail(
     times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, row: int, most: float
 ) -> bool:
@@ -111,7 +111,7 @@ def spares_tail(
     return False
 
 
-@compiled
+@lean
 def scale_down(
     times: StepTimes,
     rules: Rules,
@@ -163,7 +163,7 @@ def scale_down(
     return drained
 
 
-@compiled
+@lean
 def rebalance(
     times: StepTimes, rules: Rules, sv: Servers, gr: Gradient, watch: Watch, share: float
 ) -> int:
@@ -188,8 +188,9 @@ def rebalance(
     for s in range(sv.one.state.size):
         if sv.one.state[s] == POOLED and sv.one.stage[s] != PREFILL:
             return 0
-    total = np.zeros(tiers)
+    total = sv.dues
     for row in range(tiers):
+        total[row] = 0.0
         for i in range(gr.filled[row]):
             total[row] += load_of(times, rules, sv, gr.order[row, i])
     changed = 0
@@ -218,7 +219,7 @@ def rebalance(
     return changed
 
 
-@compiled
+@lean
 def resize_pool(
     sv: Servers, watch: Watch, reserve: int, hold: int, keep: float, change: np.ndarray
 ) -> int:
@@ -261,7 +262,7 @@ def resize_pool(
     return -_collect(sv, POOLED, pooled - reserve, change)
 
 
-@compiled
+@lean
 def _collect(sv: Servers, state: int, count: int, change: np.ndarray) -> int:
     found = 0
     for i in range(sv.one.state.size):

@@ -108,6 +108,9 @@ SERVER = np.dtype(
 * `place`: where it stands in its row of the gradient; `row`: which row, or `NOBODY`.
 """
 
+BINS = 16
+"""Spans of time into which the residents of a server fall by when they will leave."""
+
 SLOT = np.dtype(
     [
         ("request", "i8"), ("context", "i8"), ("emitted", "i8"), ("due", "f8"), ("finish", "i8"),
@@ -141,11 +144,18 @@ class Servers(NamedTuple):
         one: `[servers]` of `SERVER`.
         slots: `[servers, seats]` of `SLOT`.
         min_due: `[servers, tiers]`: the least `due` of the slots of a tier; infinite without any.
+        bins: `[2, BINS + 1]`, int64: what a check notes down, anew each time; an array of its own
+            would take longer to make than to use.
+        dues: `[tiers]`, likewise.
+        ahead: `[tiers]`, int64, likewise.
     """
 
     one: Records
     slots: Records
     min_due: np.ndarray
+    bins: np.ndarray
+    dues: np.ndarray
+    ahead: np.ndarray
 
 
 class Rules(NamedTuple):
@@ -200,4 +210,7 @@ def empty_servers(count: int, seats: int, tiers: int) -> Servers:
         one[name] = NOBODY
     one.next_finish[:] = NEVER
     slots = records(SLOT, (count, seats))
-    return Servers(one, slots, np.full((count, tiers), np.inf))
+    return Servers(
+        one, slots, np.full((count, tiers), np.inf), np.zeros((2, BINS + 1), np.int64),
+        np.zeros(tiers), np.zeros(tiers, np.int64),
+    )  # fmt: skip
