@@ -225,7 +225,7 @@ def test_wrong_flags_get_one_line(words, match, capsys):
 
 
 def test_flags_name_a_fleet_as_others_do():
-    found = flags.parse(["--dp-size", "3", "--router", "prefix_aware"], {}).server.cluster
+    found = flags.parse(["--replicas", "3", "--router", "prefix_aware"], {}).server.cluster
     assert (found.replicas, found.routing_policy, found.is_fleet) == (3, "prefix_aware", True)
     assert not flags.parse([], {}).server.cluster.is_fleet
 

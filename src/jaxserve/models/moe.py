@@ -218,8 +218,10 @@ class Experts(nnx.Module):
         rows, owner = x[order // top_k], flat[order]
         out = self.of_sorted(rows, owner, sizes, differentiable=differentiable)
         parts = out[place].reshape(*expert.shape, -1).astype(jnp.float32)
-        # Rows behind the last expert's are arbitrary.
-        parts = jnp.where((expert < num_experts)[..., None], parts, 0.0)
+        # Rows behind the last expert's are arbitrary, as are weights of what is not real.
+        is_here = expert < num_experts
+        parts = jnp.where(is_here[..., None], parts, 0.0)
+        weight = jnp.where(is_here, weight, 0.0)
         return jnp.asarray(sum(parts[:, i] * weight[:, i, None] for i in range(top_k)))
 
     def of_sorted(
