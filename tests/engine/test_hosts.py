@@ -135,10 +135,8 @@ def start(folder: Path) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("size", "settings"),
     [
-        (2, {"tensor_parallel_size": 4}),
-        pytest.param(
-            4, {"tensor_parallel_size": 2, "data_parallel_size": 4}, marks=pytest.mark.slow
-        ),
+        pytest.param(2, {"tensor_parallel_size": 4}, marks=pytest.mark.slow),
+        (4, {"tensor_parallel_size": 2, "data_parallel_size": 4}),
         pytest.param(
             4,
             {
