@@ -242,11 +242,12 @@ def _attend_slots_compiled(
     position = jnp.where(plan.token_row[:rows] >= 0, plan.token_position[:rows], -1)
     keys, values, *_ = cache
     if plan.sparse is not None:
-        # These rows' keys are appended here, as the kernel appends only where it attends.
-        at = jnp.where(plan.sparse.is_sparse, position, keys.shape[2] - 1)
-        index = jnp.arange(rows)
-        keys = keys.at[index, :, at].set(k[:rows])
-        values = values.at[index, :, at].set(v[:rows])
+        # These rows' keys are appended here, as the kernel appends only where it attends. By a
+        # kernel of its own: from a scatter to the next kernel XLA:CPU copies the whole cache.
+        index = jnp.arange(rows, dtype=jnp.int32)
+        one = plan.sparse.is_sparse.astype(jnp.int32)
+        own = jnp.stack([index, index, jnp.maximum(position, 0), one], axis=-1)
+        keys, values = cpu_kernels.append(k[:rows], v[:rows], keys, values, own)
         position = jnp.where(plan.sparse.is_sparse, -1, position)
     out, keys, values = cpu_kernels.decode(
         q[:rows], k[:rows], v[:rows], keys, values, position, scale=scale

@@ -270,9 +270,12 @@ def attend_rows(
         shape = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((5,), jnp.int32))
         return (*shape, jnp.zeros((2,), jnp.float32))
 
-    if backend in LIST_BACKENDS:
-        # The device would stop for the host to ask which way to go, in every layer. Rows without
-        # lists cost it next to nothing, and where all are, the host launches another step.
+    (layer,) = sparse.layers
+    if backend in LIST_BACKENDS or (
+        layer and backend == "llvm" and has_kernel(layer.sizes.shape[-1], sparse.config)
+    ):
+        # Rows without lists, or segments, cost next to nothing. Asking would cost more: a device
+        # stops for the host in every layer, and XLA:CPU copies the whole cache into the branch.
         return attend()
     return lax.cond(jnp.any(is_sparse), attend, rest)
 
