@@ -38,40 +38,33 @@ def test_no_policy_does_better(rate, seed, reading):
         assert attainment(simulate(requests, [replica]), reading) <= bound + 1e-9
 
 
+def alike(count, *, prompt, output, slo):
+    """Return requests that come at once and want the same."""
+    return [
+        SimRequest(request_id=i, arrival=0.0, prompt_len=prompt, output_len=output, slo=slo)
+        for i in range(count)
+    ]
+
+
 def test_equal_prompts_at_once_are_cut_off_where_time_is_up():
     cost = LinearCost(Plane(token=0.001))
-    requests = [
-        SimRequest(
-            request_id=i, arrival=0.0, prompt_len=100, output_len=1,
-            slo=Slo(ttft_ms=500, tpot_ms=100),
-        ) for i in range(20)
-    ]  # fmt: skip
+    requests = alike(20, prompt=100, output=1, slo=Slo(ttft_ms=500, tpot_ms=100))
     assert least_work(cost, requests[0]) == pytest.approx(0.1)
     assert clairvoyant_share(requests, cost) == pytest.approx(5 / 20)
     assert clairvoyant_share(requests[:5], cost) == 1.0
 
 
 def test_tokens_are_due_one_by_one():
-    # Each takes 0.1 s, and the last is due after 30: half of the requests can have the first ten.
+    # Each second 20 tokens are due, which take two: half of the requests can have theirs.
     cost = LinearCost(Plane(token=0.1))
-    requests = [
-        SimRequest(
-            request_id=i, arrival=0.0, prompt_len=1, output_len=30,
-            slo=Slo(ttft_ms=1000, tpot_ms=1000),
-        ) for i in range(20)
-    ]  # fmt: skip
+    requests = alike(20, prompt=1, output=30, slo=Slo(ttft_ms=1000, tpot_ms=1000))
     assert clairvoyant_share(requests, cost) == pytest.approx(0.5)
 
 
 def test_steps_cost_what_they_cost_whoever_is_in_them():
     # Two sequences at a time, or 100 tokens of context: two times 0.5 s for every four tokens.
     cost = LinearCost(Plane(token=1e-6, base=0.5))
-    requests = [
-        SimRequest(
-            request_id=i, arrival=0.0, prompt_len=49, output_len=2,
-            slo=Slo(ttft_ms=500, tpot_ms=500),
-        ) for i in range(8)
-    ]  # fmt: skip
+    requests = alike(8, prompt=49, output=2, slo=Slo(ttft_ms=500, tpot_ms=500))
     assert clairvoyant_share(requests, cost) == 1.0
     for bounds in ({"seats": 2}, {"capacity": 100}):
         assert clairvoyant_share(requests, cost, **bounds) == pytest.approx(0.5, rel=1e-3)

@@ -8,13 +8,12 @@ compiled program would have to know.
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from benchmarks.rooms.flash.namespaces import address, enter, own_commands
+from benchmarks.rooms.flash.namespaces import address, settle
 
 WIDTH: Final = 256  # float32: rows of 1 KiB
 _PORT: Final = 5301
@@ -110,11 +109,7 @@ class Exchanges:
 def main() -> None:
     """Answer commands until they end."""
     gpu, servers, gpus, mbit = int(sys.argv[1]), *map(int, sys.argv[2:4]), float(sys.argv[4])
-    enter()
-    print("entered", flush=True)
-    sys.stdin.readline()
-    for command in own_commands(gpu, gpus, mbit):
-        subprocess.run(command.split(), check=True)
+    settle(gpu, gpus, mbit)
     socket.sethostname(address(gpu))  # gloo looks its own address up by it
     print("ready", flush=True)
     os.environ["JAX_PLATFORMS"] = "cpu"

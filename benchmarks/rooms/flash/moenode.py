@@ -7,7 +7,6 @@ all servers, and nothing bounds what goes between them.
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.rooms.flash.namespaces import address, enter, own_commands
+from benchmarks.rooms.flash.namespaces import address, settle
 
 _PORT: Final = 5401
 
@@ -129,11 +128,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if not is_alone:
-        enter()
-        print("entered", flush=True)
-        sys.stdin.readline()
-        for command in own_commands(server, 1, mbit):
-            subprocess.run(command.split(), check=True)
+        settle(server, 1, mbit)
         socket.sethostname(address(server))
         print("ready", flush=True)
         import jax

@@ -67,6 +67,21 @@ def _shape(device: str, mbit: float) -> str:
     return f"tc qdisc add dev {device} root tbf rate {mbit}mbit burst 32kb latency 100ms"
 
 
+def settle(gpu: int, gpus: int, mbit: float) -> None:
+    """Enter a namespace, say so, and shape the link once its other end is there.
+
+    Args:
+        gpu: Which one this process is.
+        gpus: GPUs of a server.
+        mbit: Bandwidth of a link.
+    """
+    enter()
+    print("entered", flush=True)
+    sys.stdin.readline()
+    for command in own_commands(gpu, gpus, mbit):
+        subprocess.run(command.split(), check=True)
+
+
 def own_commands(gpu: int, gpus: int, mbit: float) -> list[str]:
     """Return what sets up a GPU's interfaces, inside its namespace."""
     first = gpu - gpu % gpus

@@ -10,7 +10,6 @@ import json
 import queue
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.rooms.flash.namespaces import address, enter, own_commands
+from benchmarks.rooms.flash.namespaces import address, settle
 
 PORT: Final = 5201
 _HEADER: Final = struct.Struct("!IB")  # piece, whether the receiver is to say that it has it
@@ -213,11 +212,7 @@ class Node:
 def main() -> None:
     """Answer commands until they end."""
     gpu, servers, gpus, mbit = int(sys.argv[1]), *map(int, sys.argv[2:4]), float(sys.argv[4])
-    enter()
-    print("entered", flush=True)
-    sys.stdin.readline()
-    for command in own_commands(gpu, gpus, mbit):
-        subprocess.run(command.split(), check=True)
+    settle(gpu, gpus, mbit)
     node = Node(gpu, servers * gpus, gpus)
     print("ready", flush=True)
     for line in sys.stdin:
