@@ -270,14 +270,17 @@ def attend_rows(
         shape = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((5,), jnp.int32))
         return (*shape, jnp.zeros((2,), jnp.float32))
 
-    (layer,) = sparse.layers
-    if backend in LIST_BACKENDS or (
-        layer and backend == "llvm" and has_kernel(layer.sizes.shape[-1], sparse.config)
-    ):
+    if backend in LIST_BACKENDS or _is_one_kernel(sparse, backend):
         # Rows without lists, or segments, cost next to nothing. Asking would cost more: a device
         # stops for the host in every layer, and XLA:CPU copies the whole cache into the branch.
         return attend()
     return lax.cond(jnp.any(is_sparse), attend, rest)
+
+
+def _is_one_kernel(sparse: SparseRows, backend: SpanBackend) -> bool:
+    """Tell whether one kernel of the CPU chooses and attends."""
+    (layer,) = sparse.layers
+    return backend == "llvm" and bool(layer) and has_kernel(layer.sizes.shape[-1], sparse.config)
 
 
 def _read(
@@ -292,7 +295,7 @@ def _read(
 ) -> tuple[State, Array, SparseStats]:
     """Return the state of what is read, outputs, and what was counted."""
     config, (layer,) = sparse.config, sparse.layers
-    if layer and backend == "llvm" and has_kernel(layer.sizes.shape[-1], config):
+    if layer and _is_one_kernel(sparse, backend):
         return attend_entries(
             q,
             keys,
