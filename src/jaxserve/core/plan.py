@@ -54,7 +54,7 @@ class StepPlan:
         admit: Waiting sequences that get a row, in this order; each also appears in `work`.
         preempt: Running sequences that lose row and pages and wait to be recomputed.
         reject: Waiting sequences that are refused, as they asked to be.
-        unpromised: Waiting sequences that from now on are served without a promise; for the record.
+        unpromised: Sequences that from now on are served without a promise; for the record.
         holds_until: Clock time in seconds up to which every step that begins would get the same
             plan, unless somebody arrives, leaves or ends, or pages run out. The default is never.
     """

@@ -1,6 +1,7 @@
 """The token planner in the simulator: what it promises it keeps, and nobody is lost."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -26,20 +27,28 @@ SPEC = ReplicaSpec(num_pages=6000, max_num_seqs=128)
 
 
 class Witness:
-    """Passes plans through, and remembers who was ever promised anything, and when."""
+    """Passes plans through, and remembers whose promise stands, and how many passed to others."""
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
         self.promised = set()
+        self.num_passed = 0
         self.config = scheduler.config
 
     def plan(self, view):
+        before = {s.seq_id: s for s in (*view.running, *view.waiting)}
         plan = self.scheduler.plan(view)
         records = self.scheduler._records
         now = {i for i, r in records.items() if r.standing is Standing.PROMISED}
-        here = {s.seq_id for s in (*view.running, *view.waiting)}
-        assert self.promised & here <= now, "no promise is withdrawn"
-        self.promised |= now
+        gone = (self.promised & before.keys()) - now
+        for seq_id in gone:
+            one = before[seq_id]
+            assert self.config.revises
+            assert one.slo.on_decline != "reject"
+            assert one.num_tokens == one.prompt_len, "from the first token on a promise stands"
+        assert len(gone) <= len(now - self.promised), "each one that goes makes room for another"
+        self.num_passed += len(gone)
+        self.promised = (self.promised - gone) | now
         return plan
 
 
@@ -74,11 +83,15 @@ def serve(requests, scheduler, spec=SPEC, **options):
 
 
 @pytest.mark.parametrize("pace", READINGS)
+@pytest.mark.parametrize("on_decline", ["reject", "best_effort"])
 @pytest.mark.parametrize(("rate", "bursts"), [(4.0, False), (12.0, False), (5.0, True)])
-def test_with_an_exact_model_every_promise_is_kept(pace, rate, bursts):
-    """Overload included; lengths are known, and no margin is needed."""
+def test_with_an_exact_model_every_promise_is_kept(pace, on_decline, rate, bursts):
+    """Overload included; lengths are known, and no margin is needed.
+
+    Of those who would have been refused none gives way; of others some do, to shorter ones.
+    """
     witness = Witness(SlosServeScheduler(COST, SlosServeConfig(pace=pace, margin=0.0)))
-    requests = stream(1, 100, rate=rate, bursts=bursts)
+    requests = stream(1, 100, rate=rate, bursts=bursts, on_decline=on_decline)
     done = serve(requests, witness)
     broken = [
         one for one in done
@@ -87,6 +100,35 @@ def test_with_an_exact_model_every_promise_is_kept(pace, rate, bursts):
     assert broken == []
     assert witness.scheduler.num_fallbacks == 0
     assert len(witness.promised) > 0.3 * len(requests)
+    if on_decline == "reject":
+        assert witness.num_passed == 0
+
+
+def test_a_promise_passes_to_a_shorter_one_in_time():
+    """The promises of a burst pass on, and those that stand at the first token are kept."""
+    witness = Witness(SlosServeScheduler(COST, SlosServeConfig(margin=0.0)))
+    done = serve(stream(2, 400, rate=9.0, bursts=True), witness)
+    kept = {one.request.request_id for one in done if is_attained(one, "tpot")}
+    assert witness.num_passed > 0
+    assert witness.promised <= kept
+
+
+def test_a_burst_of_long_prompts_does_not_keep_short_ones_out():
+    requests = [
+        dataclasses.replace(one, prompt_len=length, slo=dataclasses.replace(one.slo, ttft_ms=ttft))
+        for one, (length, ttft) in zip(
+            stream(2, 100, rate=5.0, bursts=True),
+            itertools.cycle([(4000, 2500), (300, 400), (300, 400)]),
+            strict=False,
+        )
+    ]
+    kept = {
+        revises: attainment(
+            serve(requests, SlosServeScheduler(COST, SlosServeConfig(revises=revises))), "tpot"
+        )
+        for revises in (False, True)
+    }
+    assert kept[True] > kept[False] + 0.1
 
 
 @pytest.mark.slow

@@ -34,6 +34,8 @@ class SlosServeConfig:
         watermark: Share of the pages that promises leave free.
         best_effort_share: Least share of tokens that those without a promise get over 10 seconds.
         price_gain: How fast the price of server time follows demand; 0 admits whatever fits.
+        revises: Whether the promise of a request that asked not to be refused may pass to one with
+            less work before its first token.
 
     Raises:
         ConfigError: If a value is out of its range.
@@ -54,6 +56,7 @@ class SlosServeConfig:
     watermark: float = 0.02
     best_effort_share: float = 0.02
     price_gain: float = 0.0
+    revises: bool = True
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -37,6 +37,7 @@ class Record:
         has_missed: Whether a deadline has passed, so that nothing is left to keep.
         as_soon_as_possible: Whether it goes before others without a promise.
         idle_s: Seconds to its first token on an idle server.
+        is_noted: Whether it has been told of as one without a promise.
     """
 
     standing: Standing
@@ -48,6 +49,7 @@ class Record:
     has_missed: bool = False
     as_soon_as_possible: bool = False
     idle_s: float = 0.0
+    is_noted: bool = False
 
     def due(self, pace: Pace, first_token: float | None) -> float:
         """Return when the next token of a decoding request is due."""

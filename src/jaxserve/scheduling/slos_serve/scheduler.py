@@ -31,6 +31,12 @@ _RETRIED = 4
 """Most requests without a promise that are considered anew in a step."""
 _TRIALS = 4
 """Most requests that are tried one by one beyond those that the programme wants."""
+_EXCHANGES = 4
+"""Most requests without room that are tried in the place of others in a step."""
+_EXCHANGED = 4
+"""Most places that each of them is tried in."""
+_SHORTER = 1.25
+"""How many times the work of a request another must ask for, to give way to it."""
 _WINDOW_S = 10.0
 _DEAREST = 8.0
 """Multiple of the mean work at which prices begin to matter."""
@@ -314,6 +320,7 @@ class SlosServeScheduler:
                 rejections.append(self._rejection(view, found, sequence, record))
             else:
                 if is_new:
+                    record.is_noted = True
                     self._unpromised.append(self._note(sequence, record, _first_of(slo)))
                 found.others.append((sequence, record))
         found.others.sort(key=lambda one: (not one[1].as_soon_as_possible, one[0].arrival))
@@ -362,8 +369,59 @@ class SlosServeScheduler:
                 promised.add(one[0].seq_id)
             else:
                 self.declined[one[0].seq_id] = reason
+        if self.config.revises:
+            for one in [one for one in ordered if one[0].seq_id not in promised][:_EXCHANGES]:
+                other = self._exchange(view, found, one)
+                if other is None:
+                    continue
+                promised.add(one[0].seq_id)
+                if other[0].seq_id in promised:
+                    promised.remove(other[0].seq_id)
+                    self.declined[other[0].seq_id] = "compute"
+                else:
+                    self._withdraw(found, other)
         self._price(len(fresh), sum(one[0].seq_id not in promised for one in fresh))
         return promised
+
+    def _exchange(
+        self, view: ReplicaView, found: _Sorted, one: tuple[SequenceView, Record]
+    ) -> tuple[SequenceView, Record] | None:
+        """Put a request in the place of a promised one that asks for more, if that makes room.
+
+        As many are promised as before, and less work is; whoever gives way is served with what is
+        left over, and considered anew. As with jobs on one machine, where to drop the longest
+        leaves the fewest late (Moore, 1968). Those who would have been refused keep their promise.
+
+        Returns:
+            Who gave way; None if nobody did.
+        """
+        most = _SHORTER * self._work(one[0])
+        others = [
+            (work, other)
+            for other in found.prefills
+            if other[0].slo is not None
+            and other[0].slo.on_decline != "reject"
+            and (work := self._work(other[0])) > most
+        ]
+        others.sort(key=lambda pair: (-pair[0], pair[1][0].seq_id))
+        for _, other in others[:_EXCHANGED]:
+            place = found.prefills.index(other)
+            del found.prefills[place]
+            if self._objection(view, found, [one]) is None:
+                found.prefills.append(one)
+                return other
+            found.prefills.insert(place, other)
+        return None
+
+    def _withdraw(self, found: _Sorted, one: tuple[SequenceView, Record]) -> None:
+        """Serve a request without its promise, and say so the first time."""
+        sequence, record = one
+        record.standing = Standing.BEST_EFFORT
+        self.declined[sequence.seq_id] = "compute"
+        if not record.is_noted:
+            record.is_noted = True
+            self._unpromised.append(self._note(sequence, record, _first_of(sequence.slo)))
+        found.others.append(one)
 
     def _objection(
         self, view: ReplicaView, found: _Sorted, new: list[tuple[SequenceView, Record]]
