@@ -2,30 +2,26 @@
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import replace
 
 import numpy as np
 
 from jaxserve.core.cost import CostModel, StepLoad, safe_cost, zero_load_time
-from jaxserve.core.plan import DeclineReason, Rejection, StepPlan, Work
+from jaxserve.core.plan import DeclineReason, Rejection, StepPlan
 from jaxserve.core.request import Slo
 from jaxserve.core.view import ReplicaView, SequenceView
+from jaxserve.scheduling.slos_serve.composition import Composer, Sorted, left_of
 from jaxserve.scheduling.slos_serve.config import SlosServeConfig
 from jaxserve.scheduling.slos_serve.fast import admit_greedily
 from jaxserve.scheduling.slos_serve.forward import (
     NO_DECODES,
-    Batch,
     Decodes,
     Prefill,
     certify,
-    form,
-    pace_of,
 )  # fmt: skip
 from jaxserve.scheduling.slos_serve.programme import Item, choose
 from jaxserve.scheduling.slos_serve.promise import OutputLengths, Record, Standing, record_of
 from jaxserve.scheduling.slos_serve.segment import SegmentPlanner
-from jaxserve.scheduling.slos_serve.speculation import clamp, expected_tokens
 
 _RETRIED = 4
 """Most requests without a promise that are considered anew in a step."""
@@ -37,7 +33,6 @@ _EXCHANGED = 4
 """Most places that each of them is tried in."""
 _SHORTER = 1.25
 """How many times the work of a request another must ask for, to give way to it."""
-_WINDOW_S = 10.0
 _DEAREST = 8.0
 """Multiple of the mean work at which prices begin to matter."""
 _SPARED = 0.03
@@ -45,20 +40,8 @@ _SPARED = 0.03
 _DEFAULT_STEP_S = 0.1
 _TARGETS = 64
 """Latest targets of the first token that are remembered."""
-_HOLDS_S = 1.0
 _SLOW_S = 1e9
 """Seconds per token that are no objective."""
-
-
-@lru_cache(maxsize=1 << 16)
-def _decode(seq_id: int) -> Work:
-    return Work(seq_id=seq_id, num_tokens=1)
-
-
-def _left(sequence: SequenceView) -> int:
-    """Count the tokens to compute before the next one can be drawn."""
-    cached = 0 if sequence.is_running else sequence.num_cached
-    return sequence.num_tokens - sequence.num_computed - cached
 
 
 def _first_of(slo: Slo | None) -> str:
@@ -66,66 +49,6 @@ def _first_of(slo: Slo | None) -> str:
     if slo is None or slo.ttft_ms is not None:
         return "ttft_ms"
     return "e2e_ms" if slo.e2e_ms is not None else "tpot_ms"
-
-
-@dataclass(slots=True)
-class _Sorted:
-    """The sequences of a view, by how they stand.
-
-    Attributes:
-        decodes: Promised ones that decode, with when their next token is due.
-        prefills: Promised ones with a prompt to compute, by deadline.
-        new: Ones to decide about.
-        others: Those without a promise, in the order in which they are served.
-        expired: New ones whose deadline passed during the step in which they came.
-        outputs: Output tokens to reckon with for each of `decodes`, once they are known.
-    """
-
-    decodes: list[tuple[SequenceView, Record]] = field(default_factory=list)
-    dues: list[float] = field(default_factory=list)
-    prefills: list[tuple[SequenceView, Record]] = field(default_factory=list)
-    new: list[tuple[SequenceView, Record]] = field(default_factory=list)
-    others: list[tuple[SequenceView, Record]] = field(default_factory=list)
-    expired: list[tuple[SequenceView, Record]] = field(default_factory=list)
-    outputs: list[int] | None = None
-
-
-@dataclass(slots=True)
-class _Open:
-    """A plan in the making, with the pages and rows that are left."""
-
-    view: ReplicaView
-    pages: int
-    rows: int
-    work: list[Work] = field(default_factory=list)
-    admit: list[int] = field(default_factory=list)
-    preempt: list[int] = field(default_factory=list)
-    served: set[int] = field(default_factory=set)
-
-    def needs(self, sequence: SequenceView, num_tokens: int) -> int:
-        """Count the pages that a sequence must get for so many more tokens."""
-        size = self.view.page_size
-        if not sequence.is_running:
-            return -(-sequence.num_tokens // size)
-        return max(0, -(-(sequence.num_computed + num_tokens) // size) - sequence.num_pages)
-
-    def give(self, sequence: SequenceView, num_tokens: int) -> bool:
-        """Add work if pages and a row are there; tell whether they were."""
-        pages = self.needs(sequence, num_tokens)
-        if pages > self.pages or (not sequence.is_running and self.rows < 1):
-            return False
-        self.pages -= pages
-        if not sequence.is_running:
-            self.rows -= 1
-            self.admit.append(sequence.seq_id)
-        self.served.add(sequence.seq_id)
-        plain = num_tokens == 1
-        self.work.append(
-            _decode(sequence.seq_id)
-            if plain
-            else Work(seq_id=sequence.seq_id, num_tokens=num_tokens)
-        )
-        return True
 
 
 class SlosServeScheduler:
@@ -158,8 +81,8 @@ class SlosServeScheduler:
         self._cost = safe_cost(cost, margin=config.margin, overhead=config.overhead_s)
         self._records: dict[int, Record] = {}
         self._lengths = OutputLengths(self.config.output_quantile, self.config.initial_output)
-        self._shares: deque[tuple[float, int, int]] = deque()
-        self._given = [0, 0]
+        self._composer = Composer(self._cost, config)
+        self._num_broken = 0
         self._targets: deque[float] = deque(maxlen=_TARGETS)
         self._default_step_s = _DEFAULT_STEP_S
         self._longest_step_s = self.config.max_step_s or _DEFAULT_STEP_S
@@ -176,7 +99,17 @@ class SlosServeScheduler:
         if found.new:
             self._follow_targets(found)
         rejections = self._decide(view, found) if found.new or found.expired else []
-        return self._compose(view, found, rejections)
+        plan = self._composer.compose(
+            view,
+            found,
+            self._decodes(found, with_left=False),
+            [self._prefill(one) for one in found.prefills],
+            max_step_s=self._longest_step_s,
+            reject=rejections,
+            unpromised=self._unpromised,
+        )
+        self.num_fallbacks = self._num_broken + self._composer.num_late
+        return plan
 
     def adopt(self, view: ReplicaView) -> None:
         """Promise everybody who is running their objectives, as when a planner is exchanged."""
@@ -229,10 +162,10 @@ class SlosServeScheduler:
 
     # Who is there ------------------------------------------------------------------------------
 
-    def _sort(self, view: ReplicaView, *, is_real: bool = True) -> _Sorted:
+    def _sort(self, view: ReplicaView, *, is_real: bool = True) -> Sorted:
         """Bring the records up to date and sort sequences by standing."""
         now, pace, records = view.now, self.config.pace, self._records
-        found = _Sorted()
+        found = Sorted()
         seen = len(view.running) + len(view.waiting)
         for sequence in (*view.running, *view.waiting):
             record = records.get(sequence.seq_id) or self._meet(sequence, is_real=is_real)
@@ -258,7 +191,7 @@ class SlosServeScheduler:
                     continue
                 record.has_missed = True
                 record.standing = Standing.BEST_EFFORT
-                self.num_fallbacks += 1
+                self._num_broken += 1
             elif standing is Standing.NEW or (
                 generated == 0 and not record.has_missed and record.deadline < math.inf
             ):
@@ -297,7 +230,7 @@ class SlosServeScheduler:
 
     # Whom to promise ---------------------------------------------------------------------------
 
-    def _decide(self, view: ReplicaView, found: _Sorted) -> list[Rejection]:
+    def _decide(self, view: ReplicaView, found: Sorted) -> list[Rejection]:
         """Promise what can be kept to new requests; the others go on without, or are refused."""
         fresh = [one for one in found.new if one[1].standing is Standing.NEW]
         retried = [one for one in found.new if one[1].standing is not Standing.NEW]
@@ -335,7 +268,7 @@ class SlosServeScheduler:
     def _propose(
         self,
         view: ReplicaView,
-        found: _Sorted,
+        found: Sorted,
         candidates: list[tuple[SequenceView, Record]],
     ) -> set[int]:
         """Choose whom to promise; everybody chosen joins `found.prefills`."""
@@ -384,7 +317,7 @@ class SlosServeScheduler:
         return promised
 
     def _exchange(
-        self, view: ReplicaView, found: _Sorted, one: tuple[SequenceView, Record]
+        self, view: ReplicaView, found: Sorted, one: tuple[SequenceView, Record]
     ) -> tuple[SequenceView, Record] | None:
         """Put a request in the place of a promised one that asks for more, if that makes room.
 
@@ -413,7 +346,7 @@ class SlosServeScheduler:
             found.prefills.insert(place, other)
         return None
 
-    def _withdraw(self, found: _Sorted, one: tuple[SequenceView, Record]) -> None:
+    def _withdraw(self, found: Sorted, one: tuple[SequenceView, Record]) -> None:
         """Serve a request without its promise, and say so the first time."""
         sequence, record = one
         record.standing = Standing.BEST_EFFORT
@@ -424,7 +357,7 @@ class SlosServeScheduler:
         found.others.append(one)
 
     def _objection(
-        self, view: ReplicaView, found: _Sorted, new: list[tuple[SequenceView, Record]]
+        self, view: ReplicaView, found: Sorted, new: list[tuple[SequenceView, Record]]
     ) -> DeclineReason | None:
         """Tell what stands against promising something to `new` as well; None if nothing does."""
         if self._pages_promised(view, found, new) > self._pages_for_promises(view):
@@ -442,7 +375,7 @@ class SlosServeScheduler:
             max_tokens=view.max_num_batched_tokens,
         )
 
-    def _follow_targets(self, found: _Sorted) -> None:
+    def _follow_targets(self, found: Sorted) -> None:
         """Fit the longest step to the targets of the first token of the latest requests.
 
         Whoever comes during a step must still be served in time. Promises have been certified with
@@ -472,7 +405,7 @@ class SlosServeScheduler:
     def _chosen(
         self,
         view: ReplicaView,
-        found: _Sorted,
+        found: Sorted,
         candidates: list[tuple[SequenceView, Record]],
     ) -> set[int]:
         """Ask the programme, or fast admission where there are too many for it."""
@@ -491,7 +424,7 @@ class SlosServeScheduler:
             Item(
                 key=sequence.seq_id,
                 deadline=0.0 if sequence.is_decoding else max(0.0, record.deadline - view.now),
-                prefill=0 if sequence.is_decoding else _left(sequence),
+                prefill=0 if sequence.is_decoding else left_of(sequence),
                 pages=-(-(sequence.prompt_len + self._output(sequence, record)) // size),
                 tier=tiers.index(record.tau),
                 is_forced=place < len(everybody) - len(candidates),
@@ -515,7 +448,7 @@ class SlosServeScheduler:
         """Return the seconds of server time that a request asks for, roughly."""
         load = StepLoad(decodes=1, context=sequence.num_tokens)
         idle = self._cost.step_time(StepLoad())
-        prefill = zero_load_time(self._cost, max(1, _left(sequence))) - idle
+        prefill = zero_load_time(self._cost, max(1, left_of(sequence))) - idle
         record = self._records.get(sequence.seq_id)
         output = self._output(sequence, record) if record is not None else 1
         return prefill + output * (self._cost.step_time(load) - idle)
@@ -549,7 +482,7 @@ class SlosServeScheduler:
         return math.floor(view.num_pages * (1 - self.config.watermark))
 
     def _pages_promised(
-        self, view: ReplicaView, found: _Sorted, new: list[tuple[SequenceView, Record]]
+        self, view: ReplicaView, found: Sorted, new: list[tuple[SequenceView, Record]]
     ) -> int:
         """Count the pages that promised requests will hold at their ends."""
         size = view.page_size
@@ -563,14 +496,14 @@ class SlosServeScheduler:
             for sequence, record in (*found.prefills, *new)
         )
 
-    def _outputs(self, found: _Sorted) -> list[int]:
+    def _outputs(self, found: Sorted) -> list[int]:
         if found.outputs is None:
             found.outputs = [self._output(sequence, record) for sequence, record in found.decodes]
         return found.outputs
 
     def _prefill(self, one: tuple[SequenceView, Record]) -> Prefill:
         sequence, record = one
-        left = _left(sequence)
+        left = left_of(sequence)
         return Prefill(
             record.deadline,
             left,
@@ -579,7 +512,7 @@ class SlosServeScheduler:
             self._output(sequence, record),
         )
 
-    def _decodes(self, found: _Sorted, *, with_left: bool = True) -> Decodes:
+    def _decodes(self, found: Sorted, *, with_left: bool = True) -> Decodes:
         if not found.decodes:
             return NO_DECODES
         left = [0.0] * len(found.decodes)
@@ -597,7 +530,7 @@ class SlosServeScheduler:
         )
 
     def _rejection(
-        self, view: ReplicaView, found: _Sorted, sequence: SequenceView, record: Record
+        self, view: ReplicaView, found: Sorted, sequence: SequenceView, record: Record
     ) -> Rejection:
         """Say why a request is refused, and which of its objectives asks for too much."""
         slo = sequence.slo
@@ -633,174 +566,3 @@ class SlosServeScheduler:
             objective=objective,
             detail=f"{asked}; an idle server needs {idle:.0f} ms to the first token, and {others}.",
         )
-
-    # Which tokens ------------------------------------------------------------------------------
-
-    def _compose(self, view: ReplicaView, found: _Sorted, rejections: list[Rejection]) -> StepPlan:
-        """Form the next batch, fill it up with those without a promise, and find pages for it."""
-        prefills = [self._prefill(one) for one in found.prefills]
-        decodes = self._decodes(found, with_left=False)
-        pace_s = pace_of(decodes.tau, prefills)
-        batch = form(
-            view.now,
-            decodes,
-            prefills,
-            self._cost,
-            pace_s=pace_s,
-            max_step_s=self._longest_step_s,
-            max_tokens=view.max_num_batched_tokens,
-        )
-        self.num_fallbacks += batch.is_late
-        opened = _Open(view, view.num_free_pages, view.max_num_seqs - len(view.running))
-        wanted = [
-            (sequence, 1) for (sequence, _), is_in in zip(found.decodes, batch.is_in, strict=True)
-            if is_in
-        ]  # fmt: skip
-        wanted += [
-            (sequence, tokens)
-            for (sequence, _), tokens in zip(found.prefills, batch.chunks, strict=False)
-        ]
-        for sequence, tokens in wanted:
-            while not opened.give(sequence, tokens):
-                if not self._make_room(opened, found, sequence):
-                    break
-        self._fill(view, found, batch, opened)
-        if not opened.work and not opened.preempt and (found.others or found.prefills):
-            self._force(found, opened)
-        work = self._speculate(view, batch, opened)
-        return StepPlan(
-            work=tuple(work),
-            admit=tuple(opened.admit),
-            preempt=tuple(opened.preempt),
-            reject=tuple(rejections),
-            unpromised=tuple(self._unpromised),
-            holds_until=-math.inf
-            if any(item.num_draft for item in work)
-            else self._holds_until(view, found, batch, opened, pace_s),
-        )
-
-    def _holds_until(
-        self, view: ReplicaView, found: _Sorted, batch: Batch, opened: _Open, pace_s: float
-    ) -> float:
-        """Return until when the plan stays: for a while, if everybody there decodes at ease."""
-        if view.waiting or opened.admit or opened.preempt:
-            return -math.inf
-        if len(opened.work) != len(view.running) or len(found.decodes) != len(view.running):
-            return -math.inf
-        if batch.load.prefill:
-            return -math.inf
-        grown = batch.load._replace(context=2 * batch.load.context + 4096)
-        at_ease = self._cost.step_time(grown) < min(pace_s, batch.horizon)
-        return view.now + _HOLDS_S if at_ease else -math.inf
-
-    def _make_room(self, opened: _Open, found: _Sorted, for_whom: SequenceView) -> bool:
-        """Take the place of somebody without a promise, or else of the latest promised one."""
-        gone = {*opened.preempt, *opened.served, for_whom.seq_id}
-        for sequence, _ in (*reversed(found.others), *reversed(found.prefills)):
-            if sequence.is_running and sequence.seq_id not in gone:
-                break
-        else:
-            return False
-        opened.preempt.append(sequence.seq_id)
-        opened.pages += sequence.num_pages
-        # The row is free only in the next step: an engine counts those who are preempted first.
-        opened.rows += 1
-        return True
-
-    def _fill(self, view: ReplicaView, found: _Sorted, batch: Batch, opened: _Open) -> None:
-        """Give what is left of the batch to those without a promise, oldest first."""
-        if batch.is_late and not self._is_owed(view.now):
-            self._share(view.now, opened, 0)
-            return
-        load, horizon = batch.load, batch.horizon
-        room = view.max_num_batched_tokens - load.tokens
-        before = load.tokens
-        for sequence, _ in found.others:
-            if room <= 0:
-                break
-            if sequence.seq_id in opened.preempt:
-                continue
-            if sequence.is_decoding:
-                new = load._replace(
-                    decodes=load.decodes + 1, context=load.context + sequence.num_tokens
-                )
-                if self._cost.step_time(new) > horizon:
-                    break
-                if opened.give(sequence, 1):
-                    load, room = new, room - 1
-                continue
-            if opened.preempt:
-                continue  # memory is short
-            if not sequence.is_running and not self._may_admit(view, sequence, opened):
-                continue
-            left = _left(sequence)
-            past = sequence.num_tokens - left
-            tokens = min(left, room, self._cost.prefill_within(horizon, load, past))
-            if tokens <= 0:
-                break
-            if opened.give(sequence, tokens):
-                load, room = load.with_chunk(tokens, past), room - tokens
-        self._share(view.now, opened, load.tokens - before)
-
-    def _may_admit(self, view: ReplicaView, sequence: SequenceView, opened: _Open) -> bool:
-        """Keep some rows and pages for those who may be promised something soon."""
-        del view
-        reserve = len(opened.view.running) + len(opened.admit)
-        return opened.rows > 1 and opened.needs(sequence, 0) + reserve <= opened.pages
-
-    def _force(self, found: _Sorted, opened: _Open) -> None:
-        """Let at least one go on where no batch would be short enough for anybody."""
-        most = opened.view.max_num_batched_tokens
-        for sequence, _ in (*found.decodes, *found.prefills, *found.others):
-            if opened.give(sequence, min(_left(sequence), most)):
-                return
-        running = [s for s, _ in (*found.prefills, *found.others) if s.is_running]
-        if len(running) > 1 or (running and not found.decodes):
-            victim = running[-1]
-            opened.preempt.append(victim.seq_id)
-
-    def _share(self, now: float, opened: _Open, best_effort: int) -> None:
-        """Keep account of how many tokens went to those without a promise."""
-        total = sum(item.num_tokens for item in opened.work)
-        self._shares.append((now, best_effort, total))
-        self._given[0] += best_effort
-        self._given[1] += total
-        while self._shares and self._shares[0][0] < now - _WINDOW_S:
-            _, some, all_of_it = self._shares.popleft()
-            self._given[0] -= some
-            self._given[1] -= all_of_it
-
-    def _is_owed(self, now: float) -> bool:
-        del now
-        return self._given[0] < self.config.best_effort_share * self._given[1]
-
-    def _speculate(self, view: ReplicaView, batch: Batch, opened: _Open) -> list[Work]:
-        """Add draft tokens to a batch of decodes, as many as make tokens per second the most."""
-        offered = {s.seq_id: s for s in view.running if s.num_draft and s.is_decoding}
-        if not offered or any(item.seq_id not in offered for item in opened.work):
-            return opened.work
-        decodes = len(opened.work)
-        alpha = clamp(sum(s.draft_acceptance for s in offered.values()) / len(offered))
-        best, length = decodes / self._cost.step_time(batch.load), 1
-        for tokens in range(2, self.config.max_draft + 2):
-            load = batch.load._replace(drafts=decodes * (tokens - 1), draft_steps=tokens - 1)
-            time = self._cost.step_time(load)
-            if load.tokens > view.max_num_batched_tokens or time > batch.horizon:
-                break
-            speed = decodes * expected_tokens(alpha, tokens) / time
-            if speed > best:
-                best, length = speed, tokens
-        if length == 1:
-            return opened.work
-        work: list[Work] = []
-        for item in opened.work:
-            drafts = min(length - 1, offered[item.seq_id].num_draft)
-            pages = opened.needs(offered[item.seq_id], 1 + drafts) - opened.needs(
-                offered[item.seq_id], 1
-            )
-            if pages > opened.pages:
-                work.append(item)
-                continue
-            opened.pages -= pages
-            work.append(Work(seq_id=item.seq_id, num_tokens=1, num_draft=drafts))
-        return work
