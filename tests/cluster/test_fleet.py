@@ -7,10 +7,13 @@ import json
 import jax
 import pytest
 
+from jaxserve import LoRARequest
 from jaxserve.core.errors import CapacityError, ConfigError, EngineDeadError, RequestError
 from jaxserve.core.event import FinishReason
 from jaxserve.core.request import SamplingParams
 from jaxserve.engine.llm import LLM
+from jaxserve.models.config import ModelConfig
+from tests.adapters import adapter_of, write_adapter
 from tests.cluster.conftest import (
     LONG,
     PROMPT,
@@ -176,6 +179,25 @@ def test_every_completion_of_a_request_goes_on(start, alone):
 
     assert run(go()) == {o.index: list(o.token_ids) for o in whole.outputs}
     assert llm.host.fleet.metrics.moved == {0: 3}
+
+
+def test_who_comes_back_has_the_pinned_adapters(start, tiny_folder, tmp_path):
+    llm = start(2, routing_policy="round_robin", engine={"enable_lora": True, "max_loras": 2})
+    config = ModelConfig.from_hf(json.loads((tiny_folder / "config.json").read_text()))
+    folder = write_adapter(tmp_path / "sql", *adapter_of(config, seed=3, lora_alpha=8))
+    request = LoRARequest("sql", 1, str(folder))
+
+    async def go():
+        assert await llm.add_lora(request)
+        assert await llm.pin_lora(1)
+
+    run(go())
+    held = engines(llm)[0].adapters.held
+    assert held
+    kill(llm, 0)
+    wait_until(lambda: llm.replicas[0].deaths == 1)
+    wait_until(lambda: llm.replicas[0].state == "serving")
+    assert [engine.adapters.held for engine in engines(llm)] == [held, held]
 
 
 def test_nothing_is_lost_when_a_replica_dies_under_load(start, alone):

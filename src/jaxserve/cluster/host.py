@@ -9,6 +9,7 @@ from typing import Any
 from jaxserve.cluster.fleet import Fleet
 from jaxserve.cluster.lifecycle import FleetLifecycle
 from jaxserve.cluster.metrics import FleetMetrics
+from jaxserve.cluster.replica import Replica
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.control import WeightUpdate
 from jaxserve.core.cost_file import CostFile
@@ -108,6 +109,7 @@ class FleetHost(AbstractHost):
         self._lifecycle = FleetLifecycle(fleet.roster, fleet.prefixes.forget)
         lifecycle = self._lifecycle
         fleet.roster.holds = lambda: lifecycle.is_paused or lifecycle.is_sleeping
+        fleet.roster.on_start = self._pin_again
 
     @property
     def thread(self) -> Fleet:
@@ -218,6 +220,11 @@ class FleetHost(AbstractHost):
     def pin_adapter(self, adapter: LoraAdapter) -> None:
         """Bring an adapter onto every device and keep its slots; see `Controls.pin_lora`."""
         self._lifecycle.everywhere("pin_adapter", adapter).result()
+
+    def _pin_again(self, replica: Replica) -> None:
+        """Pin on a replica that has come up what is pinned on the others."""
+        for adapter in self.adapters.pinned():
+            replica.control("pin_adapter", adapter).result()
 
     def unpin_adapter(self, lora_id: int) -> None:
         """Let the slots of a pinned adapter go; harmless if it was not pinned."""

@@ -90,6 +90,8 @@ class Roster:
         metrics: Told about deaths and restarts; set by the fleet.
         holds: Returns whether nobody is started for now.
         on_death: Told about each replica that has died, before it is closed.
+        on_start: Brings a replica that has come up to where the others are, before it serves; if it
+            raises, the replica counts as not started.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Roster:
         self.metrics: FleetMetrics | None = None
         self.holds: Callable[[], bool] = lambda: False
         self.on_death: Callable[[Replica], None] = lambda _: None
+        self.on_start: Callable[[Replica], None] = lambda _: None
         self._make = make
         self._clock = clock
         self._lock = lock
@@ -294,6 +297,7 @@ class Roster:
         problem: str | None = None
         try:
             replica = self._make(slot.index)
+            self.on_start(replica)
         except Exception as error:
             logger.exception("replica %d could not be started", slot.index)
             problem = f"it could not be started: {error}"

@@ -154,10 +154,26 @@ class AdapterStore:
                 if not self._known[number].lora_path:
                     del self._known[number]  # nobody could read it again
 
-    def pin(self, lora_int_id: int) -> None:
-        """Keep the weights of a known adapter in memory until it is removed."""
+    def pin(self, lora_int_id: int) -> bool:
+        """Keep the weights of a known adapter in memory until it is removed.
+
+        Returns:
+            Whether it was not pinned before.
+        """
         with self._lock:
+            is_new = lora_int_id not in self._pinned
             self._pinned.add(lora_int_id)
+            return is_new
+
+    def unpin(self, lora_int_id: int) -> None:
+        """Let the weights of an adapter go when others need their place."""
+        with self._lock:
+            self._pinned.discard(lora_int_id)
+
+    def pinned(self) -> list[LoraAdapter]:
+        """List the adapters that are pinned."""
+        with self._lock:
+            return [self._loaded[number] for number in sorted(self._pinned)]
 
     def remove(self, lora_int_id: int) -> LoRARequest | None:
         """Forget an adapter; requests that have it finish with it.

@@ -52,8 +52,14 @@ class _Levers(abc.ABC):
     def _pin_lora(self, lora_id: int) -> bool:
         host = self._host
         adapter = host.adapters.get(host.adapters.known(lora_id))
-        host.pin_adapter(adapter)
-        host.adapters.pin(lora_id)
+        # First here: a replica that comes up meanwhile pins what is pinned here.
+        is_new = host.adapters.pin(lora_id)
+        try:
+            host.pin_adapter(adapter)
+        except BaseException:
+            if is_new:
+                host.adapters.unpin(lora_id)
+            raise
         return True
 
 
