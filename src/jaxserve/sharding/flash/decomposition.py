@@ -6,13 +6,22 @@ matched edges stay but those that fell below it, so that a new matching takes on
 augmenting paths instead of n. What is left when many small stages would cost more than they save
 goes in rotations. Everything is in whole rows, so nothing is lost or made up.
 
-A plan is one call of `decompose`, since each call from Python costs a microsecond or two. Sets of
-servers are bits of words.
+A plan is one call of `decompose`, since each call from Python costs a microsecond or two.
 """
 
 import numpy as np
 
 from jaxserve.core.compiled import compiled, inlined
+from jaxserve.sharding.flash.matching import (
+    COLUMN,
+    FREE,
+    QUEUE,
+    SEEN,
+    WORD,
+    find_edges,
+    free_all,
+    match_rows,
+)
 
 ANY, HALVING, BOTTLENECK = range(3)
 """How the threshold falls: it is 1 at once; over powers of two; or as little as can be."""
@@ -21,18 +30,6 @@ ASCENDING, DESCENDING = range(2)
 OK, NEGATIVE, TOO_LARGE, TOO_FEW_STAGES = range(4)
 """What can be said of a matrix."""
 
-_COLUMN, _ROW, _FREE, _SEEN, _QUEUE, _PARENT = range(6)
-"""Parts of the state of a matching: the column of each row, or -1; the row of each column, if it
-has one; as bits the free columns, and those that a search has reached; the rows that it has
-reached, and the row from which it came to each column. One array, since each that is passed on
-costs as much as a short loop."""
-
-WORD = 62
-"""Bits of a word; a power of two of a word has a remainder of its own modulo 67, as 2 is a
-primitive root of it."""
-_PLACES = np.full(67, -1, np.int64)
-for _bit in range(WORD):
-    _PLACES[(1 << _bit) % 67] = _bit
 _MOST = int(np.iinfo(np.int64).max)
 
 
@@ -114,31 +111,6 @@ def stuff_into(
             j += 1
 
 
-@inlined
-def find_edges(stuffed: np.ndarray, threshold: int, edges: np.ndarray) -> None:
-    """Write which entries are at least the threshold, as bits of each row."""
-    n, words = edges.shape
-    for i in range(n):
-        for w in range(words):
-            bits, bit = 0, 1
-            for j in range(w * WORD, min(n, (w + 1) * WORD)):
-                if stuffed[i, j] >= threshold:
-                    bits |= bit
-                bit <<= 1
-            edges[i, w] = bits
-
-
-@inlined
-def free_all(state: np.ndarray) -> None:
-    """Match nothing."""
-    n = state.shape[1]
-    for i in range(n):
-        state[_COLUMN, i] = -1
-        state[_FREE, i] = 0
-    for j in range(n):
-        state[_FREE, j // WORD] |= np.int64(1) << (j % WORD)
-
-
 @compiled
 def grow(stages: np.ndarray, room: int) -> np.ndarray:
     """Return a copy with more room at its end."""
@@ -147,53 +119,6 @@ def grow(stages: np.ndarray, room: int) -> np.ndarray:
         for i in range(stages.shape[1]):
             found[k, i] = stages[k, i]
     return found
-
-
-@inlined
-def augment(root: int, words: int, edges: np.ndarray, state: np.ndarray) -> int:
-    """Match one more row, along a shortest alternating path.
-
-    Args:
-        root: The row, which is free.
-        words: Words that hold a set of columns.
-        edges: `[n, words]`, the columns of each row.
-        state: `[6, n]`; the matching is changed, and the queue, what was seen and the parents
-            are written.
-
-    Returns:
-        0 if the row is matched now; else how many rows were reached, itself among them.
-    """
-    for w in range(words):
-        state[_SEEN, w] = 0
-    state[_QUEUE, 0] = root
-    head, tail = 0, 1
-    while head < tail:
-        row = state[_QUEUE, head]
-        head += 1
-        for w in range(words):
-            new = edges[row, w] & ~state[_SEEN, w]
-            hit = new & state[_FREE, w]
-            if hit:
-                bit = hit & -hit
-                state[_FREE, w] ^= bit
-                column = w * WORD + _PLACES[bit % 67]
-                while True:
-                    before = state[_COLUMN, row]
-                    state[_COLUMN, row] = column
-                    state[_ROW, column] = row
-                    if row == root:
-                        return 0
-                    column = before
-                    row = state[_PARENT, column]
-            state[_SEEN, w] |= new
-            while new:
-                bit = new & -new
-                new ^= bit
-                column = w * WORD + _PLACES[bit % 67]
-                state[_PARENT, column] = row
-                state[_QUEUE, tail] = state[_ROW, column]
-                tail += 1
-    return tail
 
 
 @inlined
@@ -212,9 +137,9 @@ def lower(policy: int, words: int, reached: int, stuffed: np.ndarray, state: np.
     """
     n, largest = stuffed.shape[0], 0
     for place in range(reached):
-        row = state[_QUEUE, place]
+        row = state[QUEUE, place]
         for w in range(words):
-            bits = state[_SEEN, w]
+            bits = state[SEEN, w]
             for j in range(w * WORD, min(n, (w + 1) * WORD)):
                 if not bits & 1:
                     largest = max(largest, stuffed[row, j])
@@ -291,9 +216,9 @@ def take(
     """
     n, amount, longest = stuffed.shape[0], left, 0
     for i in range(n):
-        amount = min(amount, stuffed[i, state[_COLUMN, i]])
+        amount = min(amount, stuffed[i, state[COLUMN, i]])
     for i in range(n):
-        j = state[_COLUMN, i]
+        j = state[COLUMN, i]
         stays = stuffed[i, j] - amount
         stuffed[i, j] = stays
         sent = min(real[i, j], amount)
@@ -304,8 +229,8 @@ def take(
             w = 0 if j < WORD else j // WORD  # a division takes as long as all the rest
             bit = np.int64(1) << (j - w * WORD)
             edges[i, w] &= ~bit
-            state[_FREE, w] |= bit
-            state[_COLUMN, i] = -1
+            state[FREE, w] |= bit
+            state[COLUMN, i] = -1
     return amount, longest
 
 
@@ -438,23 +363,6 @@ def consider(
         best[0], best[1] = made, tail
         return seconds
     return best_seconds
-
-
-@inlined
-def match_rows(row: int, words: int, edges: np.ndarray, state: np.ndarray) -> tuple[int, int]:
-    """Match all rows from one on.
-
-    Returns:
-        The row that cannot be matched and how many rows were reached from it, or n and 0.
-    """
-    n, reached = edges.shape[0], 0
-    while row < n:
-        if state[_COLUMN, row] < 0:
-            reached = augment(row, words, edges, state)
-            if reached:
-                break
-        row += 1
-    return row, reached
 
 
 @compiled
