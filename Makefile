@@ -26,7 +26,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal --timeout 300
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-slow test-oldest test-aot test-aot-slow test-triton test-triton-slow \
   test-ray \
-  check format docs notebooks bench robustness gpu oracles constraints clean
+  check format docs notebooks bench plots robustness gpu oracles constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -100,6 +100,13 @@ bench: $(VENV)/.stamp-dev ## measure on this machine, against the peers that are
 	@$(BIN)/python -m benchmarks.speculation
 	@$(BIN)/python -m benchmarks.lora
 	@$(BIN)/python -m benchmarks.serving --peers $(PEERS)
+
+plots: $(VENV)/.stamp-docs ## draw what benchmarks have recorded into docs/images
+	@$(BIN)/python -m benchmarks.rooms.slos_serve --plot
+	@$(BIN)/python -m benchmarks.rooms.polyserve --plot
+	@$(BIN)/python -m benchmarks.rooms.live_fleet --plot
+	@$(BIN)/python -m benchmarks.rooms.flash --plot
+	@$(BIN)/python -m benchmarks.rooms.tactic --plot
 
 robustness: $(VENV)/.stamp-dev ## try four Python clients, and what bad ones can do; downloads them into build/environments
 	@$(BIN)/python -m benchmarks.clients

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import ROOT, Recorder, table
+from benchmarks.pictures import pyplot, save
+from benchmarks.record import Recorder, table
 from jaxserve.cluster.options import ClusterOptions
 from jaxserve.cluster.start import open_fleet
 from jaxserve.core.cost import CostModel, StepLoad
@@ -39,7 +40,6 @@ BIN_S, WINDOW_S = 2.0, 6.0
 ROUTERS = ("polyserve", "least_loaded", "round_robin")
 TIERS = (("tight", 0.4), ("loose", 0.6))
 """Tiers, and their shares of the requests."""
-IMAGES = ROOT / "docs" / "images"
 
 
 @dataclass(slots=True)
@@ -385,13 +385,7 @@ def plot(path: Path) -> None:
     Raises:
         SystemExit: Without matplotlib.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("plots need matplotlib; install it: pip install matplotlib") from None
+    plt = pyplot()
     rows = latest(path)
     figure, axes = plt.subplots(
         len(rows), 1, figsize=(9, 2.0 * len(rows)), sharex=True, squeeze=False
@@ -415,11 +409,7 @@ def plot(path: Path) -> None:
         axis.set_title(router, fontsize=9)
     axes[0, 0].legend(fontsize=7, loc="lower left")
     axes[-1, 0].set_xlabel("time of arrival, s")
-    figure.tight_layout()
-    IMAGES.mkdir(exist_ok=True)
-    target = IMAGES / "live_fleet.png"
-    figure.savefig(target, dpi=90, metadata={"Software": None})
-    print(f"docs/images/{target.name}: {math.ceil(target.stat().st_size / 1000)} kB")
+    save(figure, "live_fleet.png")
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ of a 7B on an A100; lengths are those of Azure's conversations, arrivals a Poiss
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import ROOT, Recorder, table
+from benchmarks.pictures import pyplot, save
+from benchmarks.record import Recorder, table
 from benchmarks.rooms.scenarios import TRACES, azure
 from jaxserve.core.cost import PUBLISHED_COSTS, LinearCost
 from jaxserve.scheduling.polyserve import PolyServeConfig
@@ -55,7 +55,6 @@ TOKEN_BYTES = 160e3
 TARGETS = {"split": 1.23, "shared": 1.18}
 OPTIMUM = 0.925
 COST: LinearCost = PUBLISHED_COSTS["7b-a100"]
-IMAGES = ROOT / "docs" / "images"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,16 +451,10 @@ def plot(path: Path) -> None:
     Raises:
         SystemExit: Without matplotlib.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("plots need matplotlib; install it: pip install matplotlib") from None
-    IMAGES.mkdir(exist_ok=True)
+    plt = pyplot()
     goods = rows_of(path, "goodput")
-    biggest = max(row["servers"] for row in goods if len(row["tried"]) > 2)
+    sizes = [row["servers"] for row in goods if len(row["tried"]) > 2]
+    biggest = max(sizes, key=lambda size: (sizes.count(size), size))
     curves = [r for r in goods if r["servers"] == biggest and r["mix"] == "loose"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for axis, kind in zip(axes, ("shared", "split"), strict=True):
@@ -474,7 +467,7 @@ def plot(path: Path) -> None:
         axis.set_xlabel("requests/s per server")
     axes[0].set_ylabel("attainment")
     axes[0].legend(fontsize=7)
-    _save(figure, "polyserve_attainment.png")
+    save(figure, "polyserve_attainment.png")
     _plot_bars(plt, goods)
     days = rows_of(path, "diurnal")
     if days:
@@ -499,7 +492,7 @@ def _plot_bars(plt: Any, goods: list[dict[str, Any]]) -> None:  # noqa: ANN401  
     axis.tick_params(axis="x", labelsize=7)
     axis.set_ylabel("goodput / G*")
     axis.legend(fontsize=6, ncols=3)
-    _save(figure, "polyserve_goodput.png")
+    save(figure, "polyserve_goodput.png")
 
 
 def _plot_day(plt: Any, row: dict[str, Any]) -> None:  # noqa: ANN401  a module
@@ -520,14 +513,7 @@ def _plot_day(plt: Any, row: dict[str, Any]) -> None:  # noqa: ANN401  a module
     lower.set_ylim(min(0.8, kept[:, 1].min()), 1.01)
     lower.set_ylabel("attainment")
     lower.set_xlabel("minutes")
-    _save(figure, "polyserve_timeline.png")
-
-
-def _save(figure: Any, name: str) -> None:  # noqa: ANN401  a figure
-    figure.tight_layout()
-    figure.savefig(IMAGES / name, dpi=90, metadata={"Software": None})
-    size = (IMAGES / name).stat().st_size
-    print(f"docs/images/{name}: {math.ceil(size / 1000)} kB")
+    save(figure, "polyserve_timeline.png")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ every gap, for the mean gap). Output lengths are not known to any policy.
     python -m benchmarks.rooms.slos_serve            # everything; hours
     python -m benchmarks.rooms.slos_serve --quick    # two scenarios, few requests; minutes
     python -m benchmarks.rooms.slos_serve --tables   # of what has been recorded before
+    python -m benchmarks.rooms.slos_serve --plot     # pictures of it, for the docs
     python -m benchmarks.rooms.slos_serve --overhead # thread time of one decision of the planner
 """
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from benchmarks.record import Recorder, table
 from benchmarks.rooms.scenarios import NAMES, TRACES, Machine, load, machine
+from benchmarks.rooms.slos_serve_plots import draw
 from jaxserve.core.cost import CostModel, LinearCost, StepLoad
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Slo
@@ -422,6 +424,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two scenarios, 400 requests, 1 seed")
     parser.add_argument("--tables", action="store_true", help="print what has been recorded")
+    parser.add_argument("--plot", action="store_true", help="draw it into docs/images")
     parser.add_argument("--overhead", action="store_true", help="time decisions of the planner")
     parser.add_argument("--bounds", action="store_true", help="compute clairvoyant bounds as well")
     parser.add_argument("--machines", nargs="+", default=["a100", "h100"], choices=["a100", "h100"])
@@ -442,6 +445,9 @@ def main() -> None:
     recorder = Recorder("slos_serve_quick" if args.quick else "slos_serve")
     if args.overhead:
         overhead(recorder)
+        return
+    if args.plot:
+        draw(recorder.path, args.machines[0])
         return
     if args.tables:
         report(recorded(recorder.path), recorder)

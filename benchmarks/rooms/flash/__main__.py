@@ -5,6 +5,7 @@
     python -m benchmarks.rooms.flash --net      # processes over shaped links; needs root on Linux
     python -m benchmarks.rooms.flash --moe      # tokens/s with experts spread over eight devices
     python -m benchmarks.rooms.flash --tables   # of what has been recorded
+    python -m benchmarks.rooms.flash --plot     # a picture of it, for the docs
 
 Times of planning are of whole calls of `plan` for matrices of servers, among them the choice of how
 far to decompose. The model is that of `jaxserve.sharding.flash.simulate`. The network is of eight
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--net", action="store_true", help="times over shaped links")
     parser.add_argument("--moe", action="store_true", help="tokens/s of a tiny mixture of experts")
     parser.add_argument("--tables", action="store_true", help="only show what has been recorded")
+    parser.add_argument("--plot", action="store_true", help="draw the model into docs/images")
     parser.add_argument("--min-servers", type=int, default=2, help="smallest n")
     parser.add_argument("--max-servers", type=int, default=128, help="largest n")
     parser.add_argument("--seeds", type=int, default=3, help="matrices of each kind, to n = 32")
@@ -42,13 +44,14 @@ def main() -> None:
     parser.add_argument("--ways", default="", help="of --moe, with ; between them; all if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder of results")
     args = parser.parse_args()
-    if not (args.plan or args.model or args.net or args.moe or args.tables):
-        parser.error("say what to do: --plan, --model, --net, --moe or --tables.")
+    if not (args.plan or args.model or args.net or args.moe or args.tables or args.plot):
+        parser.error("say what to do: --plan, --model, --net, --moe, --tables or --plot.")
     recorder = Recorder("flash", out=args.out)
     if args.plan:
         planning.measure(recorder, args.min_servers, args.max_servers)
     if args.model:
         model.measure(recorder, args.min_servers, args.max_servers, args.seeds)
+    if args.model or args.plot:
         model.draw(recorder.path)
     if args.net:
         skipped = net.measure(

@@ -6,7 +6,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from benchmarks.record import ROOT, Recorder, table
+from benchmarks.pictures import pyplot, save
+from benchmarks.record import Recorder, table
 from benchmarks.rooms.flash.matrices import MATRICES, MIB, make
 from benchmarks.rooms.flash.optimum import fluid_optimum
 from benchmarks.rooms.flash.planning import lines_of
@@ -171,13 +172,7 @@ def draw(path: Path) -> None:
     Raises:
         SystemExit: Without matplotlib.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("plots need matplotlib; install it: pip install matplotlib") from None
+    plt = pyplot()
     found = {
         (line["servers"], line["bytes_per_gpu"], line["links"], line["incast"]): line["ratios"]
         for line in _model_lines(path)
@@ -209,7 +204,4 @@ def draw(path: Path) -> None:
     axes[0].set_ylabel("modelled time / lower bound")
     axes[1].legend(fontsize=6, ncol=2, loc="upper left")
     figure.suptitle("8 GPUs per server, 448 and 12.5 GB/s, incast 0.1", fontsize=9)
-    figure.tight_layout()
-    image = ROOT / "docs" / "images" / "flash_model.png"
-    figure.savefig(image, dpi=80, metadata={"Software": None})
-    print(f"docs/images/{image.name}: {image.stat().st_size / 1000:.0f} kB")
+    save(figure, "flash_model.png", dpi=80)

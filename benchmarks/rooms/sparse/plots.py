@@ -1,16 +1,14 @@
 """Pictures of what has been recorded, for the documentation."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.record import ROOT
+from benchmarks.pictures import pyplot, save
 from benchmarks.rooms.sparse.contestants import DEFAULT, TARGETS
 
-IMAGES = ROOT / "docs" / "images"
 _SHOWN = {
     "oracle top-p": "tab:gray",
     "cluster order, oracle count": "tab:green",
@@ -41,17 +39,10 @@ def draw(path: Path) -> None:
     Raises:
         SystemExit: Without matplotlib, or if nothing has been recorded.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("plots need matplotlib; install it: pip install matplotlib") from None
+    plt = pyplot()
     lines = rows_of(path, "equal p")
     if not lines:
         raise SystemExit("nothing has been recorded; measure with --mass first")
-    IMAGES.mkdir(exist_ok=True)
     _draw_contexts(plt, lines)
     _draw_heads(plt, rows_of(path, "heads"))
 
@@ -100,7 +91,7 @@ def _draw_contexts(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN4
     axes[0].set_ylim(0)
     axes[1].legend(fontsize=7)
     figure.suptitle("p = 0.9, 95 % intervals over documents", fontsize=9)
-    _save(figure, "tactic_contexts.png")
+    save(figure, "tactic_contexts.png")
 
 
 def _draw_heads(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN401  a module
@@ -123,10 +114,4 @@ def _draw_heads(plt: Any, lines: list[dict[str, Any]]) -> None:  # noqa: ANN401 
         axes[1, column].set_xlabel("layer")
     axes[0, 0].set_ylabel("read, key head")
     axes[1, 0].set_ylabel("mass, query head")
-    _save(figure, "tactic_heads.png")
-
-
-def _save(figure: Any, name: str) -> None:  # noqa: ANN401  a figure
-    figure.tight_layout()
-    figure.savefig(IMAGES / name, dpi=90, metadata={"Software": None})
-    print(f"docs/images/{name}: {math.ceil((IMAGES / name).stat().st_size / 1000)} kB")
+    save(figure, "tactic_heads.png")
