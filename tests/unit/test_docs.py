@@ -1,5 +1,6 @@
 """The documents are true: what they name exists, what they show runs."""
 
+import argparse
 import ast
 import doctest
 import importlib
@@ -11,6 +12,7 @@ import pytest
 import jaxserve
 from docs.tables import metrics_page
 from jaxserve.cli.main import convert_parser
+from jaxserve.cli.sim import sim_parser
 from jaxserve.serve.flags import iter_flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +112,11 @@ def test_flags_and_variables_that_documents_name_exist(document):
     known = {name for flag in iter_flags() for name in flag.names}
     known |= {f"--no-{flag.option[2:]}" for flag in iter_flags() if flag.kind == "bool"}
     known |= {"--config", "--help"}
-    known |= {name for action in convert_parser()._actions for name in action.option_strings}
+    parsers = [
+        convert_parser(),
+        *sim_parser(argparse.ArgumentParser())._actions[-1].choices.values(),
+    ]
+    known |= {name for one in parsers for action in one._actions for name in action.option_strings}
     variables = {flag.env for flag in iter_flags()}
     variables |= {"JAXSERVE_CACHE_DIR", "JAXSERVE_CONFIG", "JAXSERVE_MODEL", "JAXSERVE_"}
     text = (ROOT / document).read_text()

@@ -5,7 +5,6 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from jaxserve import __version__
@@ -25,6 +24,8 @@ commands:
   models                  list the models on this machine
   profile [MODEL]         measure how long steps take here, for --cost-model
   shard explain MODEL     show how weights lie on several devices: --tp N --ep N
+  sim run                 serve a recorded trace in the simulator, under several policies
+  sim capacity            find the rate at which each of them keeps 90 % of the objectives
   sim replay LOG          run a policy again on what it saw (--decision-log), and compare
   doctor                  say which kernels this machine runs, and why
   version                 print versions
@@ -188,31 +189,18 @@ def shard(argv: Sequence[str]) -> int:
 
 
 def sim(argv: Sequence[str]) -> int:
-    """Run a policy again on the views of a decision log.
+    """Run policies on a trace, find their capacities, or replay a decision log.
 
     Returns:
-        The exit code: 1 if it decides anything else than it did.
+        The exit code: 1 if a replayed policy decides anything else than it did.
 
     Raises:
-        JaxserveError: If the log cannot be read.
+        JaxserveError: For a bad trace, cost model, log or setting.
     """
-    parser = _Parser(prog="jaxserve sim", description="Policies without an engine.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    player = commands.add_parser("replay", help="run a policy again on a decision log")
-    player.add_argument(
-        "log", metavar="LOG", help="file that `serve --decision-log` or `--fleet-log` has written"
-    )
-    given = parser.parse_args(list(argv))
-    from jaxserve.sim.replay import replay  # noqa: PLC0415  other commands do not need it
+    from jaxserve.cli.sim import run, sim_parser  # noqa: PLC0415  other commands do not need it
 
-    found = replay(Path(given.log))
-    for line in found.shown:
-        _out(line)
-    _out(
-        f"{found.policy}: {found.plans} plans and {found.observations} timed steps replayed, "
-        f"{found.differences} differences"
-    )
-    return EXIT_FAILED if found.differences else 0
+    parser = sim_parser(_Parser(prog="jaxserve sim", description="Policies without an engine."))
+    return run(parser.parse_args(list(argv)), _out)
 
 
 def doctor(argv: Sequence[str]) -> int:
