@@ -34,8 +34,8 @@ class SlosServeConfig:
         watermark: Share of the pages that promises leave free.
         best_effort_share: Least share of tokens that those without a promise get over 10 seconds.
         price_gain: How fast the price of server time follows demand; 0 admits whatever fits.
-        revises: Whether the promise of a request that asked not to be refused may pass to one with
-            less work before its first token.
+        revises: Whether the promise of a request that waits may pass to one with less work, unless
+            the first asked to be refused rather than to go without.
 
     Raises:
         ConfigError: If a value is out of its range.

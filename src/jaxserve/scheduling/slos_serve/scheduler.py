@@ -323,7 +323,8 @@ class SlosServeScheduler:
 
         As many are promised as before, and less work is; whoever gives way is served with what is
         left over, and considered anew. As with jobs on one machine, where to drop the longest
-        leaves the fewest late (Moore, 1968). Those who would have been refused keep their promise.
+        leaves the fewest late (Moore, 1968). Whoever runs keeps the promise, and whoever would have
+        been refused.
 
         Returns:
             Who gave way; None if nobody did.
@@ -332,7 +333,8 @@ class SlosServeScheduler:
         others = [
             (work, other)
             for other in found.prefills
-            if other[0].slo is not None
+            if not other[0].is_running
+            and other[0].slo is not None
             and other[0].slo.on_decline != "reject"
             and (work := self._work(other[0])) > most
         ]
