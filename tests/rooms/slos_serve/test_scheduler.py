@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -319,10 +320,20 @@ def test_a_fleet_of_one_is_a_single_server():
 
 
 def test_hand_offs_by_load_keep_no_fewer_objectives_than_turns():
-    requests = stream(9, 90, rate=12.0, bursts=True)
-    turns = attainment(fleet_of(requests, 3, lambda _: RoundRobinRouter()), "tpot")
-    handed = attainment(fleet_of(requests, 3, HandOffRouter), "tpot")
-    least = attainment(fleet_of(requests, 3, lambda s: HandOffRouter(s, least_first=True)), "tpot")
+    kept = np.array(
+        [
+            [
+                attainment(fleet_of(requests, 3, router_of), "tpot")
+                for router_of in (
+                    lambda _: RoundRobinRouter(),
+                    HandOffRouter,
+                    lambda s: HandOffRouter(s, least_first=True),
+                )
+            ]
+            for requests in (stream(seed, 200, rate=12.0, bursts=True) for seed in range(4))
+        ]
+    )
+    turns, handed, least = kept.mean(axis=0)
     assert least >= turns
     assert handed > turns - 0.03
 
