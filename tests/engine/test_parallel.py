@@ -19,6 +19,7 @@ from jaxserve.engine.parallel import check_model, check_settings
 from jaxserve.models.config import ModelConfig
 from jaxserve.sharding import arrays
 from jaxserve.sharding.mesh import engine_mesh
+from tests.adapters import ALL, lora
 from tests.cases import slow
 from tests.tiny import write_tiny_model
 
@@ -33,6 +34,9 @@ PROMPTS = [[5, 9, 2, 17, 31, 8, 40, 41, 42, 43, 11, 12], [7, 7, 3]]
 GREEDY = SamplingParams(
     max_tokens=5, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=2
 )
+EXPERT_PARALLEL = {
+    "tensor_parallel_size": 2, "data_parallel_size": 4, "enable_expert_parallel": True,
+}  # fmt: skip
 DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
 
 
@@ -85,6 +89,48 @@ def test_any_mesh_gives_what_one_device_gives(alone, name: str, settings) -> Non
     tokens, scores = run(name, **settings)
     assert tokens == alone[name][0]
     np.testing.assert_allclose(scores, alone[name][1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "settings"),
+    [
+        (DENSE, {"adapter": ALL}, {"tensor_parallel_size": 4}),
+        slow(EXPERTS, {"adapter": ALL[:4]}, EXPERT_PARALLEL),
+        slow(DENSE, {"quantization": "int8"}, {"tensor_parallel_size": 4}),
+        slow(DENSE, {"quantization": "fp8"}, {"tensor_parallel_size": 2}),
+        (EXPERTS, {"quantization": "int8"}, EXPERT_PARALLEL),
+        slow(
+            DENSE,
+            {"speculative_config": {
+                "method": "draft_model", "model": str(GOLDEN / DENSE), "num_speculative_tokens": 2,
+            }},
+            {"tensor_parallel_size": 4},
+        ),
+    ],
+)  # fmt: skip
+def test_adapters_quantised_weights_and_drafts_work_on_meshes(name, what, settings) -> None:
+    """The same tokens as on one device, and log-probabilities but for the last bits."""
+    options = dict(what)
+    targets = options.pop("adapter", None)
+    adapter = lora(config_of(name), "a", 1, targets=targets, lora_alpha=16) if targets else None
+    if adapter is not None:
+        options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+
+    def complete(**more: object) -> tuple[list[list[int]], list[float]]:
+        with LLM(GOLDEN / name, **SMALL | options | more) as llm:
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora_request=adapter)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        scores = [
+            entry[token].logprob
+            for output, made in zip(outputs, tokens, strict=True)
+            for token, entry in zip(made, output.outputs[0].logprobs, strict=True)
+        ]
+        return tokens, scores
+
+    tokens, scores = complete()
+    found, close = complete(**settings)
+    assert found == tokens
+    np.testing.assert_allclose(close, scores, rtol=0, atol=1e-4)
 
 
 def test_devices_hold_their_heads_and_their_experts(monkeypatch) -> None:
