@@ -1,6 +1,7 @@
 """The simulator beside the real engine: the same requests, the same policies, the same objectives.
 
-The engine is measured first, and the simulator takes the times of its steps from that. Then a trace
+The engine is measured first, and the simulator takes the times of its steps from that, corrected by
+what steps take among requests of a rehearsal that is not compared. Then a trace
 of requests goes through both, at rates below and above what the planner can keep its promises at,
 under several policies. Medians of TTFT and TPOT must agree within 15 %, capacities (the rate at
 which 90 % keep their objectives) within 10 %, and policies must rank alike.
@@ -33,12 +34,15 @@ from benchmarks.rooms.scenarios import TRACES, azure
 from jaxserve.core.clock import WallClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.cost import CostModel, StepLoad, zero_load_time
+from jaxserve.core.cost_drift import Drift, LearnedCost
 from jaxserve.core.cost_file import write_cost
 from jaxserve.core.event import TokenEvent
 from jaxserve.core.request import Request, RequestId, SamplingParams
 from jaxserve.engine.measure import Effort, measure_engine
 from jaxserve.engine.policy import EnginePolicy
 from jaxserve.engine.setup import assemble
+from jaxserve.engine.shapes import StepShape
+from jaxserve.engine.step_times import StepSink
 from jaxserve.scheduling.policies import PolicySettings, make_policy
 from jaxserve.sim.loop import simulate
 from jaxserve.sim.replica import Replica, ReplicaSpec
@@ -52,6 +56,8 @@ MEDIAN_LIMIT, P90_LIMIT, ATTAINMENT_LIMIT, CAPACITY_LIMIT = 0.15, 0.25, 0.05, 0.
 NAMES = ("tight", "loose", "mixed")
 POLICIES = ("fcfs", "edf", "slo")
 MAX_MODEL_LEN = 1024
+_ALL_ALIKE = 1e9
+"""Half-life of observations in steps, so that none counts less than another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +178,22 @@ class Machine:
         )
         self._rng = np.random.default_rng(0)
 
+    def rehearse(self, requests: Sequence[SimRequest]) -> Drift:
+        """Learn by how much steps among requests take longer than those that were measured alone.
+
+        Requests are met, planned for and answered between the steps that they share; what that
+        costs shows only when there are some. From now on both policies and the simulator go by it.
+        """
+        learned = LearnedCost(self.cost, half_life=_ALL_ALIKE)
+
+        def note(load: StepLoad, shape: StepShape, seconds: float, now: float) -> None:
+            del shape
+            learned.observe(load, seconds, now)
+
+        self.served("fcfs", requests, sink=note)
+        self.cost = learned
+        return learned.drift()
+
     def simulated(self, policy: str, requests: Sequence[SimRequest]) -> Outcome:
         """Serve requests in the simulator."""
         scheduler = make_policy(policy, self.cost, self._settings)
@@ -183,12 +205,15 @@ class Machine:
             kept=np.array([one.rejection is None and one.outcome.attained for one in done]),
         )
 
-    def served(self, policy: str, requests: Sequence[SimRequest]) -> Outcome:
+    def served(
+        self, policy: str, requests: Sequence[SimRequest], *, sink: StepSink | None = None
+    ) -> Outcome:
         """Serve requests in the engine, each at its time."""
         engine = self.engine
         options = replace(self._options, scheduling_policy=policy, cost_model=str(self._path))
         made = EnginePolicy(options, self._settings, clock=self.clock, metrics=engine.metrics)
         made.install(engine)
+        engine.times.sink = sink
         ends: dict[int, TokenEvent] = {}
         prompts = [
             tuple(int(t) for t in self._rng.integers(0, self._vocab, one.prompt_len))
@@ -198,7 +223,7 @@ class Machine:
         start = self.clock.now() + 0.1
         coming = deque(zip(requests, prompts, strict=True))
 
-        def sink(event: TokenEvent) -> None:
+        def take(event: TokenEvent) -> None:
             if event.finish_reason is not None:
                 ends[int(event.request_id)] = event
 
@@ -216,7 +241,7 @@ class Machine:
                         arrival=start + one.arrival,
                         slo=one.slo,
                     ),
-                    sink,
+                    take,
                 )  # fmt: skip
             if engine.has_work:
                 engine.step()
@@ -366,6 +391,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=10, help="steps per shape when measuring")
     parser.add_argument(
+        "--rehearsal", type=int, default=80,
+        help="requests that are served first, to learn what steps take among requests",
+    )  # fmt: skip
+    parser.add_argument(
         "--rates", nargs="+", type=float, default=list(RATES),
         help="shares of the planner's simulated capacity",
     )  # fmt: skip
@@ -400,6 +429,18 @@ def main() -> None:
     )  # fmt: skip
     good = True
     try:
+        if args.rehearsal:
+            # Requests of its own, and arrivals that are not those of the trace.
+            practice = scenario(
+                "mixed", machine.cost, gamma_arrivals(args.rehearsal, seed=1), args.rehearsal
+            )
+            rate = 0.8 * simulated_capacity(machine, practice, args.rehearsal)
+            drift = machine.rehearse(practice.offer(rate, args.rehearsal, machine.cost, seed=1))
+            print(f"steps among requests take {drift.ratio:.2f} times as long: {drift.buckets}")
+            recorder.write(
+                "rehearsal", requests=args.rehearsal, ratio=drift.ratio, buckets=drift.buckets,
+                steps=drift.observations,
+            )  # fmt: skip
         for name in args.scenarios:
             workload = scenario(name, machine.cost, arrivals, args.requests)
             good &= compare(machine, workload, args, recorder)

@@ -105,6 +105,37 @@ def test_a_bad_flag_ends_with_usage(capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_a_fleet_ranks_routers_and_writes_its_timeline(capsys, tmp_path):
+    path = tmp_path / "timeline.csv"
+    found = ask(
+        capsys, "fleet", "--servers", "12", "--minutes", "0.3", "--tiers-ms", "30", "100",
+        "--mix", "1", "3", "--router", "least_requests", "polyserve", "--timeline", str(path),
+    )  # fmt: skip
+    assert "90% of the optimum, 12 servers" in found
+    kept = {router: float(row["all"].rstrip("%")) for router, row in table(found).items()}
+    assert kept["polyserve"] > kept["least_requests"]
+    head, *rows = path.read_text().splitlines()
+    assert head.startswith("time,tier 30 ms,tier 100 ms,prompts")
+    assert len(rows) > 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mix", "1"], "--mix has 1 weights for 4 tiers"),
+        (["--prefill-servers", "4", "--servers", "4"], "prefill_servers must be zero or more"),
+        (["--tiers-ms", "100", "50"], "tiers"),
+        (["--rate", "0.001"], "no request comes in that time"),
+        (["--kv-tokens", "100", "--rate", "5"], "needs"),
+    ],
+)
+def test_a_bad_fleet_gets_one_message(capsys, words, said):
+    assert main(["sim", "fleet", *words]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 # Traces ----------------------------------------------------------------------------------------
 
 

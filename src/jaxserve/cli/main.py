@@ -26,6 +26,7 @@ commands:
   shard explain MODEL     show how weights lie on several devices: --tp N --ep N
   sim run                 serve a recorded trace in the simulator, under several policies
   sim capacity            find the rate at which each of them keeps 90 % of the objectives
+  sim fleet               place requests of several latency tiers on hundreds of servers
   sim replay LOG          run a policy again on what it saw (--decision-log), and compare
   doctor                  say which kernels this machine runs, and why
   version                 print versions

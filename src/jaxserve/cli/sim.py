@@ -1,17 +1,25 @@
-"""`jaxserve sim run | capacity | replay`: policies without an engine."""
+"""`jaxserve sim run | capacity | fleet | replay`: policies without an engine."""
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
+from jaxserve.cli.sim_fleet import add_fleet, run_fleet
+from jaxserve.cli.sim_values import (
+    MS,
+    aligned,
+    cost_of,
+    count,
+    not_negative,
+    opened,
+    positive,
+    share,
+)
 from jaxserve.core.cost import PUBLISHED_COSTS, CostModel
-from jaxserve.core.cost_file import DEFAULT_MARGIN, CostFile, read_cost
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.protocols import Router, Scheduler
 from jaxserve.scheduling.policies import POLICIES, PolicySettings, make_policy
@@ -29,7 +37,6 @@ from jaxserve.sim.traces import SHIPPED, Trace, read_trace
 
 DEFAULT_POLICIES = ("fcfs", "deadline_hybrid", "slo")
 ROUTERS = ("round_robin", "hand_off")
-_MS = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +66,10 @@ class Case:
         """Return the requests at a rate, with their objectives."""
         given = self.given
         workload = self.trace.workload(
-            ttft_slowdown=given.ttft_slowdown, tpot_s=given.tpot_ms / _MS
+            ttft_slowdown=given.ttft_slowdown, tpot_s=given.tpot_ms / MS
         )  # fmt: skip
-        count = given.requests or len(self.trace.arrivals)
-        found = workload.offer(rate, count, self.cost, seed=seed, max_output=given.max_output)
+        how_many = given.requests or len(self.trace.arrivals)
+        found = workload.offer(rate, how_many, self.cost, seed=seed, max_output=given.max_output)
         if given.ttft_ms is None and given.on_decline == "best_effort":
             return found
         changes = {"on_decline": given.on_decline}
@@ -95,7 +102,7 @@ def sim_parser[P: argparse.ArgumentParser](parser: P) -> P:
     runner = commands.add_parser("run", help="serve a trace under one or several policies")
     _add_case(runner)
     runner.add_argument(
-        "--rate", type=_positive, metavar="R", help="requests per second [that of the trace]"
+        "--rate", type=positive, metavar="R", help="requests per second [that of the trace]"
     )
     runner.add_argument(
         "--chrome-trace", type=Path, metavar="FILE",
@@ -110,9 +117,12 @@ def sim_parser[P: argparse.ArgumentParser](parser: P) -> P:
     )
     _add_case(searcher)
     searcher.add_argument(
-        "--level", type=_share, default=0.9, metavar="S", help="share of the requests [0.9]"
+        "--level", type=share, default=0.9, metavar="S", help="share of the requests [0.9]"
     )
-    searcher.add_argument("--seeds", type=_count, default=1, metavar="N", help="runs per rate [1]")
+    searcher.add_argument("--seeds", type=count, default=1, metavar="N", help="runs per rate [1]")
+    add_fleet(
+        commands.add_parser("fleet", help="place requests of several tiers on a fleet of servers")
+    )
     player = commands.add_parser("replay", help="run a policy again on a decision log")
     player.add_argument(
         "log", metavar="LOG", help="file that `serve --decision-log` or `--fleet-log` has written"
@@ -135,29 +145,29 @@ def _add_case(parser: argparse.ArgumentParser) -> None:
         "--policy", nargs="+", default=list(DEFAULT_POLICIES), metavar="NAME",
         help=f"of {', '.join(sorted(POLICIES))} [{' '.join(DEFAULT_POLICIES)}]",
     )  # fmt: skip
-    add("--requests", type=_count, metavar="N", help="how many [all of the trace]")
+    add("--requests", type=count, metavar="N", help="how many [all of the trace]")
     first = parser.add_mutually_exclusive_group()
     first.add_argument(
-        "--ttft-slowdown", type=_positive, default=5.0, metavar="X",
+        "--ttft-slowdown", type=positive, default=5.0, metavar="X",
         help="time to the first token, in multiples of an idle server's [5]",
     )  # fmt: skip
-    first.add_argument("--ttft-ms", type=_positive, metavar="MS", help="the same for all requests")
-    add("--tpot-ms", type=_positive, default=100.0, metavar="MS", help="per further token [100]")
+    first.add_argument("--ttft-ms", type=positive, metavar="MS", help="the same for all requests")
+    add("--tpot-ms", type=positive, default=100.0, metavar="MS", help="per further token [100]")
     add("--reading", choices=READINGS, default="tpot", help="of the time per token [tpot]")
     add(
         "--on-decline", choices=("best_effort", "reject", "asap"), default="best_effort",
         help="what becomes of those who cannot be promised anything [best_effort]",
     )  # fmt: skip
-    add("--replicas", type=_count, default=1, metavar="N", help="servers [1]")
+    add("--replicas", type=count, default=1, metavar="N", help="servers [1]")
     add("--router", choices=ROUTERS, default=ROUTERS[0], help="among replicas [round_robin]")
-    add("--num-pages", type=_count, default=22_000, metavar="N", help="of 16 tokens [22000]")
-    add("--max-num-seqs", type=_count, default=256, metavar="N", help="rows of a step [256]")
-    add("--max-num-batched-tokens", type=_count, default=8192, metavar="N", help="[8192]")
+    add("--num-pages", type=count, default=22_000, metavar="N", help="of 16 tokens [22000]")
+    add("--max-num-seqs", type=count, default=256, metavar="N", help="rows of a step [256]")
+    add("--max-num-batched-tokens", type=count, default=8192, metavar="N", help="[8192]")
     add(
-        "--max-output", type=_count, default=4096, metavar="N",
+        "--max-output", type=count, default=4096, metavar="N",
         help="output tokens that policies must reckon with, as they do not know lengths [4096]",
     )  # fmt: skip
-    add("--noise", type=_not_negative, default=0.0, metavar="S", help="of times of steps [0]")
+    add("--noise", type=not_negative, default=0.0, metavar="S", help="of times of steps [0]")
     add("--seed", type=int, default=0, metavar="N", help="where in the trace to begin [0]")
     add("--quiet", action="store_true", help="show no progress")
 
@@ -177,6 +187,9 @@ def run(given: argparse.Namespace, out: Callable[[str], None]) -> int:
     """
     if given.command == "replay":
         return _replay(given, out)
+    if given.command == "fleet":
+        run_fleet(given, out)
+        return 0
     case = _case(given)
     if given.command == "capacity":
         _find_capacities(case, out)
@@ -204,18 +217,11 @@ def _case(given: argparse.Namespace) -> Case:
             "the router hand_off asks planners what they could promise, which slo alone can say; "
             f"got the policies {', '.join(given.policy)}."
         )
-    cost = PUBLISHED_COSTS.get(given.cost_model)
-    if cost is None and not Path(given.cost_model).is_file():
-        raise ConfigError(
-            f"the cost model must be a file or one of {', '.join(PUBLISHED_COSTS)}, got "
-            f"{given.cost_model!r}; `jaxserve profile` writes one."
-        )
-    file = CostFile(cost=cost) if cost is not None else read_cost(Path(given.cost_model))
-    margin = file.margin if cost is None else DEFAULT_MARGIN
+    file = cost_of(given.cost_model)
     return Case(
         trace=read_trace(given.workload),
         cost=file.cost,
-        settings=PolicySettings(pace=given.reading, margin=margin),
+        settings=PolicySettings(pace=given.reading, margin=file.margin),
         spec=ReplicaSpec(
             num_pages=given.num_pages,
             max_num_seqs=given.max_num_seqs,
@@ -253,7 +259,7 @@ def _serve(
 def _run_policies(case: Case, out: Callable[[str], None]) -> None:
     given = case.given
     for path in filter(None, (given.chrome_trace, given.log)):
-        _opened(path).close()  # before anything is computed that would be lost
+        opened(path).close()  # before anything is computed that would be lost
     rate = given.rate or case.trace.rate
     lines = [["policy", "kept", "TTFT", "p99", "TPOT", "p99", "e2e", "p99", "refused", "preempted"]]
     done: list[Completion] = []
@@ -268,8 +274,8 @@ def _run_policies(case: Case, out: Callable[[str], None]) -> None:
             [
                 policy,
                 f"{attainment(done, case.reading):.1%}",
-                *(f"{_MS * times[f'ttft_{what}']:.0f}" for what in ("mean", "p99")),
-                *(f"{_MS * times[f'tpot_{what}']:.1f}" for what in ("mean", "p99")),
+                *(f"{MS * times[f'ttft_{what}']:.0f}" for what in ("mean", "p99")),
+                *(f"{MS * times[f'tpot_{what}']:.1f}" for what in ("mean", "p99")),
                 *(f"{times[f'e2e_{what}']:.2f}" for what in ("mean", "p99")),
                 str(len(done) - len(served)),
                 str(sum(one.preemptions for one in done)),
@@ -279,13 +285,13 @@ def _run_policies(case: Case, out: Callable[[str], None]) -> None:
         f"{len(done)} requests of {case.trace.name} at {rate:.2f}/s, {given.replicas} "
         f"replica{'s' if given.replicas > 1 else ''}; TTFT and TPOT in ms, e2e in s"
     )
-    for line in _columns(lines):
+    for line in aligned(lines):
         out(line)
     if given.chrome_trace and recorder is not None:
-        with _opened(given.chrome_trace) as file:
+        with opened(given.chrome_trace) as file:
             recorder.write(file, done)
     if given.log:
-        with _opened(given.log) as file:
+        with opened(given.log) as file:
             file.write(log_lines(done))
 
 
@@ -306,58 +312,5 @@ def _find_capacities(case: Case, out: Callable[[str], None]) -> None:
         guess = found.rate
         lines.append([policy, f"{found.rate:.2f}", f"{found.low:.2f} to {found.high:.2f}"])
     out(f"rates of {case.trace.name} at which {given.level:.0%} of the requests keep everything")
-    for line in _columns(lines):
+    for line in aligned(lines):
         out(line)
-
-
-def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Align cells, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-
-
-def _opened(path: Path) -> TextIO:
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-
-
-def _positive(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < sys.float_info.max:
-        raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < sys.float_info.max:
-        raise argparse.ArgumentTypeError(f"must be zero or more, got {text}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above zero, got {text!r}")
-    return int(text)
