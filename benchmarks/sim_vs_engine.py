@@ -160,6 +160,8 @@ class Machine:
         self._dir = tempfile.TemporaryDirectory()
         self.measured = measure_engine(self.engine, self.clock, effort)
         self.cost = self.measured.file.cost
+        self._costs: dict[str, CostModel] = {}
+        """What steps take under a policy, where that has been rehearsed."""
         self._path = Path(self._dir.name) / "cost.json"
         write_cost(self._path, self.measured.file)
         self._options = options = made.config.scheduler
@@ -178,11 +180,12 @@ class Machine:
         )
         self._rng = np.random.default_rng(0)
 
-    def rehearse(self, requests: Sequence[SimRequest]) -> Drift:
+    def rehearse(self, policy: str, requests: Sequence[SimRequest]) -> Drift:
         """Learn by how much steps among requests take longer than those that were measured alone.
 
         Requests are met, planned for and answered between the steps that they share; what that
-        costs shows only when there are some. From now on both policies and the simulator go by it.
+        costs shows only when there are some, and depends on the policy. From now on the simulator
+        goes by it, and the policy in it.
         """
         learned = LearnedCost(self.cost, half_life=_ALL_ALIKE)
 
@@ -190,14 +193,15 @@ class Machine:
             del shape
             learned.observe(load, seconds, now)
 
-        self.served("fcfs", requests, sink=note)
-        self.cost = learned
+        self.served(policy, requests, sink=note)
+        self._costs[policy] = learned
         return learned.drift()
 
     def simulated(self, policy: str, requests: Sequence[SimRequest]) -> Outcome:
         """Serve requests in the simulator."""
-        scheduler = make_policy(policy, self.cost, self._settings)
-        done = simulate(requests, [Replica(self.spec, scheduler, self.cost)])
+        cost = self._costs.get(policy, self.cost)
+        scheduler = make_policy(policy, cost, self._settings)
+        done = simulate(requests, [Replica(self.spec, scheduler, cost)])
         done = sorted(done, key=lambda one: one.request.request_id)
         return Outcome(
             ttft=np.array([one.ttft for one in done]),
@@ -381,6 +385,21 @@ def _judge(
     return close and alike and all(medians_ok)
 
 
+def _rehearse(machine: Machine, args: argparse.Namespace, recorder: Recorder) -> None:
+    """Serve requests of their own under each policy, with arrivals that are not the trace's."""
+    count = args.rehearsal
+    practice = scenario("mixed", machine.cost, gamma_arrivals(count, seed=1), count)
+    rate = 0.8 * simulated_capacity(machine, practice, count)
+    requests = practice.offer(rate, count, machine.cost, seed=1)
+    for policy in args.policies:
+        drift = machine.rehearse(policy, requests)
+        print(f"{policy}: steps among requests take {drift.ratio:.2f} times as long", flush=True)
+        recorder.write(
+            "rehearsal", policy=policy, requests=count, ratio=drift.ratio, buckets=drift.buckets,
+            steps=drift.observations,
+        )  # fmt: skip
+
+
 def main() -> None:
     """Measure, compare, record, and fail if anything is beyond its limit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -430,17 +449,7 @@ def main() -> None:
     good = True
     try:
         if args.rehearsal:
-            # Requests of its own, and arrivals that are not those of the trace.
-            practice = scenario(
-                "mixed", machine.cost, gamma_arrivals(args.rehearsal, seed=1), args.rehearsal
-            )
-            rate = 0.8 * simulated_capacity(machine, practice, args.rehearsal)
-            drift = machine.rehearse(practice.offer(rate, args.rehearsal, machine.cost, seed=1))
-            print(f"steps among requests take {drift.ratio:.2f} times as long: {drift.buckets}")
-            recorder.write(
-                "rehearsal", requests=args.rehearsal, ratio=drift.ratio, buckets=drift.buckets,
-                steps=drift.observations,
-            )  # fmt: skip
+            _rehearse(machine, args, recorder)
         for name in args.scenarios:
             workload = scenario(name, machine.cost, arrivals, args.requests)
             good &= compare(machine, workload, args, recorder)
