@@ -104,7 +104,7 @@ def form(
     horizon = max_step_s
     if len(decodes.due):
         horizon = min(horizon, float(decodes.due.min()) - now - _TINY)
-    is_in = decodes.due < now + horizon + pace_s
+    is_in = decodes.due < now + horizon + min(pace_s, max_step_s)
     count = int(is_in.sum())
     load = StepLoad(decodes=count, context=round(float(decodes.context[is_in].sum())) + count)
     is_late = count > max_tokens or (count > 0 and cost.step_time(load) > horizon)
