@@ -132,7 +132,12 @@ def metrics() -> str:
 
 def metrics_page() -> str:
     """Return a page with every metric that there is, of a fleet that has everything."""
-    made = EngineMetrics(cache_config={"block_size": 16}, num_speculative_tokens=1, has_sparse=True)
+    made = EngineMetrics(
+        cache_config={"block_size": 16},
+        num_speculative_tokens=1,
+        has_sparse=True,
+        has_balance=True,
+    )
     made.adapters(max_loras=1, running=(), waiting=(), now=0.0)
     status = ReplicaStatus(
         index=0, state="serving", tier=None, num_open=0, deaths=0, failure=None

@@ -158,6 +158,30 @@ def test_several_processes_give_what_one_gives(start, expected, size, settings) 
         assert process.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
+def test_experts_move_in_all_processes() -> None:
+    folder = ROOT / "tests" / "oracles" / "golden" / "models" / "qwen3_moe_plain"
+    prompts = [[5, 9, 2, 17, 31, 8, 40, 41, 42, 43, 11, 12], [7, 7, 3]]
+    settings = {"load_format": "safetensors", "enable_prefix_caching": False}
+    with LLM(folder, **SMALL | settings) as llm:
+        outputs = llm.generate(prompts, SamplingParams(**SAMPLING), use_tqdm=False)
+    processes = Processes(
+        folder, 2, {"prompts": prompts, "sampling": SAMPLING, "rounds": 3}, **settings,
+        data_parallel_size=4, enable_expert_parallel=True, all_to_all_backend="flash",
+        enable_eplb=True, num_redundant_experts=4, eplb_step_interval=2,
+    )  # fmt: skip
+    try:
+        for _ in range(3):
+            found = processes.answer()["tokens"]
+            assert found == [list(output.outputs[0].token_ids) for output in outputs]
+        for process in processes.all:
+            assert process.wait(timeout=60) == 0
+        # All processes have moved weights: one that had not would have made other tokens.
+        assert any("slots hold other experts" in line for line in processes.messages[0])
+    finally:
+        processes.close()
+
+
 def test_a_lost_process_ends_the_others_with_an_error_in_time(start, expected) -> None:
     processes = start(2, {"rounds": 2, "waits": True}, tensor_parallel_size=4, host_timeout=4)
     assert processes.answer()["tokens"] == expected

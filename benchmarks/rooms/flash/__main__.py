@@ -3,7 +3,7 @@
     python -m benchmarks.rooms.flash --plan     # planning times and stages, beside SciPy's
     python -m benchmarks.rooms.flash --model    # time over the lower bound, to 1,024 GPUs
     python -m benchmarks.rooms.flash --net      # processes over shaped links; needs root on Linux
-    python -m benchmarks.rooms.flash --moe      # tokens/s with experts spread over eight devices
+    python -m benchmarks.rooms.flash --moe      # tokens/s served, experts on eight devices
     python -m benchmarks.rooms.flash --tables   # of what has been recorded
     python -m benchmarks.rooms.flash --plot     # a picture of it, for the docs
 
@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.record import Recorder
-from benchmarks.rooms.flash import model, moe, net, planning
+from benchmarks.rooms.flash import model, moe, net, planning, served
 
 
 def main() -> None:
@@ -39,8 +39,10 @@ def main() -> None:
         "--transports", default="sockets,gloo", help="of --net: sockets, gloo, or both"
     )
     parser.add_argument(
-        "--where", default=",".join(moe.PLACES), help="of --moe: process, links, or both"
-    )
+        "--where", default=f"served,{','.join(moe.PLACES)}",
+        help="of --moe: served, by engines over links; and forward passes in one process, or over "
+        "links",
+    )  # fmt: skip
     parser.add_argument("--ways", default="", help="of --moe, with ; between them; all if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder of results")
     args = parser.parse_args()
@@ -61,19 +63,46 @@ def main() -> None:
         if skipped is not None:
             print(skipped)
     if args.moe:
-        ways = args.ways.split(";") if args.ways else list(moe.WAYS)
-        if unknown := [way for way in ways if way not in moe.WAYS]:
-            parser.error(f"--ways must be of {'; '.join(moe.WAYS)}, got {'; '.join(unknown)}.")
-        skipped = moe.measure(
-            recorder, mbit=args.mbit, repeats=args.repeats, where=args.where.split(","), ways=ways
-        )
-        if skipped is not None:
-            print(skipped)
+        _measure_moe(parser, recorder, args)
     for is_asked_for, part in (
-        (args.plan, planning), (args.model, model), (args.net, net), (args.moe, moe),
+        (args.plan, planning), (args.model, model), (args.net, net), (args.moe, served),
+        (args.moe, moe),
     ):  # fmt: skip
         if is_asked_for or args.tables:
             print(part.report(recorder.path))
+
+
+def _measure_moe(
+    parser: argparse.ArgumentParser, recorder: Recorder, args: argparse.Namespace
+) -> None:
+    """Measure what is asked for of a mixture of experts."""
+    where = args.where.split(",")
+    known = {"served": served.WAYS} | dict.fromkeys(moe.PLACES, moe.WAYS)
+    if unknown := [place for place in where if place not in known]:
+        parser.error(f"--where must be of {', '.join(known)}, got {', '.join(unknown)}.")
+    ways = args.ways.split(";") if args.ways else None
+    for place in where:
+        if unknown := [way for way in ways or () if way not in known[place]]:
+            parser.error(
+                f"--ways must be of {'; '.join(known[place])} for {place}, got "
+                f"{'; '.join(unknown)}."
+            )
+    reasons: list[str | None] = []
+    if "served" in where:
+        reasons.append(
+            served.measure(
+                recorder, mbit=args.mbit, repeats=args.repeats, ways=ways or list(served.WAYS)
+            )
+        )
+    if passes := [place for place in where if place != "served"]:
+        reasons.append(
+            moe.measure(
+                recorder, mbit=args.mbit, repeats=args.repeats, where=passes,
+                ways=ways or list(moe.WAYS),
+            )
+        )  # fmt: skip
+    for reason in filter(None, reasons):
+        print(reason)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.attention.tactic.rows import SparseRows
 from jaxserve.pallas_kernels.plan import Plan
+from jaxserve.sharding.experts import SlotTable
 from jaxserve.sharding.rules import ModelSharding
 
 Backend = Literal["xla", "llvm", "reference", "mosaic", "triton", "pallas-xla", "pallas-reference"]
@@ -110,6 +111,8 @@ class AttentionPlan:
             attention differs from the plain one, soft caps included.
         extra: Arrays that the variant of the plans reads.
         sparse: Which decode rows read a part of their context; None if all read everything.
+        slot_table: Where experts lie, of all layers or of one, if that changes while serving; how
+            often each is asked for is then counted.
         rows: Number of decode rows.
         kv_tile: Keys per tile; a multiple of the page size that divides the length of a row.
         q_block: Tokens per prefill block.
@@ -133,6 +136,7 @@ class AttentionPlan:
     kernel_plans: tuple[Plan, ...] = ()
     extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     sparse: SparseRows | None = None
+    slot_table: SlotTable | None = None
     rows: int = dataclasses.field(metadata={"static": True})
     kv_tile: int = dataclasses.field(metadata={"static": True})
     q_block: int = dataclasses.field(metadata={"static": True})
@@ -143,6 +147,10 @@ class AttentionPlan:
 
     def of_layer(self, index: int) -> "AttentionPlan":
         """Return the plan for one layer of the model."""
-        if self.sparse is None:
+        if self.sparse is None and self.slot_table is None:
             return self
-        return dataclasses.replace(self, sparse=self.sparse.of_layer(index))
+        return dataclasses.replace(
+            self,
+            sparse=None if self.sparse is None else self.sparse.of_layer(index),
+            slot_table=None if self.slot_table is None else self.slot_table.of_layer(index),
+        )

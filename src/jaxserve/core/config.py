@@ -507,6 +507,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Check what concerns several parts."""
         policy = self.scheduler.scheduling_policy
+        if self.runner.batch_invariant and self.parallel.enable_eplb:
+            raise ConfigError(
+                "batch_invariant cannot be kept with enable_eplb: which devices add a token's "
+                "results up depends on other requests. Leave one of them out."
+            )
         if self.runner.batch_invariant and policy not in ("fcfs", "priority"):
             raise ConfigError(
                 f"batch_invariant needs scheduling_policy fcfs or priority, got {policy!r}, which "

@@ -1,9 +1,12 @@
 """Settings of an engine that runs on several devices, or on several hosts."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.setting import check_at_least, option
+from jaxserve.core.setting import check_at_least, check_one_of, option
+
+AllToAllBackend = Literal["auto", "allreduce", "dense", "rotation", "flash"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,38 @@ class ParallelOptions:
         "Share whole experts among all tensor-parallel-size x data-parallel-size devices. Without "
         "it each expert's matrices are split like other feed-forwards.",
         "ep",
+    )
+    all_to_all_backend: AllToAllBackend = option(
+        "auto",
+        "How results of experts travel with enable-expert-parallel. allreduce: sums over all "
+        "devices. The others send each token's results to the device that it belongs to: dense in "
+        "one exchange with room for the most that can be, rotation and flash only what there is, "
+        "in rotations of the servers or in the stages of FLASH. auto: allreduce.",
+        "all2all-backend",
+    )
+    all_to_all_dedup: bool = option(
+        True,
+        "Add up a token's results on each server first, so that one row of it crosses and not one "
+        "per expert.",
+    )
+    devices_per_server: int | None = option(
+        None,
+        "Devices that fast links join, for all-to-all-backend and enable-eplb; they must be on "
+        "one host. Default: all that a host has.",
+    )
+    enable_eplb: bool = option(
+        False,
+        "Count how often each expert is asked for, and move experts between devices while serving "
+        "so that devices have equal work.",
+    )
+    num_redundant_experts: int = option(
+        0,
+        "Places per layer for further copies of busy experts, over all devices; needs enable-eplb "
+        "and must be a multiple of the devices.",
+        "ep-num-redundant-experts",
+    )
+    eplb_step_interval: int = option(
+        3000, "Steps after which it is looked whether other places of experts pay."
     )
     nnodes: int | None = option(
         None,
@@ -52,9 +87,31 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         """Check the values."""
         check_at_least(self, 1, "tensor_parallel_size", "data_parallel_size", "nnodes")
-        check_at_least(self, 0, "node_rank")
+        check_one_of(self, all_to_all_backend=AllToAllBackend)
+        check_at_least(self, 1, "devices_per_server", "eplb_step_interval")
+        check_at_least(self, 0, "node_rank", "num_redundant_experts")
+        self._check_experts()
         check_at_least(self, 2, "host_timeout")
         self._check_hosts()
+
+    def _check_experts(self) -> None:
+        wanted = {
+            f"all_to_all_backend={self.all_to_all_backend}": self.all_to_all_backend
+            not in ("auto", "allreduce"),
+            "enable_eplb": self.enable_eplb,
+            f"devices_per_server={self.devices_per_server}": self.devices_per_server is not None,
+        }
+        odd = [name for name, is_on in wanted.items() if is_on]
+        if odd and not self.enable_expert_parallel:
+            raise ConfigError(
+                f"{', '.join(odd)}: experts must lie on several devices as wholes for that; add "
+                "enable_expert_parallel, or leave it out."
+            )
+        if self.num_redundant_experts and not self.enable_eplb:
+            raise ConfigError(
+                f"num_redundant_experts={self.num_redundant_experts} needs enable_eplb, which says "
+                "of which experts there are copies; add it, or leave them out."
+            )
 
     def _check_hosts(self) -> None:
         address, number, rank = self.dist_init_addr, self.nnodes, self.node_rank

@@ -68,7 +68,9 @@ class DraftedRunner(Runner):
         **settings: Any,  # noqa: ANN401  those of Runner
     ) -> None:
         """Allocate both caches."""
-        self._draft_spec = replace(spec, config=draft.config, dtype=draft.dtype)
+        # Where experts of the other model lie says nothing about this one's.
+        sharding = None if spec.sharding is None else replace(spec.sharding, experts=None)
+        self._draft_spec = replace(spec, config=draft.config, dtype=draft.dtype, sharding=sharding)
         self._draft_graph = draft.graph
         leaves, self._draft_tree = jax.tree.flatten(draft.state)
         self._draft_params: tuple[jax.Array, ...] = tuple(leaves)

@@ -34,6 +34,7 @@ from jaxserve.core.protocols import Clock, Doorkeeper, Scheduler
 from jaxserve.core.request import Request, RequestId
 from jaxserve.core.view import ReplicaView, SequenceView
 from jaxserve.engine.adapters import AdapterSlots
+from jaxserve.engine.balance import ExpertBalancer
 from jaxserve.engine.batcher import Item, build
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.inbox import Inbox, Sink
@@ -109,6 +110,7 @@ class Engine(Inbox):
         constraints: Grammars of outputs; refuses them by default.
         speculator: Drafts what may come next; None drafts nothing.
         times: Measures steps; by default without a cost model.
+        balancer: Moves experts between devices; None leaves them where they are.
 
     Attributes:
         scheduler: Decides steps; may be exchanged between steps.
@@ -141,6 +143,7 @@ class Engine(Inbox):
         constraints: Constraints | None = None,
         speculator: Speculator | None = None,
         times: StepTimes | None = None,
+        balancer: ExpertBalancer | None = None,
     ) -> None:
         """Start idle."""
         spec = runner.spec
@@ -162,6 +165,7 @@ class Engine(Inbox):
         self.scheduler = scheduler
         self.times = times or StepTimes(clock, metrics)
         self._speculator = speculator
+        self._balancer = balancer
         self._tokenizer = tokenizer
         self._clock = clock
         self._eos = frozenset(eos_token_ids)
@@ -661,6 +665,8 @@ class Engine(Inbox):
         if pending.pooled is not None:
             self._commit_pooled(pending.items, pending.pooled)
         self.times.committed(pending.load, pending.shape, pending.planned)
+        if self._balancer is not None:
+            self._balancer.committed()
         now = self._clock.now()
         for item in pending.items:
             sequence = item.sequence
@@ -884,6 +890,8 @@ class Engine(Inbox):
         try:
             self.runner.reset()
             self.adapters.reset()
+            if self._balancer is not None:
+                self._balancer.forget()
         except Exception as reset_error:  # noqa: BLE001
             self.stop(f"the device buffers cannot be rebuilt: {reset_error}")
 

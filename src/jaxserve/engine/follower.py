@@ -94,6 +94,8 @@ class _Calls:
                 self._runner.set_row(values["row"], **arrays)
             case "move_row":
                 self._runner.move_row(**values)
+            case "place_experts":
+                self._runner.place_experts(arrays["experts"])
             case "save_pages":
                 self._runner.save_pages(_moves(arrays["moves"]))
             case "load_pages":

@@ -88,6 +88,11 @@ class _Announcing(Runner):
         self._tell("move_row", source=source, target=target, length=length)
         super().move_row(source, target, length)
 
+    def place_experts(self, experts: np.ndarray) -> None:
+        """Move experts between devices."""
+        self._tell("place_experts", experts=experts.astype(np.int32))
+        super().place_experts(experts)
+
     def save_pages(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Copy parts of slots into the page store."""
         self._tell("save_pages", moves=np.asarray(moves, np.int32).reshape(-1, 3))

@@ -141,6 +141,7 @@ class EngineMetrics:
         engine: Index of the engine, the value of the label `engine`.
         num_speculative_tokens: Most tokens per draft; with 0, nothing is said about drafts.
         has_sparse: Whether attention may be sparse; otherwise nothing is said about it.
+        has_balance: Whether experts move between devices; otherwise nothing is said about it.
 
     Attributes:
         num_running: Sequences that hold a row of the batch.
@@ -172,6 +173,10 @@ class EngineMetrics:
         measured_heads: Query heads whose share of the mass was measured.
         measured_mass: These shares, summed.
         missed_heads: Those of them that fell short of their target by more than 0.02.
+        imbalance: Work of the busiest device over the mean, of the loads seen last, over layers:
+            where experts lay, and where they lie since.
+        num_rebalances: How often experts have moved.
+        num_moved_experts: Slots that got another expert thereby.
         slo_attained: Requests that kept an objective, per (tier, objective). The objective
             `request` stands for all of a request's together.
         slo_missed: Requests that did not keep it, refused and aborted ones included.
@@ -193,6 +198,7 @@ class EngineMetrics:
         engine: int = 0,
         num_speculative_tokens: int = 0,
         has_sparse: bool = False,
+        has_balance: bool = False,
     ) -> None:
         """Start with everything at zero."""
         self._lock = threading.Lock()
@@ -231,6 +237,10 @@ class EngineMetrics:
         self.measured_heads = 0
         self.measured_mass = 0.0
         self.missed_heads = 0
+        self._has_balance = has_balance
+        self.imbalance = (1.0, 1.0)
+        self.num_rebalances = 0
+        self.num_moved_experts = 0
         self.slo_attained: Counter[tuple[str, str]] = Counter()
         self.slo_missed: Counter[tuple[str, str]] = Counter()
         self.slo_declined: Counter[tuple[str, str, str]] = Counter()
@@ -419,6 +429,19 @@ class EngineMetrics:
             self.missed_heads += num_missed
             self.measured_mass += mass
 
+    def balanced(self, *, before: float, after: float, num_moved: int) -> None:
+        """Record a look at the loads of experts.
+
+        Args:
+            before: Work of the busiest device over the mean, as it was.
+            after: As it would have been with experts where they lie from now on.
+            num_moved: Slots that hold another expert from now on.
+        """
+        with self._lock:
+            self.imbalance = before, after
+            self.num_rebalances += num_moved > 0
+            self.num_moved_experts += num_moved
+
     def compiled(self, seconds: float) -> None:
         """Record the compilation of one step shape."""
         with self._lock:
@@ -604,6 +627,8 @@ class EngineMetrics:
             yield from self._drafts()
         if self._has_sparse:
             yield from self._sparse()
+        if self._has_balance:
+            yield from self._balance()
         if self._adapters is not None:
             most, running, waiting, now = self._adapters
             labels = {
@@ -676,6 +701,20 @@ class EngineMetrics:
              self.missed_heads),
         ):  # fmt: skip
             yield Family(f"sparse_attention_{name}_total", "counter", text, [({}, value)])
+
+    def _balance(self) -> Iterator[Family]:
+        yield Family(
+            "expert_load_imbalance", "gauge",
+            "Work of the busiest device over the mean, of the loads of experts seen last, where "
+            "they lay then and where they lie since.",
+            [({"placement": name}, value)
+             for name, value in zip(("before", "after"), self.imbalance, strict=True)],
+        )  # fmt: skip
+        for name, text, value in (
+            ("rebalances", "How often experts have moved.", self.num_rebalances),
+            ("moves", "Slots that got another expert.", self.num_moved_experts),
+        ):
+            yield Family(f"expert_{name}_total", "counter", text, [({}, value)])
 
     def _drafts(self) -> Iterator[Family]:
         for name, text, value in (

@@ -5,6 +5,7 @@ import jax
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.parallel import ParallelOptions
+from jaxserve.engine.experts import expert_sharding
 from jaxserve.models.config import ModelConfig
 from jaxserve.sharding.mesh import engine_mesh
 from jaxserve.sharding.rules import (
@@ -31,12 +32,14 @@ def mesh_of(options: ParallelOptions, shape: ModelConfig, *, replica: int = 0) -
         ConfigError: If there are fewer devices, or their number does not divide the model.
     """
     check_model(options, shape)
-    return engine_mesh(
+    mesh = engine_mesh(
         options.tensor_parallel_size,
         options.data_parallel_size,
         kv_heads=shape.num_kv_heads,
         replica=replica,
     )
+    expert_sharding(options, shape, mesh)  # so that what is wrong is found before weights are read
+    return mesh
 
 
 def check_model(options: ParallelOptions, shape: ModelConfig) -> None:
@@ -77,6 +80,13 @@ def check_model(options: ParallelOptions, shape: ModelConfig) -> None:
 
 
 def _check_experts(options: ParallelOptions, num_experts: int) -> None:
+    spare, devices = options.num_redundant_experts, options.num_devices
+    if spare % devices:
+        raise ConfigError(
+            f"num_redundant_experts={spare} must be a multiple of the {devices} devices, each of "
+            f"which has as many places as others; use {spare // devices * devices} or "
+            f"{-(-spare // devices) * devices}."
+        )
     if num_experts % options.num_devices == 0:
         return
     good = [str(n) for n in range(1, num_experts + 1) if num_experts % n == 0]

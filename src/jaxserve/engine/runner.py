@@ -18,6 +18,7 @@ from jaxserve.cache.buffers import KvBuffers
 from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import RequestError
 from jaxserve.engine.compiling import Programs
+from jaxserve.engine.experts import ExpertSlots
 from jaxserve.engine.kernel_plans import fields_of
 from jaxserve.engine.parallel import kv_axis
 from jaxserve.engine.pooled import Pooled, pool_chunks
@@ -57,7 +58,11 @@ from jaxserve.models.lora import Factors, LoraBuffers, LoraShape, StepLora
 from jaxserve.models.registry import flatten_params
 from jaxserve.pallas_kernels.plan import Plan
 from jaxserve.sharding.arrays import put
+from jaxserve.sharding.experts import SlotTable
 from jaxserve.sharding.rules import LogicalAxisRules, ModelSharding
+
+Balance = tuple[SlotTable, jax.Array] | tuple[()]
+"""Where experts lie and how often each has been asked for; empty where they stay in their order."""
 
 MAX_MOVES = 64
 """Pages copied between slots and store by one launch."""
@@ -136,12 +141,14 @@ class Runner:
         on_compile: Called with the seconds of every compilation.
         cache_dir: Where compiled programs are kept between processes; None keeps none.
         forbid_late: Whether a compilation after warm-up is an error.
+        frees: Whether weights may be freed that have been copied to where they are served.
 
     The runner never sees a request or a deadline.
 
     Attributes:
         spec: What is fixed.
         programs: What it has compiled.
+        experts: Slots of experts, if these move between devices.
     """
 
     def __init__(
@@ -154,12 +161,12 @@ class Runner:
         on_compile: Callable[[float], None],
         cache_dir: str | None = None,
         forbid_late: bool = False,
+        frees: bool = False,
     ) -> None:
         """Allocate cache and row state; compiles nothing yet."""
         self.spec = spec
         self._graph = graph
         leaves, self._tree = jax.tree.flatten(state)
-        self._params: tuple[jax.Array, ...] = tuple(leaves)
         self._mesh = mesh
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self.programs = Programs(
@@ -170,6 +177,10 @@ class Runner:
             # Arrays of the caller's own attention are constants of the programs.
             shares=spec.shapes.kernels is None or not spec.shapes.kernels.extra,
         )
+        # As others see them: experts in their order.
+        self._outer_specs = jax.tree.map(describe, tuple(leaves))
+        self.experts = self._make_slots(flatten_params(state))
+        self._params: tuple[jax.Array, ...] = self._spread(leaves, frees=frees)
         self._found: dict[StepShape, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._no_masks: dict[int, jax.Array] = {}
         self._adapters: tuple[LoraBuffers, ...] = ()
@@ -183,6 +194,24 @@ class Runner:
         self._row_specs = jax.tree.map(describe, self._rows)
         self._cluster_specs = jax.tree.map(describe, self._clusters)
         self._adapter_specs = jax.tree.map(describe, self._adapters)
+
+    def _make_slots(self, arrays: Mapping[str, Any]) -> ExpertSlots | None:
+        sharding = self.spec.sharding
+        if sharding is None or sharding.experts is None or not sharding.experts.is_balanced:
+            return None
+        return ExpertSlots(self.spec.config, sharding, list(arrays), self.programs)
+
+    def _spread(self, leaves: Sequence[jax.Array], *, frees: bool) -> tuple[jax.Array, ...]:
+        """Put weights where they are served."""
+        if self.experts is None:
+            return tuple(leaves)
+        placed: list[jax.Array] = []
+        for index, leaf in enumerate(leaves):
+            placed.append(self.experts.spread_leaf(index, leaf))
+            if frees and placed[-1] is not leaf:
+                placed[-1].block_until_ready()
+                leaf.delete()
+        return tuple(placed)
 
     def _allocate(self) -> None:
         self.slots, self.pages = self._allocate_cache(self.spec)
@@ -251,6 +280,8 @@ class Runner:
             todo += [self._adapter_program]
         if self.spec.sparse is not None:
             todo += [self._cluster_program]
+        if self.experts is not None:
+            todo += self.experts.warm(self._param_specs)
         return todo
 
     def choose_shape(
@@ -307,7 +338,12 @@ class Runner:
             self._spec((packed_size(shape),)),
             self._adapter_specs,
             self._cluster_specs,
+            jax.tree.map(describe, self._balance),
         )
+
+    @property
+    def _balance(self) -> Balance:
+        return () if self.experts is None else (self.experts.table, self.experts.loads)
 
     def _draw_program(self, draw: DrawShape) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
@@ -434,14 +470,17 @@ class Runner:
             self._num_steps += 1
             is_due = self._num_steps % self.spec.sparse.measure_every == 0
             packed.fields["is_measured"][...] = is_due
-        logits, drawing, hidden, cache, reading = step(
+        logits, drawing, hidden, cache, reading, loads = step(
             self._params,
             cache,
             self._rows.last_token,
             packed.buffer,
             self._adapters,
             self._clusters,
+            self._balance,
         )
+        if self.experts is not None and loads is not None:
+            self.experts.loads = loads
         sampled, self._rows = draw(logits, self._rows, drawing, mask)
         if self.spec.use_pages:
             self.pages = cache
@@ -578,6 +617,24 @@ class Runner:
             columns[:, : len(part)] = np.asarray(part, np.int32).T
             yield self._put(np.int32(len(part))), [self._put(column) for column in columns]
 
+    def expert_loads(self) -> np.ndarray:
+        """Return how often each expert has been asked for, uint32 `[layers, experts]`; waits."""
+        return np.asarray(self._slots_of_experts.loads)
+
+    def place_experts(self, experts: np.ndarray) -> None:
+        """Move experts between devices; steps launched before are not touched.
+
+        Args:
+            experts: `[layers, slots]`: the expert that each slot is to hold, in layers with any.
+        """
+        self._params = tuple(self._slots_of_experts.move(self._params, experts))
+
+    @property
+    def _slots_of_experts(self) -> ExpertSlots:
+        if self.experts is None:
+            raise AssertionError("experts of this engine stay where they are")
+        return self.experts
+
     def _put(self, value: np.ndarray | np.generic) -> jax.Array:
         return put(value, self._everywhere)
 
@@ -588,13 +645,16 @@ class Runner:
         Raises:
             RequestError: While they are not on the device.
         """
-        leaves = self._params
-        if not leaves:
+        if not self._params:
             raise RequestError(
                 "the weights are not on the device; wake_up() or update_params() brings them.",
                 status=409,
             )
-        return jax.tree.unflatten(self._tree, leaves)
+        return jax.tree.unflatten(self._tree, self._in_order(self._params))
+
+    def _in_order(self, leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Return weights as others see them; experts that lie in slots are copied."""
+        return leaves if self.experts is None else tuple(self.experts.fold(leaves))
 
     @property
     def has_params(self) -> bool:
@@ -609,7 +669,7 @@ class Runner:
     @property
     def described_params(self) -> nnx.State:
         """Shape, dtype and sharding of every weight in its place."""
-        return jax.tree.unflatten(self._tree, self._param_specs)
+        return jax.tree.unflatten(self._tree, self._outer_specs)
 
     def set_params(self, leaves: Sequence[jax.Array | None]) -> None:
         """Serve other weights from the next step on; nothing is compiled or copied.
@@ -619,15 +679,21 @@ class Runner:
                 there; None keeps what is served.
         """
         old = self._params or (None,) * len(leaves)
-        chosen = [new if new is not None else kept for new, kept in zip(leaves, old, strict=True)]
+        chosen = [
+            kept if new is None else self._spread_leaf(index, new)
+            for index, (new, kept) in enumerate(zip(leaves, old, strict=True))
+        ]
         if any(leaf is None for leaf in chosen):
             raise AssertionError("a partial update found no weights to keep")
         self._params = tuple(cast(list[jax.Array], chosen))
 
+    def _spread_leaf(self, index: int, leaf: jax.Array) -> jax.Array:
+        return leaf if self.experts is None else self.experts.spread_leaf(index, leaf)
+
     def release_params(self) -> tuple[jax.Array, ...]:
         """Let the weights go; who takes the result holds them, else nobody does."""
         leaves, self._params = self._params, ()
-        return leaves
+        return self._in_order(leaves)
 
     def drop_cache(self) -> None:
         """Free cache and row state until `restore_cache`; programs stay."""
@@ -648,6 +714,8 @@ class Runner:
         """Replace cache and row state by fresh ones, after a failed step left them undefined."""
         self._free()
         self._allocate()
+        if self.experts is not None:
+            self.experts.forget_loads()
 
     def explain(self, error: Exception) -> Exception:
         """Return why a step has failed, if more is known than its error says."""
@@ -695,6 +763,7 @@ def attention_plan(
     shape: StepShape,
     part: dict[str, jax.Array],
     clusters: Clusters = (),
+    slot_table: SlotTable | None = None,
 ) -> AttentionPlan:
     """Say what each token of a step sees.
 
@@ -703,6 +772,7 @@ def attention_plan(
         shape: The step's shape.
         part: Its packed buffer, taken apart.
         clusters: What sparse attention chooses among; empty reads everything.
+        slot_table: Where experts lie, if they move.
     """
     kernels = spec.shapes.kernels
     return AttentionPlan(
@@ -722,6 +792,7 @@ def attention_plan(
         ),
         extra={} if kernels is None else {n: jnp.asarray(x) for n, x in kernels.extra.items()},
         sparse=sparse_rows(spec.sparse, part, clusters) if shape.num_segments else None,
+        slot_table=slot_table,
         rows=shape.rows,
         kv_tile=spec.shapes.kv_tile,
         q_block=shape.q_block,
@@ -744,19 +815,21 @@ def _step(
     packed: jax.Array,
     adapters: tuple[LoraBuffers, ...],
     clusters: Clusters,
-) -> tuple[jax.Array, jax.Array, jax.Array, KvBuffers, Reading]:
+    balance: Balance,
+) -> tuple[jax.Array, jax.Array, jax.Array, KvBuffers, Reading, jax.Array | None]:
     """Embed, run all layers, score what may be drawn. Donates `cache`.
 
     Returns:
         Logits of the places at which a token is drawn, the sampler's part of `packed`, hidden
-        states of the prefill tokens, cache, and what sparse attention counted.
+        states of the prefill tokens, cache, what sparse attention counted, and how often experts
+        have been asked for, if they move.
     """
     model = nnx.merge(graph, jax.tree.unflatten(tree, params))
     part = unpack(packed, shape)
     token_ids = jnp.concatenate(
         [last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
     )
-    plan = attention_plan(spec, shape, part, clusters)
+    plan = attention_plan(spec, shape, part, clusters, balance[0] if balance else None)
     positions = jnp.maximum(part["token_position"], 0)
     hidden, new_cache = model(
         token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)
@@ -772,8 +845,13 @@ def _step(
     prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
     prefill = lax.with_sharding_constraint(prefill, everywhere)
     layers = cast(KvBuffers, new_cache)
-    reading = tuple((layer[2], layer[3]) for layer in layers if len(layer) > 2)
-    return logits, drawing, prefill, tuple(layer[:2] for layer in layers), reading
+    found = [layer[2:] for layer in layers if len(layer) > 2]
+    cache = tuple(layer[:2] for layer in layers)
+    if balance:  # no attention is sparse on several devices
+        counts = jnp.stack([counts for (counts,) in found])
+        loads = lax.with_sharding_constraint(balance[1] + counts, everywhere)
+        return logits, drawing, prefill, cache, (), loads
+    return logits, drawing, prefill, cache, tuple((one[0], one[1]) for one in found), None
 
 
 def _draw(

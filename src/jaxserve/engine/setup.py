@@ -21,9 +21,11 @@ from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError, Un
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
 from jaxserve.engine.agreement import agree
+from jaxserve.engine.balance import ExpertBalancer
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.draft_runner import DraftedRunner, DraftModel
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.experts import expert_sharding
 from jaxserve.engine.hosts import Channel, join
 from jaxserve.engine.kernel_choice import (
     PAGED_BACKENDS,
@@ -77,7 +79,7 @@ from jaxserve.models.registry import (
 from jaxserve.pallas_kernels.variant import compose, sinks, soft_cap
 from jaxserve.scheduling.policies import PolicySettings
 from jaxserve.sharding.mesh import make_mesh
-from jaxserve.sharding.rules import LogicalAxisRules, ModelSharding
+from jaxserve.sharding.rules import ExpertSharding, LogicalAxisRules, ModelSharding
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class LoadedModel:
         path: Where it came from; None for live parameters.
         generation_config: Sampling defaults that came with it.
         rules: By which rules they lie there.
+        experts: How whole experts lie there, if not in their order and summed up.
     """
 
     name: str
@@ -120,13 +123,14 @@ class LoadedModel:
     path: Path | None
     generation_config: Mapping[str, object]
     rules: LogicalAxisRules = field(default_factory=LogicalAxisRules)
+    experts: ExpertSharding | None = None
 
     @property
     def sharding(self) -> ModelSharding | None:
         """How it lies on several devices; None on one."""
         if self.mesh.devices.size == 1:
             return None
-        return ModelSharding(mesh=self.mesh, rules=self.rules)
+        return ModelSharding(mesh=self.mesh, rules=self.rules, experts=self.experts)
 
 
 def load_model(
@@ -548,6 +552,8 @@ def assemble(
         )
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
+    experts = expert_sharding(config.parallel, model.config, model.mesh)
+    model = dataclasses.replace(model, experts=experts)
     check_sparse(config, model.mesh, has_own=attention is not None)
     if config.lora.enable_lora and model.config.latent is not None:
         raise UnsupportedError(
@@ -647,12 +653,14 @@ def assemble(
         max_model_len=plan.max_model_len,
         num_speculative_tokens=num_draft,
         has_sparse=sparse is not None,
+        has_balance=experts is not None and experts.is_balanced,
     )
     places: dict[str, Any] = {
         "mesh": model.mesh,
         "on_compile": metrics.compiled,
         "cache_dir": runner_options.compilation_cache_dir or _default_compile_cache(),
         "forbid_late": runner_options.enforce_no_recompile,
+        "frees": isinstance(source, str | Path),
     }
     if tokenizer is None:
         tokenizer = _find_tokenizer(config.model, model.path)
@@ -710,6 +718,9 @@ def assemble(
             config.structured, tokenizer, vocab_size=vocab, eos_ids=eos_ids, metrics=metrics
         ),
         speculator=None if speculation is None else make_speculator(speculation, runner, metrics),
+        balancer=None
+        if runner.experts is None
+        else ExpertBalancer(runner, metrics, interval=config.parallel.eplb_step_interval),
     )
     if policy is not None and not policy.needs_times:
         policy.install(engine)

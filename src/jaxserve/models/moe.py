@@ -19,23 +19,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxserve.attention.metadata import AttentionPlan
+from jaxserve.cache.buffers import KvLayer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import (
     DecoderLayer,
     FeedForward,
     GatedMlp,
     Plan,
+    Rope,
     param,
     widened,
 )
 from jaxserve.models.lora import LayerLora
 from jaxserve.models.parts import ExpertsConfig
 from jaxserve.models.positions import LayerKind
-from jaxserve.sharding.rules import ModelSharding, names_of
+from jaxserve.models.spread import over_devices
+from jaxserve.sharding.experts import SlotTable
+from jaxserve.sharding.rules import ModelSharding
 
 _LONGEST_BLOCK = 32
 """Rows of a block at most."""
@@ -183,6 +186,7 @@ class Experts(nnx.Module):
         is_real: Bool[Array, " tokens"] | None = None,
         differentiable: bool = False,
         sharding: ModelSharding | None = None,
+        table: SlotTable | None = None,
     ) -> Float[Array, "tokens hidden"]:
         """Pass every token through its experts, and add their results up.
 
@@ -192,11 +196,12 @@ class Experts(nnx.Module):
             is_real: Which of them are no padding, whose result is zero; None if all are real.
             differentiable: Whether gradients will be asked for, which blocks do not have.
             sharding: How the model lies on several devices; None leaves that to the compiler.
+            table: Where experts lie, if that changes; weights are then those of slots.
         """
         if is_real is not None:
             choice = jnp.where(is_real[:, None], choice[0], self.experts.num_experts), choice[1]
         if sharding is not None:
-            return over_devices(self, x, choice, sharding).astype(x.dtype)
+            return over_devices(self, x, choice, sharding, table).astype(x.dtype)
         return self.of_own(x, choice, differentiable=differentiable).astype(x.dtype)
 
     def of_own(
@@ -265,58 +270,6 @@ class Experts(nnx.Module):
             return jax.nn.silu(gate) * up
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return (up + 1) * (gate * jax.nn.sigmoid(gate * self.experts.swiglu_alpha))
-
-
-def over_devices(
-    module: Experts,
-    x: Float[Array, "tokens hidden"],
-    choice: Choice,
-    sharding: ModelSharding,
-) -> Float[Array, "tokens hidden"]:
-    """Apply experts that lie on several devices; each device works on what it has of them.
-
-    Every device sees all tokens and passes on those that its experts are asked for; the sums are
-    added over the devices. What travels is one row per token, whatever the router chooses.
-
-    Args:
-        module: All experts.
-        x: The tokens.
-        choice: Their experts and weights.
-        sharding: How the model lies on devices.
-    """
-    graph, state = nnx.split(module)
-    flat = nnx.to_flat_state(state)
-    specs = nnx.from_flat_state(
-        [(path, leaf.replace(_spec_of(leaf, sharding))) for path, leaf in flat]
-    )
-    down = _spec_of(module.down_proj.kernel, sharding)
-    by_expert, within = names_of(down[0]), names_of(down[1])
-    everywhere = PartitionSpec()
-
-    def own(state: nnx.State, x: Array, expert: Array, weight: Array) -> Array:
-        here = nnx.merge(graph, state)
-        bias = here.down_proj.bias
-        if bias is not None and within:  # is added once, where the first part of an expert is
-            is_first = lax.axis_index(within) == 0
-            bias[...] = jnp.where(is_first, bias[...], 0)
-        count = here.gate_proj.kernel.shape[0]
-        local = expert - (lax.axis_index(by_expert) * count if by_expert else 0)
-        local = jnp.where((local >= 0) & (local < count), local, count)
-        total = here.of_own(x, (local, weight))
-        return lax.psum(total, (*by_expert, *within)) if by_expert or within else total
-
-    shared = jax.shard_map(
-        own,
-        mesh=sharding.mesh,
-        in_specs=(specs, everywhere, everywhere, everywhere),
-        out_specs=everywhere,
-        check_vma=False,
-    )
-    return shared(state, x, *choice)
-
-
-def _spec_of(leaf: nnx.Variable[Array], sharding: ModelSharding) -> PartitionSpec:
-    return sharding.spec(leaf.get_metadata("axes"), leaf.get_value().shape)
 
 
 def block_rows(rows: int, num_experts: int) -> int:
@@ -388,26 +341,46 @@ class MoeMlp(nnx.Module):
         lora: LayerLora | None = None,  # noqa: ARG002  adapters of experts are refused when read
     ) -> Float[Array, "*tokens hidden"]:
         """Apply the feed-forward."""
+        return self.counted(x, plan)[0]
+
+    def counted(
+        self, x: Float[Array, "*tokens hidden"], plan: Plan | None = None
+    ) -> tuple[Float[Array, "*tokens hidden"], UInt[Array, " experts"] | None]:
+        """Apply the feed-forward, and count how many tokens asked for each expert.
+
+        Returns:
+            The results, and the counts where the plan has them counted.
+        """
         flat = x.reshape(-1, x.shape[-1])
-        is_step = isinstance(plan, AttentionPlan)
+        step = plan if isinstance(plan, AttentionPlan) else None
+        is_real = None if step is None else step.token_row >= 0
         with jax.named_scope("router"):
             choice = self.gate(flat)
         with jax.named_scope("experts"):
             out = self.experts(
                 flat,
                 choice,
-                is_real=plan.token_row >= 0 if is_step else None,
-                differentiable=not is_step,
-                sharding=plan.sharding if is_step else None,
+                is_real=is_real,
+                differentiable=step is None,
+                sharding=None if step is None else step.sharding,
+                table=None if step is None else step.slot_table,
             )
+        counts: Array | None = None
+        if step is not None and step.slot_table is not None:
+            number = self.gate.experts.num_experts
+            asked = jnp.where((step.token_row >= 0)[:, None], choice[0], number).reshape(-1)
+            counts = jnp.zeros(number, jnp.uint32).at[asked].add(1, mode="drop")
         if self.shared_experts is not None:
             with jax.named_scope("shared_experts"):
                 out += self.shared_experts(flat, plan)
-        return out.reshape(x.shape)
+        return out.reshape(x.shape), counts
 
 
 class MoeLayer(DecoderLayer):
-    """A layer whose feed-forward may be made of experts."""
+    """A layer whose feed-forward may be made of experts.
+
+    Where experts are counted, the counts follow keys and values in what it returns of the cache.
+    """
 
     def make_mlp(
         self, config: ModelConfig, kind: LayerKind, *, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -416,3 +389,26 @@ class MoeLayer(DecoderLayer):
         if not kind.has_experts or config.experts is None:
             return GatedMlp(config, dtype=dtype, rngs=rngs)
         return MoeMlp(config, config.experts, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "*tokens hidden"],
+        rope: Rope | None,
+        cache: KvLayer | None,
+        plan: Plan,
+        lora: LayerLora | None = None,
+    ) -> tuple[Float[Array, "*tokens hidden"], KvLayer | None]:
+        """Apply the layer."""
+        mlp = self.mlp
+        if not (
+            isinstance(mlp, MoeMlp)
+            and isinstance(plan, AttentionPlan)
+            and plan.slot_table is not None
+        ):
+            return super().__call__(x, rope, cache, plan, lora)
+        with jax.named_scope("attention"):
+            out, cache = self.self_attn(self.input_layernorm(x), rope, cache, plan, lora)
+        x = x + out
+        with jax.named_scope("mlp"):
+            made, counts = mlp.counted(self.post_attention_layernorm(x), plan)
+        return x + made, (*(cache or ()), *(() if counts is None else (counts,)))

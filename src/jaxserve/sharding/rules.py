@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -132,6 +133,29 @@ def expert_parallel_rules() -> LogicalAxisRules:
     return LogicalAxisRules(mesh_axis=_EXPERTS)
 
 
+ExchangeBackend = Literal["dense", "rotation", "ppermute", "ragged"]
+"""How rows cross between servers; `sharding.flash.transport` says what each is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSharding:
+    """How whole experts lie on devices, and how their results travel.
+
+    Attributes:
+        servers: Servers, of equally many devices that follow each other.
+        num_slots: Experts that all devices hold of a layer, copies included.
+        backend: How results cross between servers; None sums over all devices instead.
+        dedup: Whether one row of a token crosses from a server, and not one per expert.
+        is_balanced: Whether places change while serving, so that loads are counted.
+    """
+
+    servers: int
+    num_slots: int
+    backend: ExchangeBackend | None = None
+    dedup: bool = True
+    is_balanced: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSharding:
     """How a model lies on several devices; static, so that programs can be compiled for it.
@@ -139,10 +163,17 @@ class ModelSharding:
     Attributes:
         mesh: The devices.
         rules: Which mesh axes each logical axis lies on.
+        experts: How whole experts lie there; None if they are in their order, and summed up.
     """
 
     mesh: jax.sharding.Mesh
     rules: LogicalAxisRules
+    experts: ExpertSharding | None = None
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which whole experts are spread, the outermost first."""
+        return names_of(self.rules.spec(("expert",), self.mesh.axis_names)[0])
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """Return how an array with these logical axes is split."""

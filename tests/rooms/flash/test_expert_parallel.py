@@ -8,6 +8,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from benchmarks.rooms.flash import expert_parallel as model
+from benchmarks.rooms.flash import served
+from jaxserve.core.config import EngineConfig
+from jaxserve.engine.parallel import check_model
+from jaxserve.models.config import ModelConfig
 from jaxserve.sharding.flash.transport import make_mesh
 
 IDS = model.prompts(8, 1, 12, 1.2, 0)
@@ -18,6 +22,15 @@ def test_prompts_are_skewed_as_far_as_is_asked_for():
     most = [np.bincount(ids.reshape(-1)).max() for ids in (even, skewed)]
     assert even.shape == skewed.shape == (32, 64)
     assert most[1] > 5 * most[0]
+
+
+def test_ways_of_serving_are_settings_that_go_with_the_model():
+    assert len(served.make_prompts()) == served.JOB["prompts"] <= served.SETTINGS["max_num_seqs"]
+    for way in served.WAYS.values():
+        config = EngineConfig.from_settings(served.SETTINGS | way)
+        check_model(config.parallel, ModelConfig.from_hf(model.TINY))
+        longest = served.JOB["length"] + served.JOB["max_tokens"]
+        assert longest <= config.model.max_model_len
 
 
 def test_rows_that_cross_are_counted():

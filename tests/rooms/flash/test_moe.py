@@ -16,7 +16,7 @@ from jaxserve.sharding.eplb import Layout, choose_slots, even_placement, place
 from jaxserve.sharding.flash import CostModel, plan
 from jaxserve.sharding.flash.copies import choose_copies, mixed, slot_table
 from jaxserve.sharding.flash.errors import RowsError
-from jaxserve.sharding.flash.moe import moe_combine, moe_dispatch
+from jaxserve.sharding.flash.moe import moe_combine, moe_dispatch, moe_place
 from jaxserve.sharding.flash.stages import num_permutes, plan_on_host, stages_of
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 6, 4, 16, 3
@@ -34,8 +34,11 @@ def make_mesh(n, m):
 
 
 @functools.cache
-def compiled(n, m, way, dtype="float32", *, table=False, **options):
-    """Compile a dispatch, a product of each expert, and a combine."""
+def compiled(n, m, way, dtype="float32", *, table=False, is_everywhere=False, **options):
+    """Compile a dispatch, a product of each expert, and a combine.
+
+    If tokens are everywhere, nothing is dispatched.
+    """
     mesh = make_mesh(n, m)
     over = NamedSharding(mesh, PartitionSpec(("server", "gpu")))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -43,10 +46,11 @@ def compiled(n, m, way, dtype="float32", *, table=False, **options):
     num_slots = 24 if table else EXPERTS
 
     def call(x, experts, weights, kernels, stages, placement):
-        state = moe_dispatch(
-            x, experts, weights, mesh=mesh, num_experts=EXPERTS, stages=stages,
-            num_slots=num_slots, placement=placement, **options,
-        )  # fmt: skip
+        shared = {"mesh": mesh, "num_experts": EXPERTS, "num_slots": num_slots} | options
+        if is_everywhere:
+            state = moe_place(x, experts, weights, placement=placement, **shared)
+        else:
+            state = moe_dispatch(x, experts, weights, stages=stages, placement=placement, **shared)
 
         def apply(rows, sizes, kernels):
             return jax.lax.ragged_dot(rows, kernels, sizes[0], preferred_element_type=jnp.float32)
@@ -57,7 +61,8 @@ def compiled(n, m, way, dtype="float32", *, table=False, **options):
         )
         return moe_combine(y.astype(x.dtype), state), state
 
-    over_all = (over, over, over, over, everywhere, everywhere)
+    tokens = everywhere if is_everywhere else over
+    over_all = (tokens, tokens, tokens, over, everywhere, everywhere)
     return jax.jit(call, in_shardings=over_all)
 
 
@@ -156,6 +161,37 @@ def test_all_ways_return_the_same_bits(seed, kind):
     for planned in (exact, stale):
         y, _ = compiled(4, 2, "ppermute")(*arguments, stages_of(planned, 12), None)
         assert np.array_equal(np.asarray(y).view(np.uint32), np.asarray(dense).view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("way", "dedup", "table"),
+    [
+        ("ppermute", True, True),
+        pytest.param("dense", True, False, marks=SLOW),
+        pytest.param("rotation", False, True, marks=SLOW),
+    ],
+)
+@given(seed=st.integers(0, 2**31), kind=KINDS)
+@settings(max_examples=6)
+def test_tokens_that_are_everywhere_are_where_they_would_be_sent(way, dedup, table, seed, kind):
+    x, experts, weights, kernels = routing(seed, kind, 8)
+    placed = None
+    if table:
+        layout = Layout(num_experts=EXPERTS, num_devices=8, num_slots=24, num_servers=4)
+        where = place(np.bincount(experts[experts >= 0], minlength=EXPERTS).astype(float), layout)
+        placed, kernels = slot_table(where), kernels[where.expert]
+    found, wanted = (
+        compiled(4, 2, way, table=table, dedup=dedup, is_everywhere=is_everywhere)(
+            x, experts, weights, kernels, None, placed
+        )
+        for is_everywhere in (True, False)
+    )
+    assert np.array_equal(
+        np.asarray(found[0]).view(np.uint32), np.asarray(wanted[0]).view(np.uint32)
+    )
+    assert not found[1].overflow
+    for name in ("rows", "group_sizes", "wire_rows", "place", "number"):
+        assert np.array_equal(getattr(found[1], name), getattr(wanted[1], name)), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])

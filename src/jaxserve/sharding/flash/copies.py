@@ -1,28 +1,13 @@
 """Which copy of an expert a token goes to, on the device: `eplb.choose_slots` within a program."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.sharding.eplb import Placement
+from jaxserve.sharding.experts import SlotTable
 
 _MIX_LOW, _MIX_HIGH = np.uint32(0x7F4A7C15), np.uint32(0x9E3779B9)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SlotTable:
-    """Where experts lie, as arrays whose shapes no placement of the same layout changes.
-
-    Attributes:
-        slots: `[experts, most]`, int32: slots of each expert, in order; -1 behind the last.
-        copies: `[experts]`, int32: how many those are.
-    """
-
-    slots: jax.Array
-    copies: jax.Array
 
 
 def slot_table(placement: Placement) -> SlotTable:

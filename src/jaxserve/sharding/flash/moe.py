@@ -8,6 +8,7 @@ same stages transposed: nothing is planned or counted twice.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxserve.core.errors import ConfigError
+from jaxserve.sharding.experts import SlotTable
 from jaxserve.sharding.flash.collectives import EVERYWHERE, OVER_GPUS
-from jaxserve.sharding.flash.copies import SlotTable, choose_copies
+from jaxserve.sharding.flash.copies import choose_copies
 from jaxserve.sharding.flash.errors import RowsError
 from jaxserve.sharding.flash.stages import Stages
 from jaxserve.sharding.flash.transport import Backend, Wire, carry, check_mesh, settle, stages_for
@@ -170,6 +172,69 @@ def moe_dispatch(
     return DispatchState(*out, places=places, mesh=mesh, wire=wire)
 
 
+def moe_place(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    *,
+    mesh: Mesh,
+    num_experts: int,
+    num_slots: int | None = None,
+    placement: SlotTable | None = None,
+    dedup: bool = True,
+    backend: Backend = "auto",
+    quantum: int = 64,
+) -> DispatchState:
+    """Give experts their rows of tokens that all GPUs have: nothing is sent, nothing overflows.
+
+    What `moe_dispatch` would bring to each GPU is there already; only results have to travel, which
+    `moe_combine` sends to the GPU that a token belongs to.
+
+    Args:
+        x: `[tokens, hidden]`, the same on all GPUs. The first part of them belongs to the first
+            GPU, and so on.
+        experts: `[tokens, top_k]`, int32: different experts of each token; -1 for none.
+        weights: `[tokens, top_k]`: what their results will be multiplied with.
+        mesh: With axes `server` and `gpu`, in this order, and no others.
+        num_experts: Experts.
+        num_slots: Experts of all GPUs together, copies included; None: one of each.
+        placement: Where experts lie; None: in their order.
+        dedup: Bring one row of a token back from a server, and not one per expert.
+        backend: As for `flash_all_to_all`, for the way back.
+        quantum: Rows of one message at most.
+
+    Raises:
+        MeshError: If the mesh has other axes, or a server spans hosts.
+        ConfigError: If shapes do not fit, numbers do not divide, or the backend cannot serve.
+
+    Source: ours.
+    """
+    n, m = check_mesh(mesh)
+    num_slots = num_experts if num_slots is None else num_slots
+    _check(x, experts, weights, n * m, (num_experts, num_slots), placement, None)
+    tokens, top_k = experts.shape[0] // (n * m), experts.shape[1]
+    places = size_places(tokens, top_k, (n, m), num_slots // (n * m), dedup=dedup, factor=None)
+    wire = Wire(backend=backend, quantum=min(quantum, places.wire))
+    wire = settle(wire, mesh, n * places.wire * x.shape[1] * x.dtype.itemsize, None)
+
+    def put(x: jax.Array, experts: jax.Array, weights: jax.Array, table: SlotTable | None) -> _Sent:
+        experts = jnp.where((experts < 0) | (experts >= num_experts), -1, experts)
+        if table is not None:
+            experts = choose_copies(
+                table, experts, jnp.arange(len(x)), slots_per_server=places.slots * m, servers=n
+            )
+        return _place(x, experts.astype(jnp.int32), weights, places, wire)
+
+    out: _Sent = jax.shard_map(
+        put,
+        mesh=mesh,
+        in_specs=(EVERYWHERE,) * 4,
+        out_specs=(*(OVER_GPUS,) * 2, *(EVERYWHERE,) * 2, *(OVER_GPUS,) * 3, EVERYWHERE),
+        check_vma=False,
+    )(x, experts, weights, placement)
+    return DispatchState(*out, places=places, mesh=mesh, wire=wire)
+
+
 def size_places(
     tokens: int,
     top_k: int,
@@ -261,7 +326,7 @@ def _dispatch(
     """Send from and to one device."""
     n, m = lax.axis_size("server"), lax.axis_size("gpu")
     server, gpu = lax.axis_index("server"), lax.axis_index("gpu")
-    hidden, top_k = x.shape[1], slots.shape[1] // places.copies
+    top_k = slots.shape[1] // places.copies
     slots, weights = slots.reshape(-1, top_k), weights.astype(jnp.float32).reshape(-1, top_k)
     units = len(slots)
     # Which rows this server has for each other, in the order of its GPUs and their tokens.
@@ -289,26 +354,89 @@ def _dispatch(
     arrived = _numbers(landed[:, : near.shape[1]], x.dtype)
     asked = _numbers(landed[:, near.shape[1] : near.shape[1] + tail], jnp.int32)
     weight = _numbers(landed[:, near.shape[1] + tail :], jnp.float32)
-    local = asked - (server * m + gpu) * places.slots
-    is_mine = is_row.reshape(-1, 1) & (local >= 0) & (local < places.slots)
+    found = _sort(lambda chosen: arrived[chosen], is_row.reshape(-1), asked, weight, places)
+    is_full = lax.pmax(found.is_full.astype(jnp.int32), ("server", "gpu")) > 0
+    mine = lax.dynamic_slice_in_dim(jnp.where(visits, rank, -1), gpu * units, units)
+    return (
+        found.rows, found.sizes[None], is_full | (parts > places.wire).any(), counts,
+        found.place, found.weight, mine, stages,
+    )  # fmt: skip
+
+
+def _place(x: jax.Array, slots: jax.Array, weights: jax.Array, places: Places, wire: Wire) -> _Sent:
+    """Find what `_dispatch` would bring to a device among the tokens of all, which are here."""
+    n, m = lax.axis_size("server"), lax.axis_size("gpu")
+    server, gpu = lax.axis_index("server"), lax.axis_index("gpu")
+    top_k = slots.shape[1] // places.copies
+    slots, weights = slots.reshape(-1, top_k), weights.astype(jnp.float32).reshape(-1, top_k)
+    each = len(slots) // n  # units of a server
+    home = jnp.where(slots < 0, -1, slots // (places.slots * m)).reshape(n, each, top_k)
+    visits = (home[..., None] == jnp.arange(n)).any(axis=2)
+    rank = jnp.cumsum(visits, axis=1, dtype=jnp.int32) - visits
+    counts = visits.sum(axis=1, dtype=jnp.int32)
+    parts = -(-counts // m)
+    order = jnp.argsort(~visits[:, :, server], axis=1, stable=True)  # [n, each]
+    at = jnp.arange(places.wire)
+    number = jnp.arange(m)[:, None, None] * parts[:, server][:, None] + at
+    is_row = (at < parts[:, server][:, None]) & (number < counts[:, server][:, None])
+    unit = jnp.take_along_axis(order[None], jnp.minimum(number, each - 1), axis=2)
+    unit = (unit + jnp.arange(n)[:, None] * each).reshape(-1)
+    found = _sort(
+        lambda chosen: x[unit[chosen] // places.copies], is_row.reshape(-1), slots[unit],
+        weights[unit], places,
+    )  # fmt: skip
+    mine = jnp.where(visits, rank, -1)[server]
+    mine = lax.dynamic_slice_in_dim(mine, gpu * (each // m), each // m)
+    stages = stages_for(wire, parts, None)
+    return (
+        found.rows, found.sizes[None], jnp.zeros((), bool), counts, found.place, found.weight, mine,
+        stages,
+    )  # fmt: skip
+
+
+class _Sorted(NamedTuple):
+    """Rows that are here, sorted by slot, and where each went."""
+
+    rows: jax.Array
+    sizes: jax.Array
+    place: jax.Array
+    weight: jax.Array
+    is_full: jax.Array
+
+
+def _sort(
+    take: Callable[[jax.Array], jax.Array],
+    is_row: jax.Array,
+    asked: jax.Array,
+    weight: jax.Array,
+    places: Places,
+) -> _Sorted:
+    """Take the rows that the slots of this device are asked for.
+
+    Args:
+        take: Returns rows `[places, hidden]` by their numbers among those that are here.
+        is_row: `[here]`: which of these count.
+        asked: `[here, top_k]`, int32: slots that each asks for.
+        weight: `[here, top_k]`: what their results will be multiplied with.
+        places: Sizes.
+    """
+    server, gpu, top_k = lax.axis_index("server"), lax.axis_index("gpu"), asked.shape[1]
+    local = asked - (server * lax.axis_size("gpu") + gpu) * places.slots
+    is_mine = is_row[:, None] & (local >= 0) & (local < places.slots)
     owner = jnp.where(is_mine, local, places.slots).reshape(-1)
     ranks = jnp.argsort(owner, stable=True)
     sizes = jnp.zeros(places.slots, jnp.int32).at[owner].add(1, mode="drop")
     ends = jnp.minimum(jnp.cumsum(sizes), places.rows)
     chosen = ranks[: places.rows] // top_k
-    rows = jnp.where(
-        jnp.arange(len(chosen))[:, None] < ends[-1], arrived[chosen], jnp.zeros((), x.dtype)
-    )
+    rows = take(chosen)
+    is_used = jnp.arange(len(chosen)) < ends[-1]
+    rows = jnp.where(is_used[:, None], rows, jnp.zeros((), rows.dtype))
     rows = jnp.pad(rows, ((0, places.rows - len(rows)), (0, 0)))
     place = jnp.zeros_like(ranks).at[ranks].set(jnp.arange(len(ranks), dtype=ranks.dtype))
     place = jnp.where(is_mine, jnp.minimum(place.reshape(is_mine.shape), places.rows), places.rows)
-
-    is_full = (sizes.sum() > places.rows).astype(jnp.int32)
-    overflow = (lax.pmax(is_full, ("server", "gpu")) > 0) | (parts > places.wire).any()
-    mine = lax.dynamic_slice_in_dim(jnp.where(visits, rank, -1), gpu * units, units)
-    return (
-        rows.reshape(places.rows, hidden), jnp.diff(ends, prepend=0)[None], overflow, counts,
-        place.astype(jnp.int32), jnp.where(is_mine, weight, 0.0), mine, stages,
+    return _Sorted(
+        rows, jnp.diff(ends, prepend=0), place.astype(jnp.int32), jnp.where(is_mine, weight, 0.0),
+        sizes.sum() > places.rows,
     )  # fmt: skip
 
 

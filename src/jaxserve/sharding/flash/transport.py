@@ -86,8 +86,12 @@ class Device(Protocol):
         ...
 
 
-def _host_of(device: Device) -> int:
-    # Processes may have a GPU each; slices are what fast links join, where JAX knows them.
+def host_of(device: Device) -> int:
+    """Return which host has a device; devices that fast links join count as on one."""
+    # Processes may have a GPU each; slices are what fast links join, where JAX knows them. Of CPUs
+    # it says that all are of one.
+    if getattr(device, "platform", None) == "cpu":
+        return device.process_index
     return getattr(device, "slice_index", device.process_index)
 
 
@@ -101,8 +105,8 @@ def make_mesh(gpus: int | None = None, *, devices: Sequence[Device] | None = Non
     Raises:
         MeshError: If hosts have other numbers of devices than whole servers.
     """
-    found = sorted(devices or jax.devices(), key=lambda device: (_host_of(device), device.id))
-    sizes = Counter(map(_host_of, found))
+    found = sorted(devices or jax.devices(), key=lambda device: (host_of(device), device.id))
+    sizes = Counter(map(host_of, found))
     gpus = min(sizes.values()) if gpus is None else gpus
     if gpus < 1 or any(size % gpus for size in sizes.values()):
         raise MeshError(
@@ -134,7 +138,7 @@ def check_hosts(devices: np.ndarray) -> None:
         MeshError: If a row spans hosts.
     """
     for server, row in enumerate(devices):
-        hosts = {_host_of(device) for device in row}
+        hosts = {host_of(device) for device in row}
         if len(hosts) > 1:
             raise MeshError(
                 f"the GPUs of a server must be on one host, got hosts {sorted(hosts)} for server "
