@@ -83,10 +83,9 @@ class SpreadExperts(nnx.Module):
         choice: Choice,
         *,
         is_real: jax.Array | None = None,
-        differentiable: bool = False,
+        **_: object,
     ) -> jax.Array:
         """Send tokens to their experts, and add up what comes back."""
-        del differentiable
         expert, weight = choice
         if is_real is not None:
             expert = jnp.where(is_real[:, None], expert, -1)
