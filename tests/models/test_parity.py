@@ -102,6 +102,7 @@ def test_forward_agrees(name: str) -> None:
     check_forward(GOLDEN / name)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", quick(NAMES, "llama_gqa", "gemma3_plain"))
 def test_prefill_and_decode_agree(name: str) -> None:
     check_engine(GOLDEN / name)
