@@ -47,9 +47,14 @@ test: $(VENV)/.stamp-dev ## run the tests: make test [TESTS='tests/unit -k name'
 test-slow: $(VENV)/.stamp-dev ## run the tests that take long
 	@$(BIN)/python $(PYTEST) -m "slow and not aot" $(TESTS)
 
+# Texts and their tokens, policies, and what the simulator has in common with the engine depend on no
+# version of JAX.
+OLDEST_TESTS := tests/engine $(foreach name,chat_template detokenizer likeness slo_policy tokenizer \
+  wordpiece,--ignore=tests/engine/test_$(name).py)
+
 test-oldest: $(OLDEST)/.stamp-dev ## run the engine tests on the oldest supported JAX, one case of each
 	@$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --first-cases \
-	  -m "not slow" $(or $(TESTS),tests/engine)
+	  -m "not slow" $(or $(TESTS),$(OLDEST_TESTS))
 
 # The oldest JAX compiles one kernel of each kind here, and like the newest all of them when thorough.
 test-aot: $(AOT)/.stamp $(AOT)-jax0112/.stamp ## compile kernels for a GPU that need not be there
