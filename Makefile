@@ -37,17 +37,24 @@ setup: $(VENV)/.stamp-dev ## set up .venv with everything that the other targets
 serve: $(VENV)/.stamp-serve ## serve a model on PORT: make serve [MODEL=...] [PORT=8000] [ARGS='--flag ...']
 	@exec $(BIN)/python -m jaxserve.serve $(MODEL) --port $(PORT) $(ARGS)
 
+# What programs compute hardly depends on how hard LLVM tries, and most of the time goes into that.
+# It tries as hard as ever for tests with the mark `optimized`, in make test-slow and in notebooks.
+QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
+
 test: $(VENV)/.stamp-dev ## run the tests: make test [TESTS='tests/unit -k name'] [JOBS=2]
-	@$(BIN)/python $(PYTEST) -m "not slow and not aot" $(TESTS)
+	@$(QUICKLY) $(BIN)/python $(PYTEST) -m "not slow and not aot" $(TESTS)
 
 test-slow: $(VENV)/.stamp-dev ## run the tests that take long
 	@$(BIN)/python $(PYTEST) -m "slow and not aot" $(TESTS)
 
-# How hard LLVM tries depends on no version of JAX; make test has it try as hard as ever, and runs
-# the other cases of each test.
+# Texts and their tokens, policies, and what the simulator has in common with the engine depend on no
+# version of JAX.
+OLDEST_TESTS := tests/engine $(foreach name,chat_template detokenizer likeness slo_policy tokenizer \
+  wordpiece,--ignore=tests/engine/test_$(name).py)
+
 test-oldest: $(OLDEST)/.stamp-dev ## run the engine tests on the oldest supported JAX, one case of each
-	@XLA_FLAGS=--xla_backend_optimization_level=0 $(OLDEST)/bin/python $(PYTEST) --first-cases \
-	  -m "not slow" $(or $(TESTS),tests/engine)
+	@$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --first-cases \
+	  -m "not slow" $(or $(TESTS),$(OLDEST_TESTS))
 
 # The oldest JAX compiles one kernel of each kind here, and like the newest all of them when thorough.
 test-aot: $(AOT)/.stamp $(AOT)-jax0112/.stamp ## compile kernels for a GPU that need not be there

@@ -1,5 +1,6 @@
 """Which cases of a test `make test` runs; `make test-slow` runs the others."""
 
+import os
 from collections.abc import Iterable
 
 import pytest
@@ -17,6 +18,11 @@ def quick(cases: Iterable[object], *wanted: object) -> list[object]:
     if missing:
         raise ValueError(f"no such cases: {missing}")
     return [case if case in wanted else slow(*_values(case)) for case in found]
+
+
+def examples(most: int, few: int) -> int:
+    """Say how many examples hypothesis tries where each is dear: few, or most where THOROUGH=1."""
+    return most if os.environ.get("THOROUGH") == "1" else few
 
 
 def _values(case: object) -> tuple[object, ...]:

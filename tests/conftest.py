@@ -98,6 +98,24 @@ def _gives_memory_back() -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@pytest.fixture(autouse=True)
+def _optimizes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let LLVM try as hard as for users where a test has the mark `optimized`."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    import jax
+
+    from jaxserve.engine.compiling import forget_programs
+
+    forget_programs()
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    forget_programs()
+
+
 def find_chromium() -> str | None:
     """Return the path of a Chromium that tests may start."""
     named = os.environ.get("CHROMIUM")

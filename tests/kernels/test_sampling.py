@@ -68,6 +68,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", ["xla", "reference"])
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_draws_have_the_exact_distribution(row, backend):

@@ -21,6 +21,7 @@ from jaxserve.serve.app import create_app
 from jaxserve.serve.options import ServerConfig
 from jaxserve.serve.state import ServerState
 from tests.bert import BERT, golden, pooled, rows
+from tests.cases import examples
 from tests.server.conftest import Ask, asking
 from tests.server.test_fuzz import ODD, TEXT, some
 
@@ -419,7 +420,8 @@ FIELDS = {
 
 @pytest.mark.parametrize("path", [EMBEDDINGS, SCORE, RERANK])
 @hypothesis.settings(
-    max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=examples(25, 8),
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(body=st.fixed_dictionaries({}, optional=FIELDS))
 def test_no_body_breaks_it(ask_any: Ask, path: str, body: dict[str, Any]) -> None:

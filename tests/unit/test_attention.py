@@ -162,7 +162,7 @@ def test_any_mixture_of_decodes_and_prefills_is_what_float64_gives(layout, backe
 
 
 @pytest.mark.parametrize("backend", ["xla", "reference"])
-@pytest.mark.parametrize("time", [1, 2, 17])
+@pytest.mark.parametrize("time", [1, slow(2), 17])
 @pytest.mark.parametrize("rule", RULES)
 def test_attention_without_a_cache_is_causal(backend, time, rule):
     random = np.random.default_rng(time)

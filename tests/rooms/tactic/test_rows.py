@@ -16,6 +16,7 @@ from jaxserve.attention.metadata import ScoreRule
 from jaxserve.attention.tactic import reference
 from jaxserve.attention.tactic.config import ClusterConfig, EstimatorConfig, TacticConfig
 from jaxserve.attention.tactic.rows import attend_rows, no_clusters, plan_rows, set_entry
+from tests.cases import slow
 
 ROWS, KV_HEADS, GROUP, DIM, PAGE, SEGMENT, CAPACITY = 3, 2, 2, 16, 8, 64, 256
 SCALE = DIM**-0.5
@@ -111,7 +112,15 @@ def step(seed, length, p, *, layout, backend, config=CONFIG):
     return [np.asarray(x) for x in (q, keys, values)], [np.asarray(x) for x in out]
 
 
-@pytest.mark.parametrize(("layout", "backend"), WAYS)
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [
+        slow("slots", "xla"),
+        ("pages", "xla"),
+        slow("pages", "reference"),
+        pytest.param("slots", "llvm", marks=needs_llvm),
+    ],
+)
 @settings(max_examples=12)
 @given(
     seed=st.integers(0, 10_000),
@@ -154,8 +163,15 @@ def test_all_ways_read_the_same(layout, backend):
     np.testing.assert_allclose(other[2], first[2], rtol=0.02)
 
 
-@pytest.mark.parametrize("name", ["hyperbola", "centroid"])
-@pytest.mark.parametrize("backend", ["xla", pytest.param("llvm", marks=needs_llvm)])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        ("xla", "hyperbola"),
+        ("xla", "centroid"),
+        pytest.param("llvm", "hyperbola", marks=[needs_llvm, pytest.mark.slow]),
+        pytest.param("llvm", "centroid", marks=needs_llvm),
+    ],
+)
 def test_every_estimator_finds_tokens_where_they_lie(name, backend):
     config = TacticConfig(
         min_context=0, window=16, max_share=1.0, clusters=CONFIG.clusters,
