@@ -136,10 +136,10 @@ def start(folder: Path) -> Iterator[Any]:
     ("size", "settings"),
     [
         pytest.param(2, {"tensor_parallel_size": 4}, marks=pytest.mark.slow),
-        (2, {"tensor_parallel_size": 2, "data_parallel_size": 2}),
         pytest.param(
-            4, {"tensor_parallel_size": 2, "data_parallel_size": 4}, marks=pytest.mark.slow
+            2, {"tensor_parallel_size": 2, "data_parallel_size": 2}, marks=pytest.mark.slow
         ),
+        (4, {"tensor_parallel_size": 2, "data_parallel_size": 4}),
         pytest.param(
             4,
             {
