@@ -39,7 +39,8 @@ serve: $(VENV)/.stamp-serve ## serve a model on PORT: make serve [MODEL=...] [PO
 
 # What programs compute hardly depends on how hard LLVM tries, and most of the time goes into that.
 # It tries as hard as ever for tests with the mark `optimized`, in make test-slow and in notebooks.
-QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
+# And programs that take less than a second to compile are not written to disk.
+QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
 
 test: $(VENV)/.stamp-dev ## run the tests: make test [TESTS='tests/unit -k name'] [JOBS=2]
 	@$(QUICKLY) $(BIN)/python $(PYTEST) -m "not slow and not aot" $(TESTS)

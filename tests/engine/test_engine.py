@@ -588,9 +588,11 @@ def assert_idle(host):
     assert host.engine.num_unfinished == 0
 
 
-def test_an_interrupt_from_the_keyboard_leaves_a_usable_engine(llm):
+def test_an_interrupt_from_the_keyboard_leaves_a_usable_engine(llm, monkeypatch):
     start = llm.metrics.generation_tokens
     main = threading.main_thread().ident
+    step = llm.host.engine.step
+    monkeypatch.setattr(llm.host.engine, "step", lambda: (time.sleep(0.01), step()))
 
     def press():
         wait_until(lambda: llm.metrics.generation_tokens > start + 3)
