@@ -22,6 +22,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 _DEVICES = "--xla_force_host_platform_device_count=8"  # to share a model among; one is used alone
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
+MOST_MAPPINGS = 20_000
+"""Mappings of memory that a process keeps from one file of tests to the next."""
 # `sharding.flash` has loops for numba, which takes functions only as they were written.
 _CHECKED = ("attention", "cache", "models", "sharding.mesh", "sharding.rules")
 try:
@@ -91,11 +93,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _gives_memory_back() -> Iterator[None]:
-    """Collect what the engines of a module held, so that two workers fit into a small machine."""
+    """Collect what the engines of a module held, so that two workers fit into a small machine.
+
+    Every compiled program takes dozens of mappings of memory, of which Linux lets a process have
+    65,530; without any left LLVM crashes.
+    """
     yield
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform != "linux":
+        return
+    if "jax" in sys.modules and Path("/proc/self/maps").read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        from jaxserve.engine.compiling import forget_programs
+
+        forget_programs()
+        jax.clear_caches()
+        gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
