@@ -63,7 +63,7 @@ def answer(bench):
 
 def test_a_second_engine_of_one_kind_traces_nothing(traced):
     first = answer(Bench(tiny_module()))
-    assert "_step" in traced
+    assert "run_step" in traced
     traced.clear()
     bench = Bench(tiny_module())
     assert answer(bench) == first
@@ -95,7 +95,7 @@ def test_what_differs_is_compiled_anew(traced, settings):
     traced.clear()
     bench = Bench(tiny_module(), **settings)
     found = answer(bench)
-    assert "_step" in traced
+    assert "run_step" in traced
     forget_programs()
     assert answer(Bench(tiny_module(), **settings)) == found
 

@@ -164,10 +164,11 @@ LAYOUT = Layout(num_experts=EXPERTS, num_devices=8, num_slots=24, num_servers=4)
 
 
 @functools.cache
-def layer(count: int, backend: str | None, *, dedup: bool, placed: bool):
+def layer(count: int, backend: str | None, *, dedup: bool, placed: bool, groups: int = 1):
     """Compile a layer of experts for so many tokens; the same experts each time."""
     sharding = ModelSharding(
-        mesh=engine_mesh(1, 8),
+        mesh=engine_mesh(8 // max(groups, 4), max(groups, 4)),
+        groups=groups,
         rules=expert_parallel_rules(),
         experts=ExpertSharding(
             servers=4, num_slots=24 if placed else EXPERTS, backend=backend, dedup=dedup
@@ -201,28 +202,33 @@ def routing(seed: int, kind: str, count: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 WAYS = [
-    (None, True, True),
-    ("dense", True, False),
-    ("dense", False, False),
-    ("rotation", True, True),
-    ("rotation", False, False),
-    ("ppermute", True, True),
-    ("ppermute", False, False),
+    (None, True, True, 1),
+    ("dense", True, False, 1),
+    ("dense", False, False, 1),
+    ("rotation", True, True, 1),
+    ("rotation", False, False, 1),
+    ("ppermute", True, True, 1),
+    ("ppermute", False, False, 1),
+    (None, True, False, 4),
+    (None, True, True, 8),
+    ("dense", True, False, 8),
+    ("rotation", False, False, 4),
+    ("ppermute", True, True, 4),
 ]
 
 
 @pytest.mark.parametrize(
-    ("backend", "dedup", "placed"),
-    [way if way in (WAYS[0], WAYS[3], WAYS[6]) else slow(*way) for way in WAYS],
+    ("backend", "dedup", "placed", "groups"),
+    [way if way in (WAYS[3], WAYS[6], WAYS[7], WAYS[11]) else slow(*way) for way in WAYS],
 )
 @given(seed=st.integers(0, 2**31), kind=st.sampled_from(["any", "one device", "padding", "none"]))
 @settings(max_examples=8)
 def test_a_layer_adds_up_what_experts_make_and_nothing_overflows(
-    backend: str | None, dedup: bool, placed: bool, seed: int, kind: str
+    backend: str | None, dedup: bool, placed: bool, groups: int, seed: int, kind: str
 ) -> None:
     """Against the experts one by one, also where all ask for those of one device."""
-    count = 21  # no multiple of the devices
-    whole, run = layer(count, backend, dedup=dedup, placed=placed)
+    count = 21 if groups == 1 else 5 * groups  # no multiple of the devices, or of a group's
+    whole, run = layer(count, backend, dedup=dedup, placed=placed, groups=groups)
     x, expert, weight = routing(seed, kind, count)
     where = place(np.bincount(expert[expert >= 0], minlength=EXPERTS).astype(float), LAYOUT)
     found = run(x, expert, weight, where.expert, slot_table(where) if placed else None)

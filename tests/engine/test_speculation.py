@@ -312,9 +312,9 @@ def test_the_same_test_finds_a_wrong_rule(small, monkeypatch):
     """The control: places behind drafts reuse the random number of the first."""
     right = batcher._fill_place
 
-    def reuse(packed, place, sequence, position):
-        is_draft = place >= packed.shape.rows
-        right(packed, place, sequence, sequence.num_output if is_draft else position)
+    def reuse(fields, place, sequence, position):
+        is_draft = place >= len(fields["sample_index"])
+        right(fields, place, sequence, sequence.num_output if is_draft else position)
 
     monkeypatch.setattr(batcher, "_fill_place", reuse)
     params = SamplingParams(**DISTRIBUTIONS["warm"])

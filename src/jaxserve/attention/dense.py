@@ -108,7 +108,7 @@ def _attend_cached(
         raise ValueError("an AttentionPlan needs a cache, got None; use a CausalPlan without one.")
     if plan.sharding is not None:
         axes = head_axes(plan.sharding, q.shape[1], k.shape[1])
-        if axes:
+        if axes or plan.sharding.groups > 1:
             return attend_by_heads(
                 functools.partial(_attend_cached, rule=rule), q, k, v, cache, plan,
                 sharding=plan.sharding, axes=axes, sinks=sinks,

@@ -92,6 +92,10 @@ class AttentionPlan:
     `block_start`. Blocks of sequences whose cache held something before this step come with that
     number of tokens, their context.
 
+    Where groups of devices have tokens of their own, every array of the step has one more axis, the
+    first, which counts the groups; rows, blocks and pages are numbered within each. Tokens of
+    models are those of the first group, then of the second, and so on.
+
     Attributes:
         token_row: Sequence row of each packed token; -1 is padding.
         token_position: Position of each token in its sequence.
@@ -123,16 +127,16 @@ class AttentionPlan:
         sharding: How the model lies on several devices; None on one.
     """
 
-    token_row: Int[Array, " tokens"]
-    token_position: Int[Array, " tokens"]
-    num_blocks: Int[Array, ""]
-    block_start: Int[Array, " blocks"]
-    block_row: Int[Array, " blocks"]
-    block_position: Int[Array, " blocks"]
-    block_len: Int[Array, " blocks"]
-    block_context: Int[Array, " blocks"]
-    num_context_blocks: Int[Array, ""]
-    page_table: Int[Array, "rows pages_per_row"] | None
+    token_row: Int[Array, "*groups tokens"]
+    token_position: Int[Array, "*groups tokens"]
+    num_blocks: Int[Array, "*groups"]
+    block_start: Int[Array, "*groups blocks"]
+    block_row: Int[Array, "*groups blocks"]
+    block_position: Int[Array, "*groups blocks"]
+    block_len: Int[Array, "*groups blocks"]
+    block_context: Int[Array, "*groups blocks"]
+    num_context_blocks: Int[Array, "*groups"]
+    page_table: Int[Array, "*groups rows pages_per_row"] | None
     kernel_plans: tuple[Plan, ...] = ()
     extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     sparse: SparseRows | None = None
@@ -144,6 +148,11 @@ class AttentionPlan:
     upcast: bool = dataclasses.field(default=False, metadata={"static": True})
     batch_invariant: bool = dataclasses.field(default=False, metadata={"static": True})
     sharding: ModelSharding | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def is_token(self) -> Bool[Array, " tokens"]:
+        """Which tokens of the model, of all groups, are no padding."""
+        return self.token_row.reshape(-1) >= 0
 
     def of_layer(self, index: int) -> "AttentionPlan":
         """Return the plan for one layer of the model."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import PartitionSpec
@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxserve.attention.metadata import AttentionPlan
 from jaxserve.cache.buffers import KvLayer
-from jaxserve.sharding.rules import TENSOR_AXIS, ModelSharding, names_of
+from jaxserve.sharding.rules import DATA_AXIS, TENSOR_AXIS, ModelSharding, names_of
 
 Attend = Callable[..., tuple[Array, KvLayer | None]]
 """What one device does: takes queries, keys, values, cache, plan and sinks."""
@@ -53,7 +53,7 @@ def own_heads(
         return q_heads, kv_heads
     axes = head_axes(sharding, q_heads, kv_heads)
     if not axes:
-        return None
+        return (q_heads, kv_heads) if sharding.groups > 1 else None
     sizes = dict(sharding.mesh.shape)
     parts = math.prod(sizes[name] for name in axes)
     return q_heads // parts, kv_heads // sizes[TENSOR_AXIS]
@@ -80,23 +80,32 @@ def attend_by_heads(
         v: Values of all heads.
         cache: The layer's cache.
         plan: What each token sees.
-        sharding: How the model lies on devices.
-        axes: From `head_axes`.
+        sharding: How the model lies on devices. Groups with tokens of their own attend to these.
+        axes: From `head_axes`; without any, every device of a group has all heads.
         sinks: Score of a key without a value, per head.
     """
-    own = dataclasses.replace(plan, sharding=None)
-    queries, keys = PartitionSpec(None, axes), PartitionSpec(None, TENSOR_AXIS)
+    # Where experts lie is nothing to attention; what a variant reads is the same in all groups.
+    own = dataclasses.replace(plan, sharding=None, slot_table=None, extra={})
+    group = DATA_AXIS if sharding.groups > 1 else None
+    heads = TENSOR_AXIS if axes else None
+    queries, keys = PartitionSpec(group, axes or None), PartitionSpec(group, heads)
 
     def body(
-        q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan, sinks: Array | None
-    ) -> tuple[Array, KvLayer | None]:
-        return attend(q, k, v, cache, plan, sinks=sinks)
+        q: Array, k: Array, v: Array, cache: KvLayer, plan: AttentionPlan,
+        extra: Mapping[str, Array], sinks: Array | None,
+    ) -> tuple[Array, KvLayer | None]:  # fmt: skip
+        if group is not None:
+            plan = jax.tree.map(lambda part: part[0], plan)
+        return attend(q, k, v, cache, dataclasses.replace(plan, extra=extra), sinks=sinks)
 
     shared = jax.shard_map(
         body,
         mesh=sharding.mesh,
-        in_specs=(queries, keys, keys, keys, PartitionSpec(), PartitionSpec(axes)),
+        in_specs=(
+            queries, keys, keys, keys, sharding.by_group, PartitionSpec(),
+            PartitionSpec(axes or None),
+        ),
         out_specs=(queries, keys),
         check_vma=False,
-    )
-    return shared(q, k, v, cache, own, sinks)
+    )  # fmt: skip
+    return shared(q, k, v, cache, own, plan.extra, sinks)

@@ -188,3 +188,51 @@ class PagePool:
         self._idle.clear()
         self._hash_of.clear()
         self._page_of.clear()
+
+
+class PagePools:
+    """The pages of several groups of devices, each of which has its own; counted together.
+
+    Args:
+        num_pages: Pages of each group that can be handed out.
+        page_size: Tokens per page.
+        groups: Groups.
+
+    Attributes:
+        page_size: Tokens per page.
+        of_group: The pages of each group.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, groups: int = 1) -> None:
+        """Start with every page free."""
+        self.page_size = page_size
+        self.of_group = tuple(PagePool(num_pages, page_size) for _ in range(groups))
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that can be handed out."""
+        return sum(pool.num_pages for pool in self.of_group)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be taken now, unreferenced cached ones included."""
+        return sum(pool.num_free for pool in self.of_group)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that hold a known prefix."""
+        return sum(pool.num_cached for pool in self.of_group)
+
+    @property
+    def num_held(self) -> int:
+        """Pages that some sequence holds."""
+        return sum(pool.num_held for pool in self.of_group)
+
+    def knows(self, digest: PageHash) -> bool:
+        """Tell whether some page holds the prefix `digest`."""
+        return any(pool.knows(digest) for pool in self.of_group)
+
+    def forget(self) -> None:
+        """Drop every cached prefix; held pages stay held."""
+        for pool in self.of_group:
+            pool.forget()

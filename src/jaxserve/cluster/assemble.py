@@ -23,7 +23,7 @@ from jaxserve.engine.async_engine import AsyncLLM
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.metrics import EngineMetrics
-from jaxserve.engine.runner import RunnerSpec
+from jaxserve.engine.traced import RunnerSpec
 from jaxserve.scheduling.fleet_log import FleetLogHead, FleetLogWriter
 from jaxserve.scheduling.polyserve import PolyServeConfig
 from jaxserve.scheduling.routing import RouterSettings, make_router, polyserve_config

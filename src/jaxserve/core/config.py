@@ -145,7 +145,9 @@ class CacheOptions:
         count=True,
     )
     num_gpu_blocks_override: int | None = option(
-        None, "Exact number of pages, whatever the memory; for tests of preemption."
+        None,
+        "Exact number of pages, of each group of devices, whatever the memory; for tests of "
+        "preemption.",
     )
     enable_prefix_caching: bool = option(True, "Reuse the pages of equal prompt prefixes.")
     kv_layout: KvLayout = option(
@@ -168,7 +170,8 @@ class SchedulerOptions:
 
     max_num_seqs: int | None = option(
         None,
-        "Most sequences running at once. Default: 256 on a GPU, 16 on a CPU.",
+        "Most sequences running at once. Default: 256 on a GPU, 16 on a CPU; as many in each group "
+        "of devices that has its own.",
         "max-running-requests",
     )
     max_num_batched_tokens: int | None = option(

@@ -22,7 +22,7 @@ class ParallelOptions:
         1,
         "Groups of tensor-parallel-size devices that share the requests. The server starts one "
         "engine per group behind its router; with enable-expert-parallel, and in the library, one "
-        "engine runs on all groups.",
+        "engine runs on all groups, each with sequences and a cache of its own.",
         "dp", "dp-size",
     )  # fmt: skip
     enable_expert_parallel: bool = option(
@@ -33,16 +33,16 @@ class ParallelOptions:
     )
     all_to_all_backend: AllToAllBackend = option(
         "auto",
-        "How results of experts travel with enable-expert-parallel. allreduce: sums over all "
-        "devices. The others send each token's results to the device that it belongs to: dense in "
+        "How tokens travel to experts and back with enable-expert-parallel. allreduce: all to all "
+        "groups, and sums back. The others send tokens to the servers of their experts: dense in "
         "one exchange with room for the most that can be, rotation and flash only what there is, "
         "in rotations of the servers or in the stages of FLASH. auto: allreduce.",
         "all2all-backend",
     )
     all_to_all_dedup: bool = option(
         True,
-        "Add up a token's results on each server first, so that one row of it crosses and not one "
-        "per expert.",
+        "Send a token once to a server, and one sum of its results back, and not one row per "
+        "expert.",
     )
     devices_per_server: int | None = option(
         None,

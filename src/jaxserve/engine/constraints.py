@@ -114,13 +114,14 @@ class Constraints:
             matcher.follow(item.sequence.token_ids, item.sequence.prompt_len)
             if item.sequence.num_in_flight and not (matcher.error or matcher.has_ended):
                 matcher.take(drawn[item.sequence.seq_id])
-            entries.append((matcher, item.row))
-        masks = np.full((packed.shape.num_drawn, self._words), 0xFFFFFFFF, np.uint32)
+            entries.append((matcher, item.place))
+        count = len(packed.parts) * packed.shape.num_drawn
+        masks = np.full((count, self._words), 0xFFFFFFFF, np.uint32)
         self._writer.write(entries, masks)
         packed.mask = masks
-        packed.fields["any_mask"][...] = True
+        packed.set_flag("any_mask")
         for item, (matcher, _) in zip(rows, entries, strict=True):
-            _lift_ban(packed, item.row)
+            _lift_ban(packed, item.place)
             if item.drafts:
                 self._mask_drafts(packed, item, matcher, masks)
         return [
@@ -141,7 +142,7 @@ class Constraints:
         count = self._writer.write_drafts(matcher, item.drafts, own)
         if count < len(item.drafts):
             drop_drafts(packed, item, count)
-        low = packed.shape.rows + item.draft_start
+        low = item.draft_place
         masks[low : low + count] = own[1 : count + 1]
         for place in range(low, low + count):
             _lift_ban(packed, place)
@@ -177,15 +178,15 @@ def _cannot_go_on(matcher: Matcher) -> RequestError:
     )
 
 
-def _lift_ban(packed: PackedStep, row: int) -> None:
+def _lift_ban(packed: PackedStep, place: int) -> None:
     """Allow stop tokens before `min_tokens` where the grammar allows nothing else."""
     if packed.mask is None:
         return
-    banned = packed.fields["banned"][row]
+    banned = packed.banned(place)
     ids = banned[banned >= 0].astype(np.int64)
     if not ids.size:
         return
-    left = packed.mask[row].copy()
+    left = packed.mask[place].copy()
     np.bitwise_and.at(left, ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
     if not left.any():
         banned[...] = -1

@@ -18,14 +18,9 @@ from flax import nnx
 
 from jaxserve.cache import buffers
 from jaxserve.cache.buffers import KvBuffers
-from jaxserve.engine.runner import (
-    Runner,
-    RunnerSpec,
-    StepResult,
-    attention_plan,
-    describe,
-)
+from jaxserve.engine.runner import Runner, StepResult, describe
 from jaxserve.engine.shapes import PackedStep, StepShape, packed_size, unpack
+from jaxserve.engine.traced import RunnerSpec, attention_plan
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
 

@@ -20,7 +20,7 @@ from typing import cast
 
 import numpy as np
 
-from jaxserve.cache.pages import PagePool
+from jaxserve.cache.pages import PagePools
 from jaxserve.core.errors import CapacityError, RequestError
 from jaxserve.core.event import (
     FinishReason,
@@ -182,9 +182,9 @@ class Engine(Inbox):
         self._seen: ReplicaView | None = None
 
     @property
-    def pool(self) -> PagePool:
+    def pool(self) -> PagePools:
         """Page book-keeping."""
-        return self.placement.pool
+        return self.placement.pools
 
     @property
     def adapters(self) -> AdapterSlots:
@@ -408,7 +408,10 @@ class Engine(Inbox):
             max_num_batched_tokens=self.max_num_batched_tokens,
             adapters=adapters,
             max_loras=self.adapters.max_loras,
-            draft_sizes=spec.shapes.draft_sizes(len(running)),
+            draft_sizes=tuple(
+                spec.groups * size
+                for size in spec.shapes.draft_sizes(-(-len(running) // spec.groups))
+            ),
         )
 
     def _num_draft(self, sequence: SequenceState) -> int:
@@ -435,6 +438,7 @@ class Engine(Inbox):
                 with contextlib.suppress(CapacityError):
                     self._admit(self._sequences[seq_id])
         items: list[Item] = []
+        short: set[int] = set()
         for work in plan.work:
             if work.seq_id in declined:
                 continue
@@ -443,9 +447,23 @@ class Engine(Inbox):
             if num_tokens > 0 and sequence.phase is Phase.RUNNING:
                 # Preempting a sequence frees only the pages that nobody shares. Work for which a
                 # plan thus found too few pages is left out; the next plan sees what is free.
-                with contextlib.suppress(CapacityError):
+                try:
                     items.append(self._reserve(sequence, num_tokens, work.num_draft))
+                except CapacityError:
+                    short.add(self.placement.group_of(sequence))
+        if self.runner.spec.groups > 1:
+            self._relieve(short - {self.placement.group_of(item.sequence) for item in items})
         return items
+
+    def _relieve(self, groups: Iterable[int]) -> None:
+        """Preempt the latest sequence of groups in which all that was planned lacks pages.
+
+        A policy counts the pages of all groups together, and may see room where a group has none.
+        """
+        for group in groups:
+            members = self.placement.in_group(group)
+            if not any(member.num_in_flight for member in members):
+                self._preempt(max(members, key=lambda one: (one.request.arrival, one.seq_id)))
 
     def _launch(self, plan: StepPlan, before: Pending | None = None) -> Pending | None:
         items = self._take_up(plan)
@@ -457,8 +475,9 @@ class Engine(Inbox):
         if not items:
             return None
         packed = build(
-            items, self.placement.table, self.runner.spec.shapes, self.runner.choose_shape
-        )
+            items, self.placement.table, self.runner.spec.shapes, self.runner.choose_shape,
+            groups=self.runner.spec.groups,
+        )  # fmt: skip
         # The mask of a constrained row hangs on the token that the step before has yet to draw.
         # Only reading that token and writing masks happens while the device has nothing to do;
         # planning is done by now, and committing follows when this step runs.
@@ -469,12 +488,11 @@ class Engine(Inbox):
             result=self.runner.run(packed),
             wants_logprobs=bool(packed.fields["any_logprobs"]),
             wants_candidates=bool(packed.fields["any_top_logprobs"]),
-            num_rows=packed.shape.rows,
             load=load,
             shape=packed.shape,
             planned=planned,
         )
-        bounds = chunk_bounds(items, self.runner.spec.max_num_seqs)
+        bounds = chunk_bounds(items, self.runner.spec.num_rows)
         if bounds is not None:
             pending.pooled = self.runner.pool(pending.result.hidden, *bounds)
         for item in items:
@@ -518,7 +536,7 @@ class Engine(Inbox):
         start = time.perf_counter()
         tokens = np.asarray(pending.result.sampled.token)
         self._waited += time.perf_counter() - start
-        return {i.sequence.seq_id: int(tokens[i.row]) for i in pending.items if i.is_sampled}
+        return {i.sequence.seq_id: int(tokens[i.place]) for i in pending.items if i.is_sampled}
 
     # Between steps: called on the engine's thread through `call` ---------------------------------
 
@@ -627,7 +645,7 @@ class Engine(Inbox):
         sequence = item.sequence
         targets = np.full(result.hidden.shape[0], -1, np.int32)
         following = sequence.token_ids[item.start + 1 : item.start + item.num_tokens + 1]
-        targets[item.prefill_start : item.prefill_start + len(following)] = following
+        targets[item.hidden_start : item.hidden_start + len(following)] = following
         return self.runner.prompt_logprobs(result.hidden, targets)
 
     def _record_step(self, items: Sequence[Item]) -> None:
@@ -746,7 +764,7 @@ class Engine(Inbox):
             position = item.start + offset + 1
             if position < sequence.prompt_len:
                 token = sequence.token_ids[position]
-                index = item.prefill_start + offset
+                index = item.hidden_start + offset
                 sequence.prompt_logprobs.append(host.entry(index, token, wanted, self._decoded))
 
     def _commit_pooled(self, items: Sequence[Item], pooled: Pooled) -> None:

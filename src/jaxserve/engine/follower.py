@@ -83,7 +83,7 @@ class _Calls:
         arrays = message.arrays
         match message.name:
             case "run":
-                packed = PackedStep(self._shapes[values["shape"]])
+                packed = PackedStep(self._shapes[values["shape"]], self._runner.spec.groups)
                 packed.buffer[:] = arrays["buffer"]
                 packed.mask = arrays.get("mask")
                 if values["is_new"]:

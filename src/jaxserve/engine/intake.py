@@ -10,11 +10,11 @@ from jaxserve.core.request import Request, SamplingParams
 from jaxserve.engine.adapters import check_adapter
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.pooled import check_pooling
-from jaxserve.engine.runner import RunnerSpec
 from jaxserve.engine.sampler import MAX_BANNED
 from jaxserve.engine.sequence import SequenceState
 from jaxserve.engine.slo import SloTracker
 from jaxserve.engine.tokenizer import Detokenizer, Tokenizer
+from jaxserve.engine.traced import RunnerSpec
 from jaxserve.grammar.compiler import PendingGrammar
 
 _MAX_SALT = 128

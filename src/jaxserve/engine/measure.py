@@ -54,11 +54,13 @@ class Samples:
     """Measured steps.
 
     Attributes:
-        shapes: What they were padded to.
+        groups: Groups of devices that have rows of their own.
+        shapes: What each of them was padded to.
         loads: What they held.
         seconds: Their times.
     """
 
+    groups: int = 1
     shapes: list[StepShape] = field(default_factory=list)
     loads: list[StepLoad] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Samples:
     @property
     def buckets(self) -> list[Bucket]:
         """The shapes as cost models know them."""
-        return [Bucket(s.rows, s.prefill, s.drafts) for s in self.shapes]
+        return [Bucket(self.groups * s.rows, s.prefill, s.drafts) for s in self.shapes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,7 @@ def _rounded(report: FitReport) -> dict[str, float]:
 def _borrowed(engine: Engine, clock: Clock) -> Generator[Samples]:
     """Let an engine be planned first come first served, its counters put aside meanwhile."""
     kept = engine.scheduler, engine.times, engine.metrics
-    samples = Samples()
+    samples = Samples(groups=engine.runner.spec.groups)
     scratch = EngineMetrics(max_model_len=engine.runner.spec.max_model_len)
     times = StepTimes(clock, scratch)
     times.sink = samples
@@ -177,15 +179,20 @@ class _Prober:
         for length in lengths:
             self._prefix = self._tokens(length)
             rows = shapes.row_buckets if length == SHORT else shapes.row_buckets[-1:]
-            for count in self._orderly(rows):
+            for count in self._orderly(self._counts(rows)):
                 self._decode(self._affordable(count, length), length)
         self._prefix = self._tokens(SHORT)
-        for rows in self._orderly(shapes.mixed_row_buckets):
+        for rows in self._orderly(self._counts(shapes.mixed_row_buckets)):
             sizes = [min(size, most - (rows - 1)) for size in shapes.prefill_buckets]
             self._mix(rows - 1, [size for size in sizes if size > 0])
         if self._effort.with_past:
             size = shapes.prefill_buckets[-1]
             self._long(min(4 * size, self._spec.max_model_len - 2))
+
+    def _counts(self, rows: Sequence[int]) -> list[int]:
+        """Return how many sequences fill so many rows of each group."""
+        most = self._spec.max_num_seqs
+        return [min(most, self._spec.groups * count) for count in rows]
 
     def _orderly(self, sizes: Sequence[int]) -> list[int]:
         """Return sizes in random order, so that a machine that warms up spoils none of them."""

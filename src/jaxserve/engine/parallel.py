@@ -9,6 +9,7 @@ from jaxserve.engine.experts import expert_sharding
 from jaxserve.models.config import ModelConfig
 from jaxserve.sharding.mesh import engine_mesh
 from jaxserve.sharding.rules import (
+    DATA_AXIS,
     TENSOR_AXIS,
     LogicalAxisRules,
     expert_parallel_rules,
@@ -145,3 +146,14 @@ def kv_axis(mesh: jax.sharding.Mesh, kv_heads: int) -> str | None:
 def num_cache_parts(mesh: jax.sharding.Mesh, kv_heads: int) -> int:
     """Count the devices that hold different parts of a cache; the others hold copies."""
     return dict(mesh.shape)[TENSOR_AXIS] if kv_axis(mesh, kv_heads) else 1
+
+
+def num_groups(mesh: jax.sharding.Mesh, *, has_draft: bool) -> int:
+    """Count the groups of devices of one engine that have tokens and a cache of their own.
+
+    Args:
+        mesh: The devices.
+        has_draft: Whether another model drafts, which then sees the tokens of all groups, as does
+            the one that it drafts for.
+    """
+    return 1 if has_draft else dict(mesh.shape).get(DATA_AXIS, 1)

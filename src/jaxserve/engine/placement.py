@@ -1,17 +1,24 @@
-"""Where sequences lie on the device: rows, pages, adapter slots, and the prefixes they share."""
+"""Where sequences lie on the device: rows, pages, adapter slots, and the prefixes they share.
+
+Where groups of devices have tokens of their own, rows follow each other group by group, each group
+has pages of its own, and a sequence stays in the group that it was admitted to.
+"""
 
 from array import array
 from collections.abc import Iterable
 
 import numpy as np
 
-from jaxserve.cache.pages import PageHash, PagePool, chain_hashes, salt_hash
+from jaxserve.cache.pages import PageHash, PagePool, PagePools, chain_hashes, salt_hash
 from jaxserve.core.errors import CapacityError
 from jaxserve.engine.adapters import AdapterSlots
 from jaxserve.engine.batcher import Item, RowTable
 from jaxserve.engine.runner import Runner
 from jaxserve.engine.segments import Segments
 from jaxserve.engine.sequence import Phase, SequenceState
+
+_SLACK = 1
+"""By how many sequences a group may exceed the least busy one for the sake of a known prefix."""
 
 
 class Placement:
@@ -23,8 +30,8 @@ class Placement:
 
     Attributes:
         adapters: Low-rank adapters on the device.
-        pool: Page book-keeping.
-        rows: Who has which row of the device.
+        pools: Page book-keeping.
+        rows: Who has which row of the devices.
         segments: Clusters of full segments; None without sparse attention.
         table: What the device must be told about each row.
     """
@@ -41,13 +48,14 @@ class Placement:
     def clear(self) -> None:
         """Forget every row and page, because what they held is gone."""
         spec = self._runner.spec
-        self.pool = PagePool(spec.num_pages, spec.page_size)
-        self.rows: list[SequenceState | None] = [None] * spec.max_num_seqs
-        self.table = RowTable(spec.max_num_seqs)
+        self.pools = PagePools(spec.num_pages, spec.page_size, spec.groups)
+        self.rows: list[SequenceState | None] = [None] * spec.num_rows
+        self._busy = [0] * spec.groups  # sequences of each group
+        self.table = RowTable(spec.rows_per_group, spec.groups)
         self.segments = (
-            None
+            None  # no attention is sparse on several devices
             if spec.sparse is None
-            else Segments(self._runner, spec.sparse, self.pool, self._hash_up_to)
+            else Segments(self._runner, spec.sparse, self.pools.of_group[0], self._hash_up_to)
         )
         self._dirty_bias.clear()
 
@@ -55,6 +63,21 @@ class Placement:
     def running(self) -> list[SequenceState]:
         """Those that have a row, by row."""
         return [sequence for sequence in self.rows if sequence is not None]
+
+    def group_of(self, sequence: SequenceState) -> int:
+        """Return the group of devices that a running sequence is in."""
+        return sequence.row // self._runner.spec.rows_per_group
+
+    def in_group(self, group: int) -> list[SequenceState]:
+        """Those that have a row in a group, by row."""
+        return [one for one in self._rows_of(group) if one is not None]
+
+    def _rows_of(self, group: int) -> list[SequenceState | None]:
+        size = self._runner.spec.rows_per_group
+        return self.rows[group * size : (group + 1) * size]
+
+    def _pool_of(self, sequence: SequenceState) -> PagePool:
+        return self.pools.of_group[self.group_of(sequence)]
 
     # Prefixes ----------------------------------------------------------------------------------
 
@@ -65,30 +88,56 @@ class Placement:
             sequence: Waits.
             first: The first completion of the same request.
         """
-        if sequence is first or not self._caching or sequence.prompt_len <= self.pool.page_size:
+        if sequence is first or not self._caching or sequence.prompt_len <= self.pools.page_size:
             return False
         return first.phase is not Phase.FINISHED and first.num_computed < first.prompt_len
 
     def match(self, sequence: SequenceState) -> list[int]:
-        """Find cached pages for a waiting sequence; at least one token is left to compute."""
+        """Find cached pages for a waiting sequence; at least one token is left to compute.
+
+        They are those of the group that would be the first choice.
+        """
+        return self._choices(sequence)[0][1]
+
+    def _choices(self, sequence: SequenceState) -> list[tuple[int, list[int]]]:
+        """Order groups by how well they suit a waiting sequence, each with the pages known there.
+
+        The longest known prefix wins, but among those only that are hardly busier than the least
+        busy one: a prompt that all begin with would else send all to one group.
+        """
+        hashes = self._usable_hashes(sequence)
+        pools = self.pools.of_group
+        if len(pools) == 1:
+            return [(0, pools[0].match(hashes))]
+        busy, found = self._busy, [pool.match(hashes) for pool in pools]
+        limit = min(busy) + _SLACK
+
+        def rank(group: int) -> tuple[bool, int, int, int]:
+            is_busy = busy[group] > limit
+            return is_busy, -len(found[group]), busy[group], -pools[group].num_free
+
+        return [(group, found[group]) for group in sorted(range(len(pools)), key=rank)]
+
+    def _usable_hashes(self, sequence: SequenceState) -> list[PageHash]:
+        """Return the hashes of pages that a waiting sequence might take over."""
         if not self._caching or sequence.wants_prompt_logprobs:
             return []
         if sequence.request.pooling == "mean":
             return []  # the cache holds keys and values, not the states to be summed
         self._hash(sequence)
-        usable = (len(sequence.token_ids) - 1) // self.pool.page_size
-        return self.pool.match(sequence.hashes[:usable])
+        return sequence.hashes[: (len(sequence.token_ids) - 1) // self.pools.page_size]
 
     def keep_prefix(self, sequence: SequenceState) -> None:
         """Make the full pages whose tokens are known available to others."""
         if not self._caching or sequence.is_stale:
             return
         self._hash(sequence)
-        known = min(sequence.num_computed, len(sequence.token_ids)) // self.pool.page_size
+        known = min(sequence.num_computed, len(sequence.token_ids)) // self.pools.page_size
+        pool = self._pool_of(sequence)
         moves: list[tuple[int, int, int]] = []
         for block in range(sequence.num_named, known):
             page, digest = sequence.pages[block], sequence.hashes[block]
-            if self.pool.name(page, digest):
+            if pool.name(page, digest):
                 moves.append((sequence.row, block, page))
         sequence.num_named = max(sequence.num_named, known)
         if moves and not self._runner.spec.use_pages:
@@ -103,7 +152,7 @@ class Placement:
             sequences: All that are unfinished.
         """
         self._generation += 1
-        self.pool.forget()
+        self.pools.forget()
         for sequence in sequences:
             self.set_root(sequence)
             sequence.hashes = []
@@ -115,10 +164,10 @@ class Placement:
         sequence.root_hash = salt_hash(salt, generation=self._generation, adapter=adapter)
 
     def _hash(self, sequence: SequenceState) -> None:
-        if len(sequence.hashes) < len(sequence.token_ids) // self.pool.page_size:
+        if len(sequence.hashes) < len(sequence.token_ids) // self.pools.page_size:
             sequence.hashes = chain_hashes(
                 sequence.token_ids,
-                self.pool.page_size,
+                self.pools.page_size,
                 root=sequence.root_hash,
                 parents=sequence.hashes,
             )
@@ -128,7 +177,7 @@ class Placement:
         if not self._caching or sequence.is_stale:
             return None
         self._hash(sequence)
-        place = num_tokens // self.pool.page_size - 1
+        place = num_tokens // self.pools.page_size - 1
         return sequence.hashes[place] if place < len(sequence.hashes) else None
 
     # Coming and going --------------------------------------------------------------------------
@@ -139,37 +188,57 @@ class Placement:
         Raises:
             CapacityError: If there are too few pages or slots; nothing is taken then.
         """
-        pages = self.match(sequence)
-        total = -(-sequence.num_tokens // self.pool.page_size)
         slot = self.adapters.acquire(sequence.request.adapter)
-        self.pool.hold(pages)
         try:
-            fresh = self.pool.take(total - len(pages))
+            row, pages, fresh = self._take_place(sequence)
         except CapacityError:
-            self.pool.release(pages)
             if slot:
                 self.adapters.release(sequence.adapter_key)
             raise
         sequence.lora_slot = slot
-        row = self.rows.index(None)
         self.rows[row] = sequence
         sequence.row = row
+        self._busy[self.group_of(sequence)] += 1
         sequence.phase = Phase.RUNNING
         sequence.pages = array("i", [*pages, *fresh])
         sequence.num_named = len(pages)
         sequence.is_stale = False
-        sequence.num_computed = len(pages) * self.pool.page_size
+        sequence.num_computed = len(pages) * self.pools.page_size
         sequence.prompt_logprobs = []
         sequence.pooled = None
         if pages and not self._runner.spec.use_pages:
             self._runner.load_pages([(row, block, page) for block, page in enumerate(pages)])
         self._set_up_row(sequence)
 
+    def _take_place(self, sequence: SequenceState) -> tuple[int, list[int], list[int]]:
+        """Take a row, and pages in its group: those that are known there, and fresh ones.
+
+        Raises:
+            CapacityError: If no group has both; nothing is taken then.
+        """
+        total = -(-sequence.num_tokens // self.pools.page_size)
+        problem: CapacityError | None = None
+        for group, pages in self._choices(sequence):
+            rows = self._rows_of(group)
+            if None not in rows:
+                continue
+            pool = self.pools.of_group[group]
+            pool.hold(pages)
+            try:
+                fresh = pool.take(total - len(pages))
+            except CapacityError as error:
+                pool.release(pages)
+                problem = error
+                continue
+            return group * len(rows) + rows.index(None), pages, fresh
+        raise problem or CapacityError("out of sequence rows.")
+
     def leave(self, sequence: SequenceState) -> None:
         """Take row, pages and slot from a sequence; the pages that are named stay findable."""
         if self.segments is not None:
             self.segments.release(sequence)
-        self.pool.release(sequence.pages)
+        if sequence.row >= 0:
+            self._pool_of(sequence).release(sequence.pages)
         sequence.pages = array("i")
         sequence.num_named = 0
         sequence.has_device_token = False
@@ -177,6 +246,7 @@ class Placement:
             self.adapters.release(sequence.adapter_key)
             sequence.lora_slot = 0
         if sequence.row >= 0:
+            self._busy[self.group_of(sequence)] -= 1
             self.rows[sequence.row] = None
             self.table.clear(sequence.row)
             sequence.row = -1
@@ -215,14 +285,14 @@ class Placement:
         Raises:
             CapacityError: If there are too few pages even without drafts.
         """
-        end = sequence.num_computed + num_tokens
+        end, pool = sequence.num_computed + num_tokens, self._pool_of(sequence)
         held = len(sequence.pages)
         if num_draft:
-            room = (held + self.pool.num_free) * self.pool.page_size - end
+            room = (held + pool.num_free) * pool.page_size - end
             num_draft = max(0, min(num_draft, room))
-        missing = -(-(end + num_draft) // self.pool.page_size) - held
+        missing = -(-(end + num_draft) // pool.page_size) - held
         if missing > 0:
-            sequence.pages.extend(self.pool.take(missing))
+            sequence.pages.extend(pool.take(missing))
         return Item(
             sequence=sequence,
             row=sequence.row,
@@ -235,10 +305,10 @@ class Placement:
 
     def drop_surplus_pages(self, sequence: SequenceState) -> None:
         """Take the pages back that only rejected drafts would have filled."""
-        needed = -(-sequence.num_computed // self.pool.page_size)
+        needed = -(-sequence.num_computed // self.pools.page_size)
         surplus = sequence.pages[needed:]
         del sequence.pages[needed:]
-        self.pool.release(surplus)
+        self._pool_of(sequence).release(surplus)
 
     def compact(self, items: list[Item]) -> None:
         """Move sequences from high rows into holes where that makes the step smaller.
@@ -246,12 +316,22 @@ class Placement:
         Args:
             items: Work of the step, whose rows follow.
         """
-        shapes = self._runner.spec.shapes
+        spec = self._runner.spec
+        enough = spec.shapes.row_bucket(max(self._busy))
+        for group in range(spec.groups):
+            self._compact_group(group, enough)
+        for item in items:
+            item.settle(spec.rows_per_group)
+
+    def _compact_group(self, group: int, rows: int) -> None:
+        """Have no sequence of a group beyond its first rows, of which there are enough."""
+        first = group * self._runner.spec.rows_per_group
         while True:
-            occupied = [sequence.row for sequence in self.running]
-            if shapes.row_bucket(occupied[-1] + 1) <= shapes.row_bucket(len(occupied)):
-                break
-            source, target = occupied[-1], self.rows.index(None)
+            own = self._rows_of(group)
+            last = max((i for i, one in enumerate(own) if one is not None), default=-1)
+            if last < rows:
+                return
+            source, target = first + last, first + own.index(None)
             sequence = self.rows[source]
             if sequence is None:
                 raise AssertionError("an occupied row holds a sequence")
@@ -263,5 +343,3 @@ class Placement:
                 self._dirty_bias.discard(target)
             self.rows[target], self.rows[source] = sequence, None
             sequence.row = target
-        for item in items:
-            item.row = item.sequence.row

@@ -64,7 +64,7 @@ def chunk_bounds(items: Sequence[Item], rows: int) -> tuple[np.ndarray, np.ndarr
     start, count = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     for item in items:
         if item.sequence.request.pooling is not None and item.prefill_start >= 0:
-            start[item.row], count[item.row] = item.prefill_start, item.num_tokens
+            start[item.row], count[item.row] = item.hidden_start, item.num_tokens
     return (start, count) if count.any() else None
 
 

@@ -24,7 +24,6 @@ class Pending:
         result: What it will bring.
         wants_logprobs: Whether some row reports log-probabilities.
         wants_candidates: Whether some row reports those of other candidates.
-        num_rows: Its decode rows.
         prompt_scores: Log-probabilities of prompt tokens.
         load: Its counts.
         shape: What it was padded to.
@@ -36,7 +35,6 @@ class Pending:
     result: StepResult
     wants_logprobs: bool
     wants_candidates: bool
-    num_rows: int
     load: StepLoad
     shape: StepShape
     planned: float
@@ -55,11 +53,11 @@ class Pending:
             item: One of the step's.
             tokens: What was drawn in each place.
         """
-        places = [item.row]
+        places = [item.place]
         for index, draft in enumerate(item.drafts):
             if tokens[places[-1]] != draft:
                 break
-            places.append(self.num_rows + item.draft_start + index)
+            places.append(item.draft_place + index)
         return places
 
 

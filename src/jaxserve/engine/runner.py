@@ -9,110 +9,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxserve.attention.metadata import AttentionPlan, Backend
 from jaxserve.cache import buffers
 from jaxserve.cache.buffers import KvBuffers
-from jaxserve.core.config import LogprobsMode
 from jaxserve.core.errors import RequestError
+from jaxserve.engine import groups
 from jaxserve.engine.compiling import Programs
 from jaxserve.engine.experts import ExpertSlots
-from jaxserve.engine.kernel_plans import fields_of
 from jaxserve.engine.parallel import kv_axis
 from jaxserve.engine.pooled import Pooled, pool_chunks
-from jaxserve.engine.sampler import (
-    Drafts,
-    RowState,
-    Sampled,
-    SamplingInputs,
-    accept,
-    report,
-    sample,
-)
-from jaxserve.engine.shapes import (
-    FLAGS,
-    FLOAT_FIELDS,
-    INT_FIELDS,
-    DrawShape,
-    PackedStep,
-    ShapeTable,
-    StepShape,
-    mask_words,
-    packed_size,
-    unpack,
-)
+from jaxserve.engine.sampler import RowState, Sampled
+from jaxserve.engine.shapes import DrawShape, PackedStep, StepShape, mask_words, packed_size
 from jaxserve.engine.sparse import (
-    Clusters,
     Reading,
     SparseSpec,
     allocate_clusters,
     cluster_layer,
-    sparse_rows,
+)
+from jaxserve.engine.traced import (
+    Balance,
+    RunnerSpec,
+    draw_tokens,
+    move_row,
+    run_step,
+    score_prompts,
+    set_row,
 )
 from jaxserve.models import lora
-from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM
-from jaxserve.models.lora import Factors, LoraBuffers, LoraShape, StepLora
+from jaxserve.models.lora import Factors, LoraBuffers, LoraShape
 from jaxserve.models.registry import flatten_params
-from jaxserve.pallas_kernels.plan import Plan
 from jaxserve.sharding.arrays import put
-from jaxserve.sharding.experts import SlotTable
-from jaxserve.sharding.rules import LogicalAxisRules, ModelSharding
-
-Balance = tuple[SlotTable, jax.Array] | tuple[()]
-"""Where experts lie and how often each has been asked for; empty where they stay in their order."""
+from jaxserve.sharding.rules import DATA_AXIS, LogicalAxisRules
 
 MAX_MOVES = 64
 """Pages copied between slots and store by one launch."""
-
-_PROMPT_LOGPROB_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerSpec:
-    """What is fixed for the life of a runner.
-
-    Attributes:
-        config: The model's shape.
-        dtype: Precision of weights and activations.
-        shapes: The step shapes.
-        max_num_seqs: Sequence rows.
-        num_pages: Pages, the dummy page 0 not counted.
-        page_size: Tokens per page.
-        max_model_len: Most tokens per sequence.
-        use_pages: Paged layout; otherwise dense slots.
-        keep_store: With slots: whether a page store for prefixes exists.
-        backend: Attention implementation.
-        batch_invariant: Whether results may not depend on a row's neighbours.
-        upcast: Whether attention multiplies in float32 whatever the dtype.
-        logprobs_mode: What is reported.
-        num_candidates: Most candidates reported per token.
-        matmul_precision: Precision of matrix products; "highest" for float32.
-        lora: Slots for low-rank adapters; None has none.
-        sparse: Sparse attention; None reads everything.
-        sharding: How the model lies on several devices; None on one.
-    """
-
-    config: ModelConfig
-    dtype: str
-    shapes: ShapeTable
-    max_num_seqs: int
-    num_pages: int
-    page_size: int
-    max_model_len: int
-    use_pages: bool
-    keep_store: bool
-    backend: Backend
-    upcast: bool
-    batch_invariant: bool
-    logprobs_mode: LogprobsMode
-    num_candidates: int
-    matmul_precision: str
-    lora: LoraShape | None = None
-    sparse: SparseSpec | None = None
-    sharding: ModelSharding | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,8 +52,9 @@ class StepResult:
     """Results of one step, still on their way from the device.
 
     Attributes:
-        sampled: Tokens and log-probabilities per row, then per draft token.
-        hidden: Final hidden states of the prefill tokens.
+        sampled: Tokens and log-probabilities per row, then per draft token, group by group.
+        hidden: Final hidden states of the prefill tokens, those of each group padded to the most
+            that there can be.
         reading: What attention counted, where it may leave something unread.
     """
 
@@ -169,6 +102,8 @@ class Runner:
         leaves, self._tree = jax.tree.flatten(state)
         self._mesh = mesh
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        by_group = PartitionSpec() if spec.sharding is None else spec.sharding.by_group
+        self._by_group = NamedSharding(mesh, by_group)
         self.programs = Programs(
             matmul_precision=spec.matmul_precision,
             on_compile=on_compile,
@@ -216,7 +151,7 @@ class Runner:
     def _allocate(self) -> None:
         self.slots, self.pages = self._allocate_cache(self.spec)
         self._clusters = allocate_clusters(self.spec.sparse, self.spec.config, self._everywhere)
-        make = _rows_program(self.spec.max_num_seqs, self.spec.config.vocab_size, self._everywhere)
+        make = _rows_program(self.spec.num_rows, self.spec.config.vocab_size, self._by_group)
         self._rows = make()
 
     def _allocate_cache(self, spec: RunnerSpec) -> tuple[KvBuffers, KvBuffers]:
@@ -224,19 +159,26 @@ class Runner:
         config = spec.config
         dtype = jnp.dtype(spec.dtype)
         heads = config.num_kv_heads
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, kv_axis(self._mesh, heads)))
-        page_shape = (spec.num_pages + 1, heads, spec.page_size, config.head_dim)
+        sharding = self._cache_sharding(spec)
+        num_pages = spec.groups * (spec.num_pages + 1)
+        page_shape = (num_pages, heads, spec.page_size, config.head_dim)
         slots: KvBuffers = ()
         pages: KvBuffers = ()
         if not spec.use_pages:
             capacity = buffers.slot_capacity(
                 spec.max_model_len, spec.shapes.q_block, spec.shapes.kv_tile
             )
-            slot_shape = (spec.max_num_seqs, heads, capacity, config.head_dim)
+            slot_shape = (spec.num_rows, heads, capacity, config.head_dim)
             slots = buffers.allocate(config.num_layers, slot_shape, dtype, sharding)
         if spec.use_pages or spec.keep_store:
             pages = buffers.allocate(config.num_layers, page_shape, dtype, sharding)
         return slots, pages
+
+    def _cache_sharding(self, spec: RunnerSpec) -> NamedSharding:
+        """Say how rows or pages of a cache, and heads, lie on devices."""
+        group = DATA_AXIS if spec.groups > 1 else None
+        heads = kv_axis(self._mesh, spec.config.num_kv_heads)
+        return NamedSharding(self._mesh, PartitionSpec(group, heads))
 
     # Programs ---------------------------------------------------------------------------------
 
@@ -257,12 +199,12 @@ class Runner:
         shape that is ready.
         """
         shapes = self.spec.shapes
-        self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=0))
+        rows = self.spec.rows_per_group
+        self._step_program(shapes.shape(rows=rows, prefill=0))
         if shapes.num_draft:
-            rows = self.spec.max_num_seqs
             self._step_program(shapes.shape(rows=rows, prefill=0, drafts=shapes.max_draft))
         largest = shapes.prefill_buckets[-1]
-        self._step_program(shapes.shape(rows=self.spec.max_num_seqs, prefill=largest))
+        self._step_program(shapes.shape(rows=rows, prefill=largest))
         self.programs.takes_larger = True
 
     def _all_programs(self) -> list[Callable[[], object]]:
@@ -327,7 +269,7 @@ class Runner:
     def _step_program(self, shape: StepShape) -> Callable[..., Any]:
         self._draw_program(shape.draw)  # first: whoever finds the step's program finds this one too
         cache = self._page_specs if self.spec.use_pages else self._slot_specs
-        fn = functools.partial(_step, self._graph, self._tree, self.spec, shape, self._everywhere)
+        fn = functools.partial(run_step, self._graph, self._tree, self.spec, shape, self._mesh)
         return self.programs.get(
             ("step", shape),
             fn,
@@ -335,7 +277,7 @@ class Runner:
             self._param_specs,
             cache,
             self._row_specs.last_token,
-            self._spec((packed_size(shape),)),
+            self._spec((*self._lead, packed_size(shape))),
             self._adapter_specs,
             self._cluster_specs,
             jax.tree.map(describe, self._balance),
@@ -345,23 +287,29 @@ class Runner:
     def _balance(self) -> Balance:
         return () if self.experts is None else (self.experts.table, self.experts.loads)
 
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        """First axis of what there is for each group; none where there is one group."""
+        return (self.spec.groups,) if self.spec.groups > 1 else ()
+
     def _draw_program(self, draw: DrawShape) -> Callable[..., Any]:
-        vocab = self.spec.config.vocab_size
+        vocab, places = self.spec.config.vocab_size, self.spec.groups * draw.num_drawn
+        fn = functools.partial(draw_tokens, self.spec.num_candidates, self.spec.logprobs_mode, draw)
         return self.programs.get(
             ("draw", draw),
-            functools.partial(_draw, self.spec.num_candidates, self.spec.logprobs_mode, draw),
+            functools.partial(groups.draw_in_groups, self._mesh, fn) if self._lead else fn,
             (1,),
-            self._spec((draw.num_drawn, vocab), jnp.float32),
+            self._spec((places, vocab), jnp.float32, self._by_group),
             self._row_specs,
-            self._spec((packed_size(draw),)),
-            self._spec((draw.num_drawn, mask_words(vocab)), jnp.uint32),
+            self._spec((*self._lead, packed_size(draw)), jnp.int32, self._by_group),
+            self._spec((places, mask_words(vocab)), jnp.uint32),
         )
 
     def _row_program(self) -> Callable[..., Any]:
         vocab = self.spec.config.vocab_size
         return self.programs.get(
             "row",
-            _set_row,
+            functools.partial(groups.set_row_in_group, self._mesh) if self._lead else set_row,
             (0,),
             self._row_specs,
             self._spec(()),
@@ -372,14 +320,23 @@ class Runner:
 
     def _move_row_program(self) -> Callable[..., Any]:
         index = self._spec(())
+        fn = self._moving(groups.move_row_in_group, move_row)
         return self.programs.get(
-            "move_row", _move_row, (0, 1), self._slot_specs, self._row_specs, index, index, index
+            "move_row", fn, (0, 1), self._slot_specs, self._row_specs, index, index, index
         )
+
+    def _moving(
+        self, in_group: Callable[..., Any], plain: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Return what moves parts of caches, where each group has its own or where there is one."""
+        if not self._lead:
+            return plain
+        return functools.partial(in_group, self._mesh, self._cache_sharding(self.spec).spec)
 
     def _save_program(self) -> Callable[..., Any]:
         return self.programs.get(
             "save",
-            buffers.save_pages,
+            self._moving(groups.save_pages_in_group, buffers.save_pages),
             (0,),
             self._page_specs,
             self._slot_specs,
@@ -389,7 +346,7 @@ class Runner:
     def _load_program(self) -> Callable[..., Any]:
         return self.programs.get(
             "load",
-            buffers.load_pages,
+            self._moving(groups.load_pages_in_group, buffers.load_pages),
             (0,),
             self._slot_specs,
             self._page_specs,
@@ -401,24 +358,30 @@ class Runner:
         return [self._spec(()), *[self._spec((MAX_MOVES,))] * 3]
 
     def _prompt_logprob_program(self) -> Callable[..., Any]:
-        size = self.spec.shapes.prefill_buckets[-1]
-        hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
-        fn = functools.partial(_prompt_logprobs, self._graph, self._tree, self.spec)
+        hidden = self._hidden_spec
+        fn = functools.partial(score_prompts, self._graph, self._tree, self.spec)
         return self.programs.get(
             "prompt_logprobs",
             fn,
             (),
             self._param_specs,
             hidden,
-            self._spec((size,)),
+            self._spec(hidden.shape[:1]),
+            self._spec(()),
             self._spec(()),
         )
 
+    @property
+    def _hidden_spec(self) -> jax.ShapeDtypeStruct:
+        """Describe the hidden states of a step's prefill tokens."""
+        size = self.spec.groups * self.spec.shapes.prefill_buckets[-1]
+        shape = size, self.spec.config.hidden_size
+        return self._spec(shape, jnp.dtype(self.spec.dtype), self._by_group)
+
     def _pool_program(self) -> Callable[..., Any]:
-        size = self.spec.shapes.prefill_buckets[-1]
-        hidden = self._spec((size, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
-        chunks = [self._spec((self.spec.max_num_seqs,))] * 2
-        return self.programs.get("pool", pool_chunks, (), hidden, *chunks)
+        chunks = [self._spec((self.spec.num_rows,))] * 2
+        fn = functools.partial(groups.pool_in_groups, self._mesh) if self._lead else pool_chunks
+        return self.programs.get("pool", fn, (), self._hidden_spec, *chunks)
 
     def _adapter_program(self) -> Callable[..., Any]:
         size = lora.layer_size(self.spec.config, self._lora_shape.rank)
@@ -456,8 +419,13 @@ class Runner:
             raise AssertionError("this engine has no slots for adapters")
         return self.spec.lora
 
-    def _spec(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:  # noqa: ANN401
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
+    def _spec(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any = jnp.int32,  # noqa: ANN401
+        sharding: NamedSharding | None = None,
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._everywhere)
 
     # Work -------------------------------------------------------------------------------------
 
@@ -465,7 +433,8 @@ class Runner:
         """Launch one step; returns at once, results follow when they are read."""
         step, draw = self.prepare(packed.shape)
         cache = self.pages if self.spec.use_pages else self.slots
-        mask = self._no_mask(packed.shape.num_drawn) if packed.mask is None else packed.mask
+        places = len(packed.parts) * packed.shape.num_drawn
+        mask = self._no_mask(places) if packed.mask is None else packed.mask
         if self.spec.sparse and self.spec.sparse.measure_every and packed.shape.num_segments:
             self._num_steps += 1
             is_due = self._num_steps % self.spec.sparse.measure_every == 0
@@ -590,10 +559,12 @@ class Runner:
             hidden: Hidden states of a step's prefill tokens.
             targets: The following token of each, -1 where there is none.
         """
-        count = np.int32(1 + np.flatnonzero(targets >= 0).max(initial=-1))
+        wanted = np.flatnonzero(targets >= 0)
+        first, end = (wanted[0], wanted[-1] + 1) if len(wanted) else (0, 0)
         return self._prompt_logprob_program()(
-            self._params, hidden, self._put(targets.astype(np.int32)), self._put(count)
-        )
+            self._params, hidden, self._put(targets.astype(np.int32)), self._put(np.int32(first)),
+            self._put(np.int32(end)),
+        )  # fmt: skip
 
     def pool(self, hidden: jax.Array, start: np.ndarray, count: np.ndarray) -> Pooled:
         """Sum the hidden states of chunks of a step's prefill tokens.
@@ -756,230 +727,3 @@ def _rows_program(rows: int, vocab: int, sharding: jax.sharding.Sharding) -> Cal
 def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
     """Return what a program needs to know of an array when it is compiled."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-
-
-def attention_plan(
-    spec: RunnerSpec,
-    shape: StepShape,
-    part: dict[str, jax.Array],
-    clusters: Clusters = (),
-    slot_table: SlotTable | None = None,
-) -> AttentionPlan:
-    """Say what each token of a step sees.
-
-    Args:
-        spec: What is fixed.
-        shape: The step's shape.
-        part: Its packed buffer, taken apart.
-        clusters: What sparse attention chooses among; empty reads everything.
-        slot_table: Where experts lie, if they move.
-    """
-    kernels = spec.shapes.kernels
-    return AttentionPlan(
-        token_row=part["token_row"],
-        token_position=part["token_position"],
-        num_blocks=part["num_blocks"],
-        block_start=part["block_start"],
-        block_row=part["block_row"],
-        block_position=part["block_position"],
-        block_len=part["block_len"],
-        block_context=part["block_context"],
-        num_context_blocks=part["num_context_blocks"],
-        page_table=part["page_table"] if spec.use_pages else None,
-        kernel_plans=tuple(
-            Plan(buffer=part[name], spec=one)
-            for name, one in zip(fields_of(shape.plans), shape.plans, strict=True)
-        ),
-        extra={} if kernels is None else {n: jnp.asarray(x) for n, x in kernels.extra.items()},
-        sparse=sparse_rows(spec.sparse, part, clusters) if shape.num_segments else None,
-        slot_table=slot_table,
-        rows=shape.rows,
-        kv_tile=spec.shapes.kv_tile,
-        q_block=shape.q_block,
-        backend=spec.backend,
-        upcast=spec.upcast,
-        batch_invariant=spec.batch_invariant,
-        sharding=spec.sharding,
-    )
-
-
-def _step(
-    graph: nnx.GraphDef[CausalLM],
-    tree: Any,  # noqa: ANN401  jax exports no public type of a tree structure
-    spec: RunnerSpec,
-    shape: StepShape,
-    everywhere: NamedSharding,
-    params: tuple[jax.Array, ...],
-    cache: KvBuffers,
-    last_token: jax.Array,
-    packed: jax.Array,
-    adapters: tuple[LoraBuffers, ...],
-    clusters: Clusters,
-    balance: Balance,
-) -> tuple[jax.Array, jax.Array, jax.Array, KvBuffers, Reading, jax.Array | None]:
-    """Embed, run all layers, score what may be drawn. Donates `cache`.
-
-    Returns:
-        Logits of the places at which a token is drawn, the sampler's part of `packed`, hidden
-        states of the prefill tokens, cache, what sparse attention counted, and how often experts
-        have been asked for, if they move.
-    """
-    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
-    part = unpack(packed, shape)
-    token_ids = jnp.concatenate(
-        [last_token[: shape.rows], part["draft_token"], part["prefill_token"]]
-    )
-    plan = attention_plan(spec, shape, part, clusters, balance[0] if balance else None)
-    positions = jnp.maximum(part["token_position"], 0)
-    hidden, new_cache = model(
-        token_ids, positions, cache, plan, lora=_step_lora(spec, part, adapters)
-    )
-    places = jnp.maximum(part["sample_index"], 0)
-    if shape.drafts:
-        places = jnp.concatenate([places, shape.rows + jnp.arange(shape.drafts)])
-    logits = model.logits(hidden[places], plan)
-    drawing = packed[: packed_size(shape.draw)]
-    logits, drawing = lax.with_sharding_constraint((logits, drawing), everywhere)
-    # Padded to one size, so that one program scores the prompts of all shapes.
-    longest = spec.shapes.prefill_buckets[-1] if shape.prefill else 0
-    prefill = jnp.pad(hidden[shape.num_drawn :], ((0, max(0, longest - shape.prefill)), (0, 0)))
-    prefill = lax.with_sharding_constraint(prefill, everywhere)
-    layers = cast(KvBuffers, new_cache)
-    found = [layer[2:] for layer in layers if len(layer) > 2]
-    cache = tuple(layer[:2] for layer in layers)
-    if balance:  # no attention is sparse on several devices
-        counts = jnp.stack([counts for (counts,) in found])
-        loads = lax.with_sharding_constraint(balance[1] + counts, everywhere)
-        return logits, drawing, prefill, cache, (), loads
-    return logits, drawing, prefill, cache, tuple((one[0], one[1]) for one in found), None
-
-
-def _draw(
-    num_candidates: int,
-    mode: LogprobsMode,
-    draw: DrawShape,
-    logits: jax.Array,
-    rows: RowState,
-    packed: jax.Array,
-    mask: jax.Array,
-) -> tuple[Sampled, RowState]:
-    """Draw the tokens of a step. Donates `rows`.
-
-    A program of its own, since it is the same for steps that differ in their prefill only, and
-    takes as long to compile as some layers of a model.
-    """
-    part = unpack(packed, draw)
-    drafts: Drafts | None = None
-    per_row = {name: part[name] for name in (*INT_FIELDS, *FLOAT_FIELDS, "seed")}
-    if draw.drafts:
-        drafts = Drafts(row=part["draft_row"], index=part["draft_index"], token=part["draft_token"])
-        owner = jnp.concatenate([jnp.arange(draw.rows), drafts.row])
-        per_row = {name: values[owner] for name, values in per_row.items()}
-    inputs = SamplingInputs(
-        mask=mask,
-        **per_row,
-        **{name: part[name] for name in (*FLAGS, "banned", "output_position")},
-    )
-    with jax.named_scope("sample"):
-        sampled = sample(
-            logits,
-            inputs,
-            rows,
-            num_candidates=num_candidates,
-            mode=mode,
-            drafts=drafts,
-        )
-        return sampled, _take_tokens(rows, sampled.token, part["sample_index"] >= 0, drafts)
-
-
-def _take_tokens(
-    rows: RowState, token: jax.Array, is_drawn: jax.Array, drafts: Drafts | None
-) -> RowState:
-    """Make each row's latest token what has been drawn for it, and count what has been kept."""
-    size = is_drawn.shape[0]
-    drawn = token[:size]
-    last = rows.last_token.at[:size].set(jnp.where(is_drawn, drawn, rows.last_token[:size]))
-    counts = rows.counts.at[jnp.arange(size), drawn].add(is_drawn.astype(jnp.int32))
-    if drafts is not None:
-        accepted, is_last = accept(token, drafts)
-        behind = token[size:]
-        nowhere = rows.last_token.shape[0]
-        last = last.at[jnp.where(is_last, drafts.row, nowhere)].set(behind, mode="drop")
-        counts = counts.at[drafts.row, behind].add(accepted.astype(jnp.int32))
-    return RowState(last_token=last, counts=counts, prompt_seen=rows.prompt_seen, bias=rows.bias)
-
-
-def _step_lora(
-    spec: RunnerSpec, part: Mapping[str, jax.Array], adapters: tuple[LoraBuffers, ...]
-) -> StepLora | None:
-    if spec.lora is None:
-        return None
-    row = part["token_row"]
-    slot = jnp.where(row >= 0, part["lora_slot"][jnp.maximum(row, 0)], 0)
-    return StepLora(slot=slot, layers=adapters, is_invariant=spec.batch_invariant)
-
-
-def _set_row(
-    rows: RowState, row: jax.Array, counts: jax.Array, prompt_seen: jax.Array, bias: jax.Array
-) -> RowState:
-    return RowState(
-        last_token=rows.last_token,
-        counts=rows.counts.at[row].set(counts),
-        prompt_seen=rows.prompt_seen.at[row].set(prompt_seen),
-        bias=rows.bias.at[row].set(bias),
-    )
-
-
-def _move_row(
-    slots: KvBuffers, rows: RowState, source: jax.Array, target: jax.Array, length: jax.Array
-) -> tuple[KvBuffers, RowState]:
-    moved = jax.tree.map(lambda x: x.at[target].set(x[source]), rows)
-    return buffers.move_row(slots, source, target, length), moved
-
-
-def _prompt_logprobs(
-    graph: nnx.GraphDef[CausalLM],
-    tree: Any,  # noqa: ANN401
-    spec: RunnerSpec,
-    params: tuple[jax.Array, ...],
-    hidden: jax.Array,
-    targets: jax.Array,
-    count: jax.Array,
-) -> Sampled:
-    """Score given tokens in slices, so that the logits of a long prompt never exist at once."""
-    model = nnx.merge(graph, jax.tree.unflatten(tree, params))
-    num_tokens = hidden.shape[0]
-    size = min(_PROMPT_LOGPROB_TOKENS, num_tokens)
-    pad = -num_tokens % size
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
-    targets = jnp.pad(targets, (0, pad))
-    yes = jnp.bool_(True)  # noqa: FBT003  a traced flag
-
-    def score(i: jax.Array, scores: Sampled) -> Sampled:
-        start = i * size
-        part = report(
-            model.logits(lax.dynamic_slice_in_dim(hidden, start, size)),
-            jnp.maximum(lax.dynamic_slice_in_dim(targets, start, size), 0),
-            yes,
-            yes,
-            num_candidates=spec.num_candidates,
-            normalize=spec.logprobs_mode.endswith("logprobs"),
-        )
-        return jax.tree.map(
-            lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, start, axis=0),
-            scores,
-            part,
-        )
-
-    rows = (num_tokens + pad,)
-    empty = Sampled(
-        token=jnp.zeros(rows, jnp.int32),
-        logprob=jnp.zeros(rows, jnp.float32),
-        rank=jnp.zeros(rows, jnp.int32),
-        top_token=jnp.zeros((*rows, spec.num_candidates), jnp.int32),
-        top_logprob=jnp.zeros((*rows, spec.num_candidates), jnp.float32),
-    )
-    scores = lax.fori_loop(0, (count + size - 1) // size, score, empty)
-    if spec.sharding is None:
-        return scores
-    return lax.with_sharding_constraint(scores, NamedSharding(spec.sharding.mesh, PartitionSpec()))

@@ -40,10 +40,11 @@ from jaxserve.engine.parallel import (
     check_settings,
     mesh_of,
     num_cache_parts,
+    num_groups,
     rules_of,
 )
 from jaxserve.engine.policy import EnginePolicy
-from jaxserve.engine.runner import Runner, RunnerSpec
+from jaxserve.engine.runner import Runner
 from jaxserve.engine.shapes import ShapeTable
 from jaxserve.engine.sparse import check_sparse, index_bytes, sparse_spec
 from jaxserve.engine.speculation import (
@@ -53,6 +54,7 @@ from jaxserve.engine.speculation import (
     make_speculator,
 )
 from jaxserve.engine.tokenizer import Tokenizer
+from jaxserve.engine.traced import RunnerSpec
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.files import read_json
@@ -113,6 +115,7 @@ class LoadedModel:
         generation_config: Sampling defaults that came with it.
         rules: By which rules they lie there.
         experts: How whole experts lie there, if not in their order and summed up.
+        groups: Groups of devices that have tokens, and a cache, of their own.
     """
 
     name: str
@@ -124,13 +127,16 @@ class LoadedModel:
     generation_config: Mapping[str, object]
     rules: LogicalAxisRules = field(default_factory=LogicalAxisRules)
     experts: ExpertSharding | None = None
+    groups: int = 1
 
     @property
     def sharding(self) -> ModelSharding | None:
         """How it lies on several devices; None on one."""
         if self.mesh.devices.size == 1:
             return None
-        return ModelSharding(mesh=self.mesh, rules=self.rules, experts=self.experts)
+        return ModelSharding(
+            mesh=self.mesh, rules=self.rules, experts=self.experts, groups=self.groups
+        )
 
 
 def load_model(
@@ -359,7 +365,9 @@ def _plan_cache(
     per_token = _token_bytes(shape, dtype)
     if draft is not None:
         per_token += _token_bytes(draft.config, dtype)
+    # Each group of devices has a cache of its own; what follows is about one of them.
     budget = cache.kv_cache_memory_bytes or _free_memory(config, model, on_cpu=on_cpu)
+    budget, max_num_seqs = budget // model.groups, -(-max_num_seqs // model.groups)
     slots_of_adapters = _lora_shape(config)
     if slots_of_adapters is not None and not cache.kv_cache_memory_bytes:
         budget -= slots_of_adapters.num_values(shape) * jnp.dtype(dtype).itemsize
@@ -434,7 +442,7 @@ def _free_memory(config: EngineConfig, model: LoadedModel, *, on_cpu: bool) -> i
     limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
     share = config.cache.gpu_memory_utilization
     # Activations, logits and the program itself live beside weights and cache.
-    parts = num_cache_parts(model.mesh, model.config.num_kv_heads)
+    parts = model.groups * num_cache_parts(model.mesh, model.config.num_kv_heads)
     budget = int((limit * share - used) * 0.9) * parts
     if budget <= 0:
         raise CapacityError(
@@ -553,7 +561,8 @@ def assemble(
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
     experts = expert_sharding(config.parallel, model.config, model.mesh)
-    model = dataclasses.replace(model, experts=experts)
+    groups = num_groups(model.mesh, has_draft=bool(speculation and speculation.model))
+    model = dataclasses.replace(model, experts=experts, groups=groups)
     check_sparse(config, model.mesh, has_own=attention is not None)
     if config.lora.enable_lora and model.config.latent is not None:
         raise UnsupportedError(
@@ -568,7 +577,7 @@ def assemble(
         _tell_quantization(scheme, arrays, dtype)
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     options = config.scheduler
-    max_num_seqs = options.max_num_seqs or (16 if on_cpu else 256)
+    max_num_seqs = options.max_num_seqs or groups * (16 if on_cpu else 256)
     budget = options.max_num_batched_tokens or (512 if on_cpu else 8192)
     mixed = options.max_mixed_prefill_tokens or (64 if on_cpu else 512)
     check_speculation(config, budget)
@@ -613,7 +622,7 @@ def assemble(
         runner=dataclasses.replace(runner_options, attention_backend=backend),
     )
     shapes = ShapeTable.build(
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=-(-max_num_seqs // groups),
         max_num_batched_tokens=budget,
         max_model_len=plan.max_model_len,
         page_size=config.cache.block_size,
@@ -680,7 +689,7 @@ def assemble(
     metrics.set_cache_config(
         {
             "block_size": spec.page_size,
-            "num_gpu_blocks": spec.num_pages,
+            "num_gpu_blocks": groups * spec.num_pages,
             "cache_dtype": dtype,
             "kv_layout": resolved.cache.kv_layout,
             "enable_prefix_caching": config.cache.enable_prefix_caching,

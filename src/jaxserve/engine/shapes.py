@@ -178,27 +178,61 @@ def mask_words(vocab_size: int) -> int:
 class PackedStep:
     """Views into one host buffer, by field name; floats are views of the same bits.
 
+    Args:
+        shape: What each group's part is padded to.
+        groups: Groups of devices that have tokens of their own.
+
     Attributes:
-        mask: Tokens that may be drawn in each place, one bit per token, (num_drawn, words) uint32;
-            None where no row is constrained. Large, and in most steps absent, so not a part of the
-            buffer.
+        buffer: `[groups, words]`, int32; `[words]` if there is one group.
+        parts: Views into each group's part.
+        mask: Tokens that may be drawn in each place, one bit per token, (groups * num_drawn, words)
+            uint32; None where no row is constrained. Large, and in most steps absent, so not a part
+            of the buffer.
     """
 
-    def __init__(self, shape: StepShape) -> None:
+    def __init__(self, shape: StepShape, groups: int = 1) -> None:
         """Allocate a buffer of zeros."""
         offsets, total = _offsets(shape)
         self.shape = shape
         self.mask: np.ndarray | None = None
-        self.buffer = np.zeros(total, np.int32)
-        as_float = self.buffer.view(np.float32)
-        self.fields = {
-            name: (as_float if name in _FLOATS else self.buffer)[low:high].reshape(dims)
-            for name, (low, high, dims) in offsets.items()
-        }
+        whole = np.zeros((groups, total), np.int32)
+        as_float = whole.view(np.float32)
+        self.parts = [
+            {
+                name: (as_float if name in _FLOATS else whole)[group, low:high].reshape(dims)
+                for name, (low, high, dims) in offsets.items()
+            }
+            for group in range(groups)
+        ]
+        self.buffer = whole if groups > 1 else whole[0]
+
+    @property
+    def fields(self) -> dict[str, np.ndarray]:
+        """Views into the first group's part; all groups have the same flags."""
+        return self.parts[0]
+
+    def place(self, group: int, local: int) -> int:
+        """Return which of all places a token is drawn in, by its number in its group."""
+        return group * self.shape.num_drawn + local
+
+    def banned(self, place: int) -> np.ndarray:
+        """Return the tokens, and -1 behind them, that may not be drawn in a place."""
+        group, local = divmod(place, self.shape.num_drawn)
+        return self.parts[group]["banned"][local]
+
+    def set_flag(self, name: str) -> None:
+        """Set a flag in all groups."""
+        for part in self.parts:
+            part[name][...] = True
 
 
 def unpack(buffer: jax.Array, shape: StepShape | DrawShape) -> dict[str, jax.Array]:
-    """Take the packed buffer, or the sampler's part of it, apart inside a compiled program."""
+    """Take the packed buffer, or the sampler's part of it, apart inside a compiled program.
+
+    What has a first axis for groups gives arrays that have it.
+    """
+    if buffer.ndim > 1:
+        return jax.vmap(lambda own: unpack(own, shape))(buffer)
     parts: dict[str, jax.Array] = {}
     for name, (low, high, dims) in _offsets(shape)[0].items():
         part = lax.slice(buffer, (low,), (high,)).reshape(dims)

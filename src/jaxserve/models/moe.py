@@ -353,7 +353,7 @@ class MoeMlp(nnx.Module):
         """
         flat = x.reshape(-1, x.shape[-1])
         step = plan if isinstance(plan, AttentionPlan) else None
-        is_real = None if step is None else step.token_row >= 0
+        is_real = None if step is None else step.is_token
         with jax.named_scope("router"):
             choice = self.gate(flat)
         with jax.named_scope("experts"):
@@ -368,7 +368,7 @@ class MoeMlp(nnx.Module):
         counts: Array | None = None
         if step is not None and step.slot_table is not None:
             number = self.gate.experts.num_experts
-            asked = jnp.where((step.token_row >= 0)[:, None], choice[0], number).reshape(-1)
+            asked = jnp.where(step.is_token[:, None], choice[0], number).reshape(-1)
             counts = jnp.zeros(number, jnp.uint32).at[asked].add(1, mode="drop")
         if self.shared_experts is not None:
             with jax.named_scope("shared_experts"):

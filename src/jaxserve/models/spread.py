@@ -1,11 +1,12 @@
 """Experts on several devices: each device works on what it has of them.
 
-Every device sees all tokens, because attention is repeated in every group, so nothing has to be
-sent to an expert. What is left is to bring results together, in one of two ways:
+Tokens get to their experts, and results come together, in one of two ways:
 
-* a sum over all devices, of one row per token from each, whatever the router chose;
-* an exchange: a device owns every N-th token. Results of its tokens come to it from the servers
-  that have some, and then all devices get all sums. Padding asks for no expert and is not sent.
+* a sum over all devices, of one row per token from each, whatever the router chose. Groups that
+  have tokens of their own first tell each other all of them, and get the sums of their own only;
+* an exchange: tokens are dealt out to devices, go to the servers that have experts of theirs, and
+  results come back. Padding asks for no expert and is not sent. If all devices have all tokens,
+  only results travel.
 """
 
 from typing import Final, Protocol, runtime_checkable
@@ -19,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.sharding.experts import SlotTable, as_servers
 from jaxserve.sharding.flash.copies import choose_copies
-from jaxserve.sharding.flash.moe import moe_combine, moe_place
-from jaxserve.sharding.rules import ExpertSharding, ModelSharding, names_of
+from jaxserve.sharding.flash.moe import moe_combine, moe_dispatch, moe_place
+from jaxserve.sharding.rules import DATA_AXIS, ExpertSharding, ModelSharding, names_of
 
 QUANTUM: Final = 32
 """Rows of one message between servers at most: stages of few rows would else be mostly padding."""
@@ -70,7 +71,7 @@ def over_devices(
 
     Args:
         module: All experts; their weights are those of slots, if there is a table.
-        x: The tokens.
+        x: The tokens, those of one group behind those of the other.
         choice: Their experts and weights; experts beyond the last one are none.
         sharding: How the model lies on devices.
         table: Where experts lie; None: in their order.
@@ -84,9 +85,14 @@ def over_devices(
     specs = _specs(state, sharding)
     down = _spec_of(module.down_proj.kernel, sharding)
     by_expert, within = names_of(down[0]), names_of(down[1])
-    everywhere = PartitionSpec()
+    crosses = sharding.groups > 1 and DATA_AXIS in by_expert
+    others = tuple(name for name in (*by_expert, *within) if name != DATA_AXIS or not crosses)
 
     def own(state: nnx.State, x: Array, expert: Array, weight: Array) -> Array:
+        if crosses:
+            x, expert, weight = (
+                lax.all_gather(part, DATA_AXIS, tiled=True) for part in (x, expert, weight)
+            )
         here = nnx.merge(graph, state)
         bias = here.down_proj.bias
         if bias is not None and within:  # is added once, where the first part of an expert is
@@ -96,13 +102,16 @@ def over_devices(
         local = expert - (lax.axis_index(by_expert) * count if by_expert else 0)
         local = jnp.where((local >= 0) & (local < count), local, count)
         total = here.of_own(x, (local, weight))
-        return lax.psum(total, (*by_expert, *within)) if by_expert or within else total
+        if crosses:
+            total = lax.psum_scatter(total, DATA_AXIS, scatter_dimension=0, tiled=True)
+        return lax.psum(total, others) if others else total
 
+    tokens = sharding.by_group
     shared = jax.shard_map(
         own,
         mesh=sharding.mesh,
-        in_specs=(specs, everywhere, everywhere, everywhere),
-        out_specs=everywhere,
+        in_specs=(specs, tokens, tokens, tokens),
+        out_specs=tokens,
         check_vma=False,
     )
     return shared(state, x, *choice)
@@ -127,16 +136,20 @@ def _exchange(
     table: SlotTable | None,
 ) -> Float[Array, "tokens hidden"]:
     mesh = as_servers(sharding.mesh, sharding.expert_axes, way.servers)
-    tokens, size = len(x), mesh.size
-    pad = -tokens % size
+    groups = sharding.groups
+    each, size = len(x) // groups, mesh.size // groups
+    pad = -each % size
     number = way.num_slots if table is None else table.copies.shape[0]
 
     def dealt(array: Array, rest: float) -> Array:
-        """Give every device each N-th token, so that padding at the end falls to all alike."""
-        whole = jnp.pad(array, ((0, pad), (0, 0)), constant_values=rest)
-        return whole.reshape(-1, size, array.shape[1]).swapaxes(0, 1).reshape(whole.shape)
+        """Give every device of a group each N-th token, so that padding falls to all alike."""
+        own = array.reshape(groups, each, -1)
+        own = jnp.pad(own, ((0, 0), (0, pad), (0, 0)), constant_values=rest)
+        own = own.reshape(groups, -1, size, array.shape[1]).swapaxes(1, 2)
+        return own.reshape(-1, array.shape[1])
 
-    state = moe_place(
+    bring = moe_place if groups == 1 else moe_dispatch
+    state = bring(
         dealt(x, 0),
         dealt(choice[0], number),
         dealt(choice[1], 0),
@@ -160,8 +173,9 @@ def _exchange(
         apply, mesh=mesh, in_specs=(over, over, over), out_specs=over, check_vma=False
     )(weights, state.rows, state.group_sizes)
     home = moe_combine(y, state)
-    home = lax.with_sharding_constraint(home, NamedSharding(sharding.mesh, PartitionSpec()))
-    return home.reshape(size, -1, x.shape[1]).swapaxes(0, 1).reshape(-1, x.shape[1])[:tokens]
+    home = lax.with_sharding_constraint(home, NamedSharding(sharding.mesh, sharding.by_group))
+    home = home.reshape(groups, size, -1, x.shape[1]).swapaxes(1, 2)
+    return home.reshape(groups, -1, x.shape[1])[:, :each].reshape(x.shape)
 
 
 def _specs(state: nnx.State, sharding: ModelSharding) -> nnx.State:

@@ -164,11 +164,19 @@ class ModelSharding:
         mesh: The devices.
         rules: Which mesh axes each logical axis lies on.
         experts: How whole experts lie there; None if they are in their order, and summed up.
+        groups: Groups along the data axis that have tokens, and a cache, of their own; 1 if all
+            devices have the tokens of all.
     """
 
     mesh: jax.sharding.Mesh
     rules: LogicalAxisRules
     experts: ExpertSharding | None = None
+    groups: int = 1
+
+    @property
+    def by_group(self) -> PartitionSpec:
+        """How an axis is split of which each group has its part: tokens, sequence rows, pages."""
+        return PartitionSpec(DATA_AXIS) if self.groups > 1 else PartitionSpec()
 
     @property
     def expert_axes(self) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ def moe_dispatch(
             between servers and for experts; None: for the most that can be.
         dedup: Send a token once to a server, whatever number of its experts is there.
         backend: As for `flash_all_to_all`.
-        quantum: Rows of one message.
+        quantum: Rows of one message at most.
         in_flight: Messages under way at a time.
         stages: A plan made elsewhere; None: stages are planned here.
 
@@ -139,7 +139,6 @@ def moe_dispatch(
     Source: FLASH, arXiv 2505.09764, for the stages; one copy per server is as in DeepSeek-V3's
         dispatch (arXiv 2412.19437, section 3.2.2).
     """
-    wire = Wire(backend=backend, quantum=quantum, in_flight=in_flight)
     n, m = check_mesh(mesh)
     num_slots = num_experts if num_slots is None else num_slots
     _check(x, experts, weights, n * m, (num_experts, num_slots), placement, capacity_factor)
@@ -147,6 +146,7 @@ def moe_dispatch(
     places = size_places(
         tokens, top_k, (n, m), num_slots // (n * m), dedup=dedup, factor=capacity_factor
     )
+    wire = Wire(backend=backend, quantum=min(quantum, places.wire), in_flight=in_flight)
     wire = settle(wire, mesh, n * places.wire * x.shape[1] * x.dtype.itemsize, stages)
 
     def dispatch(
