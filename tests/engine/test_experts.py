@@ -39,6 +39,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "oracles" / "golden" / "models"
 MODEL, DENSE = "qwen3_moe_plain", "llama_gqa"
 """Eight experts, of which a token takes two, in two layers of three."""
 SPREAD = {"data_parallel_size": 8, "enable_expert_parallel": True, "devices_per_server": 2}
+REPEATED = {"enable_dp_attention": False}
 EPLB = {"enable_eplb": True, "eplb_step_interval": 2}
 SMALL = {
     "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 8, "block_size": 8,
@@ -69,6 +70,10 @@ def alone() -> list[list[int]]:
     "changes",
     [
         slow({"all_to_all_backend": "dense"}),
+        {"all_to_all_backend": "dense", **REPEATED},
+        slow({"all_to_all_backend": "rotation", **REPEATED}),
+        slow({"all_to_all_backend": "flash", "all_to_all_dedup": False, **REPEATED}),
+        slow({"all_to_all_backend": "allreduce", **REPEATED}),
         slow({"all_to_all_backend": "dense", "all_to_all_dedup": False}),
         {"all_to_all_backend": "rotation"},
         slow({"all_to_all_backend": "rotation", "all_to_all_dedup": False}),
@@ -88,7 +93,8 @@ def test_every_way_gives_the_tokens_of_one_device(alone, changes: dict[str, Any]
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_redundant_experts": 8},
+        {"num_redundant_experts": 8, **REPEATED},
+        slow({"num_redundant_experts": 8}),
         {"num_redundant_experts": 8, "all_to_all_backend": "flash"},
         slow({"all_to_all_backend": "rotation"}),
         slow(
@@ -346,9 +352,23 @@ def test_servers_that_cross_hosts_are_refused(monkeypatch) -> None:
     ):
         mesh_of(options, config_of(MODEL))
     fitting = ParallelOptions(**SPREAD | {"devices_per_server": None, "enable_eplb": True})
-    found = expert_sharding(fitting, config_of(MODEL), mesh_of(fitting, config_of(MODEL)))
+    found = expert_sharding(fitting, config_of(MODEL), mesh_of(fitting, config_of(MODEL)), groups=1)
     assert found is not None
     assert found.servers == 4
+
+
+def test_tokens_are_sent_where_groups_have_their_own_and_links_are_slow() -> None:
+    shape = config_of(MODEL)
+    for changes, groups, wanted in (
+        ({}, 8, "rotation"),
+        ({}, 1, None),
+        ({"devices_per_server": 8}, 8, None),
+        ({"all_to_all_backend": "allreduce"}, 8, None),
+        ({"all_to_all_backend": "flash"}, 1, "ppermute"),
+    ):
+        options = ParallelOptions(**SPREAD | changes)
+        found = expert_sharding(options, shape, mesh_of(options, shape), groups=groups)
+        assert (found and found.backend) == wanted
 
 
 def test_invariance_and_balance_contradict_each_other() -> None:

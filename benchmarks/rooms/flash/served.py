@@ -22,6 +22,9 @@ MODULE: Final = "benchmarks.rooms.flash.servednode"
 EXPERTS: Final = 32
 SPARE: Final = 8
 WAYS: Final[dict[str, dict[str, Any]]] = {
+    "repeated, sum": {"enable_dp_attention": False, "all_to_all_backend": "allreduce"},
+    "repeated, rotations, once": {"enable_dp_attention": False, "all_to_all_backend": "rotation"},
+} | {
     f"{name}{', once' if dedup else ''}{', EPLB' if eplb else ''}": {
         "all_to_all_backend": backend, "all_to_all_dedup": dedup or backend == "allreduce",
         **({"enable_eplb": True, "num_redundant_experts": SPARE} if eplb else {}),
@@ -33,7 +36,10 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
         ("FLASH", "flash", False), ("FLASH", "flash", True),
     )
 }  # fmt: skip
-"""`once`: a row of a token crosses once from a server. `sum`: over all devices."""
+"""`once`: a token crosses once to a server, and its results once back. `sum`: over all devices.
+
+`repeated`: every group attends to the sequences of all, so that only results travel.
+"""
 JOB: Final[dict[str, Any]] = {"prompts": 16, "length": 60, "skew": 1.2, "seed": 0, "max_tokens": 4}
 SETTINGS: Final[dict[str, Any]] = {
     "data_parallel_size": SERVERS * GPUS, "enable_expert_parallel": True, "load_format": "dummy",

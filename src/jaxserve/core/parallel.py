@@ -25,6 +25,12 @@ class ParallelOptions:
         "engine runs on all groups, each with sequences and a cache of its own.",
         "dp", "dp-size",
     )  # fmt: skip
+    enable_dp_attention: bool = option(
+        True,
+        "In an engine on all groups, give each group sequences and a cache of its own. Without it "
+        "attention and its cache are repeated in every group: less is sent, and less fits.",
+        "dp-attention",
+    )
     enable_expert_parallel: bool = option(
         False,
         "Share whole experts among all tensor-parallel-size x data-parallel-size devices. Without "
@@ -36,7 +42,8 @@ class ParallelOptions:
         "How tokens travel to experts and back with enable-expert-parallel. allreduce: all to all "
         "groups, and sums back. The others send tokens to the servers of their experts: dense in "
         "one exchange with room for the most that can be, rotation and flash only what there is, "
-        "in rotations of the servers or in the stages of FLASH. auto: allreduce.",
+        "in rotations of the servers or in the stages of FLASH. auto: rotation where groups of "
+        "several servers have tokens of their own, else allreduce.",
         "all2all-backend",
     )
     all_to_all_dedup: bool = option(

@@ -38,14 +38,15 @@ _LEAF = re.compile(r"layers\.(\d+)\.mlp\.experts\..+")
 
 
 def expert_sharding(
-    options: ParallelOptions, shape: ModelConfig, mesh: Mesh
+    options: ParallelOptions, shape: ModelConfig, mesh: Mesh, *, groups: int
 ) -> ExpertSharding | None:
-    """Say how whole experts lie on devices, and how their results travel.
+    """Say how whole experts lie on devices, and how tokens and results travel.
 
     Args:
         options: Settings.
         shape: The model.
         mesh: Its devices.
+        groups: Groups of devices that have tokens of their own.
 
     Returns:
         None if experts are split like other weights, or lie in their order and are summed up.
@@ -54,8 +55,12 @@ def expert_sharding(
         ConfigError: If settings do not go with the model or its devices.
     """
     named = options.all_to_all_backend
-    is_summed = named in ("auto", "allreduce")
-    if shape.experts is None or (is_summed and not options.enable_eplb):
+    could_send = groups > 1 and options.enable_expert_parallel and mesh.size > 1
+    if shape.experts is None or not (
+        options.enable_eplb
+        or named not in ("auto", "allreduce")
+        or (named == "auto" and could_send)
+    ):
         return None
     if mesh.size == 1:
         raise ConfigError(
@@ -73,10 +78,14 @@ def expert_sharding(
             )
     axes = ModelSharding(mesh=mesh, rules=expert_parallel_rules()).expert_axes
     servers = count_servers(options, as_servers(mesh, axes, 1))
+    if named == "auto":
+        named = "rotation" if could_send and servers > 1 else "allreduce"
+    if named == "allreduce" and not options.enable_eplb:
+        return None
     made = ExpertSharding(
         servers=servers,
         num_slots=shape.experts.num_experts + options.num_redundant_experts,
-        backend=None if is_summed else _backend(options, servers),
+        backend=None if named == "allreduce" else _backend(named, servers),
         dedup=options.all_to_all_dedup,
         is_balanced=options.enable_eplb,
     )
@@ -86,8 +95,7 @@ def expert_sharding(
     return made
 
 
-def _backend(options: ParallelOptions, servers: int) -> ExchangeBackend:
-    named = options.all_to_all_backend
+def _backend(named: str, servers: int) -> ExchangeBackend:
     if named == "dense":
         return "dense"
     if servers == 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -57,10 +58,23 @@ def draw_in_groups(
     """
 
     def body(logits: Array, rows: RowState, packed: Array, mask: Array) -> tuple[Sampled, RowState]:
-        return draw(logits, rows, packed[0], mask)
+        sampled, rows = draw(logits, rows, packed[0], mask)
+        return _told(sampled), rows
 
-    sampled, rows = _in_groups(body, mesh, (_OWN,) * 4, _OWN)(logits, rows, packed, mask)
-    return lax.with_sharding_constraint(sampled, NamedSharding(mesh, _ALL)), rows
+    return _in_groups(body, mesh, (_OWN,) * 4, (_ALL, _OWN))(logits, rows, packed, mask)
+
+
+def _told(sampled: Sampled) -> Sampled:
+    """Return what all groups have drawn, by one exchange."""
+    leaves, tree = jax.tree.flatten(sampled)
+    own = [lax.bitcast_convert_type(leaf, jnp.int32).reshape(len(leaf), -1) for leaf in leaves]
+    whole = lax.all_gather(jnp.concatenate(own, axis=1), DATA_AXIS, tiled=True)
+    ends = np.cumsum([part.shape[1] for part in own])[:-1]
+    found = [
+        lax.bitcast_convert_type(part, leaf.dtype).reshape(-1, *leaf.shape[1:])
+        for part, leaf in zip(jnp.split(whole, ends, axis=1), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, found)
 
 
 def set_row_in_group(

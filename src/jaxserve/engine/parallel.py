@@ -39,7 +39,8 @@ def mesh_of(options: ParallelOptions, shape: ModelConfig, *, replica: int = 0) -
         kv_heads=shape.num_kv_heads,
         replica=replica,
     )
-    expert_sharding(options, shape, mesh)  # so that what is wrong is found before weights are read
+    # So that what is wrong is found before weights are read.
+    expert_sharding(options, shape, mesh, groups=num_groups(options, mesh, has_draft=False))
     return mesh
 
 
@@ -148,12 +149,15 @@ def num_cache_parts(mesh: jax.sharding.Mesh, kv_heads: int) -> int:
     return dict(mesh.shape)[TENSOR_AXIS] if kv_axis(mesh, kv_heads) else 1
 
 
-def num_groups(mesh: jax.sharding.Mesh, *, has_draft: bool) -> int:
+def num_groups(options: ParallelOptions, mesh: jax.sharding.Mesh, *, has_draft: bool) -> int:
     """Count the groups of devices of one engine that have tokens and a cache of their own.
 
     Args:
+        options: Whether they are to have them.
         mesh: The devices.
         has_draft: Whether another model drafts, which then sees the tokens of all groups, as does
             the one that it drafts for.
     """
-    return 1 if has_draft else dict(mesh.shape).get(DATA_AXIS, 1)
+    if has_draft or not options.enable_dp_attention:
+        return 1
+    return dict(mesh.shape).get(DATA_AXIS, 1)

@@ -560,8 +560,10 @@ def assemble(
         )
     speculation = config.speculative.speculation
     model = load_model(source, config, mesh=mesh, progress=progress)
-    experts = expert_sharding(config.parallel, model.config, model.mesh)
-    groups = num_groups(model.mesh, has_draft=bool(speculation and speculation.model))
+    groups = num_groups(
+        config.parallel, model.mesh, has_draft=bool(speculation and speculation.model)
+    )
+    experts = expert_sharding(config.parallel, model.config, model.mesh, groups=groups)
     model = dataclasses.replace(model, experts=experts, groups=groups)
     check_sparse(config, model.mesh, has_own=attention is not None)
     if config.lora.enable_lora and model.config.latent is not None:

@@ -13,6 +13,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -20,7 +21,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.sharding.experts import SlotTable, as_servers
 from jaxserve.sharding.flash.copies import choose_copies
-from jaxserve.sharding.flash.moe import moe_combine, moe_dispatch, moe_place
+from jaxserve.sharding.flash.moe import (
+    moe_combine,
+    moe_dispatch,
+    moe_place,
+    numbers_of,
+    words_of,
+)
 from jaxserve.sharding.rules import DATA_AXIS, ExpertSharding, ModelSharding, names_of
 
 QUANTUM: Final = 32
@@ -90,9 +97,7 @@ def over_devices(
 
     def own(state: nnx.State, x: Array, expert: Array, weight: Array) -> Array:
         if crosses:
-            x, expert, weight = (
-                lax.all_gather(part, DATA_AXIS, tiled=True) for part in (x, expert, weight)
-            )
+            x, expert, weight = _gathered(x, expert, weight)
         here = nnx.merge(graph, state)
         bias = here.down_proj.bias
         if bias is not None and within:  # is added once, where the first part of an expert is
@@ -115,6 +120,20 @@ def over_devices(
         check_vma=False,
     )
     return shared(state, x, *choice)
+
+
+def _gathered(x: Array, expert: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """Return the tokens of all groups, with their experts and weights, by one exchange."""
+    word = jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")
+    parts = x, expert.astype(jnp.int32), weight.astype(jnp.float32)
+    own = [words_of(part, word) for part in parts]
+    whole = lax.all_gather(jnp.concatenate(own, axis=1), DATA_AXIS, tiled=True)
+    ends = np.cumsum([part.shape[1] for part in own])[:-1]
+    x, expert, weight = (
+        numbers_of(found, part.dtype)
+        for found, part in zip(jnp.split(whole, ends, axis=1), parts, strict=True)
+    )
+    return x, expert, weight
 
 
 def _slots_of(choice: Choice, table: SlotTable, way: ExpertSharding) -> Int[Array, "tokens top_k"]:

@@ -160,7 +160,8 @@ def moe_dispatch(
                 table, experts, first + jnp.arange(tokens),
                 slots_per_server=places.slots * m, servers=n,
             )  # fmt: skip
-        return _dispatch(x, experts.astype(jnp.int32), weights, places, wire, planned)
+        slots = experts.astype(jnp.int32)
+        return _dispatch(x, slots, weights, places, wire, planned, fits=capacity_factor is None)
 
     out: _Sent = jax.shard_map(
         dispatch,
@@ -303,13 +304,13 @@ def _check(
         )
 
 
-def _words(array: jax.Array, word: DTypeLike) -> jax.Array:
+def words_of(array: jax.Array, word: DTypeLike) -> jax.Array:
     """Return bits of `[rows, width]` as words that are no longer than its numbers."""
     return lax.bitcast_convert_type(array, word).reshape(len(array), -1)
 
 
-def _numbers(words: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Return what `_words` was given."""
+def numbers_of(words: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return what `words_of` was given."""
     per = jnp.dtype(dtype).itemsize // words.dtype.itemsize
     shape = (len(words), -1) if per == 1 else (len(words), words.shape[1] // per, per)
     return lax.bitcast_convert_type(words.reshape(shape), dtype)
@@ -322,8 +323,10 @@ def _dispatch(
     places: Places,
     wire: Wire,
     planned: Stages | None,
+    *,
+    fits: bool,
 ) -> _Sent:
-    """Send from and to one device."""
+    """Send from and to one device; what always fits need not be asked of all devices."""
     n, m = lax.axis_size("server"), lax.axis_size("gpu")
     server, gpu = lax.axis_index("server"), lax.axis_index("gpu")
     top_k = slots.shape[1] // places.copies
@@ -337,8 +340,8 @@ def _dispatch(
     parts = -(-counts // m)
     order = jnp.argsort(~visits, axis=0, stable=True).T  # [n, m * units]
     word = jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")
-    own = jnp.concatenate([_words(slots, word), _words(weights, word)], axis=1)
-    near, notes = (lax.all_gather(part, "gpu", tiled=True) for part in (_words(x, word), own))
+    own = jnp.concatenate([words_of(slots, word), words_of(weights, word)], axis=1)
+    near, notes = (lax.all_gather(part, "gpu", tiled=True) for part in (words_of(x, word), own))
 
     at = jnp.arange(places.wire)
     number = gpu * parts[server][:, None] + at[None, :]
@@ -351,14 +354,17 @@ def _dispatch(
     number = jnp.arange(m)[:, None, None] * parts[:, server][:, None] + at
     is_row = (at < parts[:, server][:, None]) & (number < counts[:, server][:, None])
     tail = (landed.shape[1] - near.shape[1]) // 2
-    arrived = _numbers(landed[:, : near.shape[1]], x.dtype)
-    asked = _numbers(landed[:, near.shape[1] : near.shape[1] + tail], jnp.int32)
-    weight = _numbers(landed[:, near.shape[1] + tail :], jnp.float32)
+    arrived = numbers_of(landed[:, : near.shape[1]], x.dtype)
+    asked = numbers_of(landed[:, near.shape[1] : near.shape[1] + tail], jnp.int32)
+    weight = numbers_of(landed[:, near.shape[1] + tail :], jnp.float32)
     found = _sort(lambda chosen: arrived[chosen], is_row.reshape(-1), asked, weight, places)
-    is_full = lax.pmax(found.is_full.astype(jnp.int32), ("server", "gpu")) > 0
+    overflow = jnp.zeros((), bool)
+    if not fits:
+        is_full = lax.pmax(found.is_full.astype(jnp.int32), ("server", "gpu")) > 0
+        overflow = is_full | (parts > places.wire).any()
     mine = lax.dynamic_slice_in_dim(jnp.where(visits, rank, -1), gpu * units, units)
     return (
-        found.rows, found.sizes[None], is_full | (parts > places.wire).any(), counts,
+        found.rows, found.sizes[None], overflow, counts,
         found.place, found.weight, mine, stages,
     )  # fmt: skip
 
