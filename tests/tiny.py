@@ -21,7 +21,8 @@ from jaxserve.core.event import FinishReason, RequestOutput, TokenEvent
 from jaxserve.core.protocols import Scheduler
 from jaxserve.core.request import Request, RequestId, SamplingParams
 from jaxserve.engine.async_engine import empty_output
-from jaxserve.engine.setup import ModelSource, assemble
+from jaxserve.engine.setup import assemble
+from jaxserve.engine.source import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import CausalLM

@@ -14,8 +14,8 @@ from jaxserve.cluster.start import fleet_options, open_fleet
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.parallel import ParallelOptions
-from jaxserve.engine import setup
 from jaxserve.engine.parallel import check_model, check_settings
+from jaxserve.engine.source import load_model
 from jaxserve.models.config import ModelConfig
 from jaxserve.sharding import arrays
 from jaxserve.sharding.mesh import engine_mesh
@@ -156,7 +156,7 @@ def test_devices_hold_their_heads_and_their_experts(monkeypatch) -> None:
     config = EngineConfig.from_settings(
         {"tensor_parallel_size": 4, "data_parallel_size": 2, "enable_expert_parallel": True}
     )
-    model = setup.load_model(GOLDEN / EXPERTS, config)
+    model = load_model(GOLDEN / EXPERTS, config)
     assert dict(model.mesh.shape) == {"data": 2, "tensor": 2, "copy": 2}
     number = [kind.has_experts for kind in model.config.kinds].index(True)
     layer = model.state["layers"][number]

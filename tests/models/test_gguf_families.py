@@ -14,7 +14,7 @@ import safetensors.numpy
 from jaxserve.core.config import EngineConfig, ModelOptions
 from jaxserve.core.errors import CheckpointError, UnsupportedError
 from jaxserve.engine.scoring import forward
-from jaxserve.engine.setup import load_model
+from jaxserve.engine.source import load_model
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.ggml import FORMATS, dequantize

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxserve import LLM, SamplingParams, dequantize, export, load_params
 from jaxserve.core.config import EngineConfig, ModelOptions
 from jaxserve.core.errors import CheckpointError, ConfigError
-from jaxserve.engine.setup import load_model
+from jaxserve.engine.source import load_model
 from jaxserve.models.ggml import FORMATS
 from jaxserve.models.quantization import (
     KINDS,

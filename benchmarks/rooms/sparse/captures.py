@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxserve import cpu_kernels
 from jaxserve.core.config import EngineConfig
-from jaxserve.engine.setup import load_model
+from jaxserve.engine.source import load_model
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.hub import resolve_model

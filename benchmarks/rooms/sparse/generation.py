@@ -24,7 +24,7 @@ from benchmarks.rooms.sparse.intervals import interval
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.request import SamplingParams
 from jaxserve.engine.llm import LLM
-from jaxserve.engine.setup import load_model
+from jaxserve.engine.source import load_model
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.hub import resolve_model
 

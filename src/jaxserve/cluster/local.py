@@ -24,7 +24,7 @@ from jaxserve.engine.inbox import Sink
 from jaxserve.engine.measure import measure_engine
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.parallel import mesh_of
-from jaxserve.engine.setup import LoadedModel
+from jaxserve.engine.source import LoadedModel
 from jaxserve.engine.tokenizer import Tokenizer
 
 

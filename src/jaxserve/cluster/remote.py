@@ -41,7 +41,7 @@ from jaxserve.engine.host import EngineHost
 from jaxserve.engine.inbox import PAUSED_RETRY_S, Sink
 from jaxserve.engine.measure import measure_engine
 from jaxserve.engine.metrics import EngineMetrics
-from jaxserve.engine.setup import ModelSource
+from jaxserve.engine.source import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.engine.traced import RunnerSpec
 from jaxserve.models.config import ModelConfig

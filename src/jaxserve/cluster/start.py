@@ -17,7 +17,7 @@ from jaxserve.engine.adapters import AdapterStore, make_reader
 from jaxserve.engine.async_engine import AsyncLLM
 from jaxserve.engine.encoder_host import is_encoder_source
 from jaxserve.engine.host import progress_bar
-from jaxserve.engine.setup import ModelSource, load_model
+from jaxserve.engine.source import ModelSource, load_model
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.engine.weights import Names, NewWeights
 from jaxserve.scheduling.routing import NEED_TIMES

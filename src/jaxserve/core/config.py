@@ -1,6 +1,6 @@
 """Configuration: composed frozen records from which the command line and the docs are made.
 
-A field of None means "auto"; `engine.setup.resolve` turns it into a number for one model on one
+A field of None means "auto"; `engine.setup` turns it into a number for one model on one
 device. Each record checks itself and changes nothing.
 """
 

@@ -32,7 +32,7 @@ from jaxserve.engine.pooling import (
     cannot,
     require_task,
 )
-from jaxserve.engine.setup import ModelSource
+from jaxserve.engine.source import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.bert_config import BertConfig
 from jaxserve.models.config import ModelConfig

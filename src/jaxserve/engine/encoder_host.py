@@ -25,12 +25,8 @@ from jaxserve.engine.encoder_runner import BatchShapes, EncoderRunner, EncoderSp
 from jaxserve.engine.host import EngineHost, Progress, progress_bar
 from jaxserve.engine.parallel import check_encoder
 from jaxserve.engine.pooling import TextPooling, cannot
-from jaxserve.engine.setup import (
-    ModelSource,
-    _default_compile_cache,
-    _find_tokenizer,
-    flatten_params,
-)
+from jaxserve.engine.setup import default_compile_cache, find_tokenizer
+from jaxserve.engine.source import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.models.bert import Bert, abstract_bert
 from jaxserve.models.bert_checkpoint import BertCheckpoint, is_encoder
@@ -39,7 +35,7 @@ from jaxserve.models.files import read_json
 from jaxserve.models.hub import resolve_model
 from jaxserve.models.loading import load_params
 from jaxserve.models.pooling import read_pooling
-from jaxserve.models.registry import abstract_params, draw_params, fill
+from jaxserve.models.registry import abstract_params, draw_params, fill, flatten_params
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import LogicalAxisRules
 
@@ -134,10 +130,10 @@ class EncoderHost:
             model.state,
             mesh=model.mesh,
             on_compile=self.metrics.compiled,
-            cache_dir=config.runner.compilation_cache_dir or _default_compile_cache(),
+            cache_dir=config.runner.compilation_cache_dir or default_compile_cache(),
             forbid_late=config.runner.enforce_no_recompile,
         )
-        self.tokenizer = tokenizer or _find_tokenizer(config.model, model.path)
+        self.tokenizer = tokenizer or find_tokenizer(config.model, model.path)
         self._compiler: threading.Thread | None = None
         self._warm_up(on_warm_up or (progress_bar() if progress else None))
         self.encoder = Encoder(

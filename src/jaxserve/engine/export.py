@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from jaxserve.core.config import Dtype, EngineConfig, ModelOptions
 from jaxserve.core.errors import ConfigError, UnsupportedError, did_you_mean
 from jaxserve.core.units import parse_bytes
-from jaxserve.engine.setup import ModelSource, flatten_params, load_model
+from jaxserve.engine.source import ModelSource, load_model
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.engine.tokenizer_files import copy_tokenizer, save_tokenizer
 from jaxserve.models.buffer import prepare_buffer
@@ -31,7 +31,7 @@ from jaxserve.models.loading import check_tensors, hf_name, is_kernel
 from jaxserve.models.loading import load_params as read_params
 from jaxserve.models.orbax import OrbaxCheckpoint, save_orbax
 from jaxserve.models.quantization import dequantized, is_scale, scheme_of
-from jaxserve.models.registry import abstract_model, abstract_params
+from jaxserve.models.registry import abstract_model, abstract_params, flatten_params
 from jaxserve.models.saving import save_safetensors
 from jaxserve.sharding.mesh import host_mesh
 from jaxserve.sharding.rules import LogicalAxisRules

@@ -34,7 +34,8 @@ from jaxserve.engine.loop import EngineThread
 from jaxserve.engine.measure import measure_engine
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.profiling import Profiler
-from jaxserve.engine.setup import LoadedModel, ModelSource, assemble
+from jaxserve.engine.setup import assemble
+from jaxserve.engine.source import LoadedModel, ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.engine.weights import Names, NewWeights, prepare_weights, read_weights
 from jaxserve.grammar.compiler import PendingGrammar

@@ -34,7 +34,7 @@ from jaxserve.engine.pooling import (
     require_task,
 )
 from jaxserve.engine.scoring import ForwardOutput, Hook, forward, token_logprobs
-from jaxserve.engine.setup import ModelSource
+from jaxserve.engine.source import ModelSource
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.grammar.compiler import PendingGrammar
 from jaxserve.models.bert_config import BertConfig

@@ -4,31 +4,29 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import psutil
 from flax import nnx
 
 from jaxserve.attention.custom import CustomAttention
 from jaxserve.attention.sharded import own_heads
-from jaxserve.cache.buffers import slot_capacity
 from jaxserve.core.config import EngineConfig, ModelOptions
-from jaxserve.core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
+from jaxserve.core.errors import UnsupportedError
 from jaxserve.core.protocols import Clock, Scheduler
 from jaxserve.core.units import format_bytes
 from jaxserve.engine.agreement import agree
 from jaxserve.engine.balance import ExpertBalancer
+from jaxserve.engine.cache_size import Q_BLOCK, CachePlan, kv_tile, lora_shape, plan_cache
 from jaxserve.engine.constraints import make_constraints
 from jaxserve.engine.draft_runner import DraftedRunner, DraftModel
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.experts import expert_sharding
 from jaxserve.engine.hosts import Channel, join
 from jaxserve.engine.kernel_choice import (
-    PAGED_BACKENDS,
     check_custom,
     choose_backend,
     choose_kernels,
@@ -38,15 +36,13 @@ from jaxserve.engine.leader import LeadingDraftedRunner, LeadingRunner
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.parallel import (
     check_settings,
-    mesh_of,
-    num_cache_parts,
     num_groups,
-    rules_of,
 )
 from jaxserve.engine.policy import EnginePolicy
 from jaxserve.engine.runner import Runner
 from jaxserve.engine.shapes import ShapeTable
-from jaxserve.engine.sparse import check_sparse, index_bytes, sparse_spec
+from jaxserve.engine.source import LoadedModel, ModelSource, load_model
+from jaxserve.engine.sparse import check_sparse, sparse_spec
 from jaxserve.engine.speculation import (
     check_draft_model,
     check_same_tokens,
@@ -55,270 +51,24 @@ from jaxserve.engine.speculation import (
 )
 from jaxserve.engine.tokenizer import Tokenizer
 from jaxserve.engine.traced import RunnerSpec
-from jaxserve.models.checkpoint import open_checkpoint
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.files import read_json
 from jaxserve.models.hub import cache_dir, resolve_model
-from jaxserve.models.layers import CausalLM
-from jaxserve.models.loading import load_params
-from jaxserve.models.lora import LoraShape
 from jaxserve.models.quantization import (
-    KINDS,
-    Quantization,
     is_scale,
     narrow_paths,
-    quantize_params,
-    quantized_model,
     scheme_of,
 )
 from jaxserve.models.registry import (
-    abstract_model,
-    abstract_params,
-    draw_params,
-    fill,
     flatten_params,
 )
 from jaxserve.pallas_kernels.variant import compose, sinks, soft_cap
 from jaxserve.scheduling.policies import PolicySettings
-from jaxserve.sharding.mesh import make_mesh
-from jaxserve.sharding.rules import ExpertSharding, LogicalAxisRules, ModelSharding
 
 logger = logging.getLogger(__name__)
 
-ModelSource = str | Path | CausalLM | tuple[ModelConfig | Mapping[str, object], object]
-"""A name or path, a module of this package, or (configuration, parameters)."""
-
-_Q_BLOCK = 128
-_CPU_KV_TILE = 256
-_GPU_KV_TILE = 1024
-_SLOT_SHARE = 0.75
-_CPU_CACHE_SHARE = 0.25
-_CPU_CACHE_BYTES = 4 << 30
-_SHORTEST_AUTO_LEN = 256
 _CPU_DRAFT_COST, _GPU_DRAFT_COST = 0.1, 0.005
 """Time of one draft token, as a share of that of a step without drafts. Measured with SmolLM2-135M
 on two cores: 0.02 to 0.11 in either precision; a guess on GPUs."""
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A model in device memory.
-
-    Attributes:
-        name: What to call it.
-        config: Its shape.
-        graph: Structure of the module.
-        state: Its weights.
-        mesh: Where they lie.
-        path: Where it came from; None for live parameters.
-        generation_config: Sampling defaults that came with it.
-        rules: By which rules they lie there.
-        experts: How whole experts lie there, if not in their order and summed up.
-        groups: Groups of devices that have tokens, and a cache, of their own.
-    """
-
-    name: str
-    config: ModelConfig
-    graph: nnx.GraphDef[CausalLM]
-    state: nnx.State
-    mesh: jax.sharding.Mesh
-    path: Path | None
-    generation_config: Mapping[str, object]
-    rules: LogicalAxisRules = field(default_factory=LogicalAxisRules)
-    experts: ExpertSharding | None = None
-    groups: int = 1
-
-    @property
-    def sharding(self) -> ModelSharding | None:
-        """How it lies on several devices; None on one."""
-        if self.mesh.devices.size == 1:
-            return None
-        return ModelSharding(
-            mesh=self.mesh, rules=self.rules, experts=self.experts, groups=self.groups
-        )
-
-
-def load_model(
-    source: ModelSource | LoadedModel,
-    config: EngineConfig,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
-    progress: bool = False,
-) -> LoadedModel:
-    """Bring a model into device memory; live parameters stay where they are.
-
-    Args:
-        source: The model; one that has been loaded is returned as it is.
-        config: Precision, format and parallelism.
-        mesh: Devices; by default those of live parameters, else as many as `config` says.
-        progress: Whether to show progress bars.
-
-    Raises:
-        ModelNotFoundError: If a name or path leads nowhere.
-        CheckpointError: If files are damaged or do not fit together.
-        ConfigError: If live parameters do not fit their configuration, or cannot be quantised as
-            asked for.
-    """
-    if isinstance(source, LoadedModel):
-        return source
-    if isinstance(source, CausalLM):
-        graph, state = nnx.split(source)
-        return _quantize_live(_live(source.config, graph, state, mesh), config)
-    if isinstance(source, tuple):
-        raw, params = source
-        shape = raw if isinstance(raw, ModelConfig) else ModelConfig.from_hf(raw)
-        return _quantize_live(_live_params(shape, params, mesh), config)
-    if config.model.load_format == "dummy":
-        return _draw(Path(source), config, mesh)
-    path = resolve_model(source, revision=config.model.revision, progress=progress)
-    return _load(str(source), path, config, mesh, progress=progress)
-
-
-def _live(
-    config: ModelConfig,
-    graph: nnx.GraphDef[CausalLM],
-    state: nnx.State,
-    mesh: jax.sharding.Mesh | None,
-) -> LoadedModel:
-    if mesh is None:
-        sharding = jax.tree.leaves(state)[0].sharding
-        is_named = isinstance(sharding, jax.sharding.NamedSharding)
-        mesh = cast(jax.sharding.Mesh, sharding.mesh) if is_named else make_mesh()
-    return LoadedModel(
-        name=config.model_type, config=config, graph=graph, state=state,
-        mesh=mesh, path=None, generation_config={},
-    )  # fmt: skip
-
-
-def _live_params(
-    config: ModelConfig, params: object, mesh: jax.sharding.Mesh | None
-) -> LoadedModel:
-    arrays = flatten_params(params)
-    table = arrays.get("embed_tokens.embedding")
-    if table is None:
-        raise ConfigError(
-            "live parameters must hold 'embed_tokens.embedding', found: "
-            f"{', '.join(sorted(arrays)[:5])}."
-        )
-    norm = arrays.get("norm.scale", arrays.get("norm.offset", table))
-    graph, state = abstract_model(config, dtype=jnp.dtype(norm.dtype))
-    scheme = scheme_of(arrays)
-    if scheme is not None:
-        graph, state = quantized_model(graph, state, KINDS[scheme], narrow_paths(arrays))
-    return _live(config, graph, fill(state, arrays), mesh)
-
-
-def _quantization(options: ModelOptions) -> Quantization | None:
-    if options.quantization is None:
-        return None
-    return Quantization(scheme=options.quantization, ignore=options.unquantized_layers)
-
-
-def _quantize_live(model: LoadedModel, config: EngineConfig) -> LoadedModel:
-    """Quantise live parameters, which stay as they are, as do those that are not quantised."""
-    model = dataclasses.replace(model, rules=rules_of(config.parallel))
-    wanted = _quantization(config.model)
-    if wanted is None:
-        return model
-    arrays = flatten_params(model.state)
-    found = scheme_of(arrays)
-    if found is not None:
-        raise ConfigError(
-            f"quantization {wanted.scheme!r} was asked for, found parameters that are quantised "
-            f"already, to {found}; leave the setting out, or give plain parameters."
-        )
-    chosen = wanted.choose(arrays)
-    graph, state = quantized_model(model.graph, model.state, KINDS[wanted.scheme], chosen)
-    specs = abstract_params(state, mesh=model.mesh, rules=model.rules)
-    made = fill(state, quantize_params(arrays, specs))
-    return dataclasses.replace(model, graph=graph, state=made)
-
-
-def _draw(path: Path, config: EngineConfig, mesh: jax.sharding.Mesh | None) -> LoadedModel:
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"load_format dummy needs a config.json, found none at {path}.")
-    shape = ModelConfig.from_hf(read_json(file))
-    dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=False))
-    graph, state = abstract_model(shape, dtype=dtype, quantization=_quantization(config.model))
-    mesh, rules = mesh or mesh_of(config.parallel, shape), rules_of(config.parallel)
-    described = abstract_params(state, mesh=mesh, rules=rules)
-    arrays = draw_params(described, seed=config.model.seed)
-    return LoadedModel(
-        name=path.name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
-        path=path, generation_config={}, rules=rules,
-    )  # fmt: skip
-
-
-def _load(
-    name: str, path: Path, config: EngineConfig, mesh: jax.sharding.Mesh | None, *, progress: bool
-) -> LoadedModel:
-    checkpoint = open_checkpoint(path, config.model.load_format)
-    try:
-        shape = checkpoint.config
-        dtype = jnp.dtype(resolve_dtype(config.model, shape, is_quantized=checkpoint.is_quantized))
-        wanted = _quantization(config.model)
-        graph, state = abstract_model(shape, dtype=dtype, quantization=wanted)
-        mesh, rules = mesh or mesh_of(config.parallel, shape), rules_of(config.parallel)
-        described = abstract_params(state, mesh=mesh, rules=rules)
-        arrays = load_params(checkpoint, described, progress=progress)
-        return LoadedModel(
-            name=name, config=shape, graph=graph, state=fill(state, arrays), mesh=mesh,
-            path=checkpoint.path, generation_config=dict(checkpoint.generation_config),
-            rules=rules,
-        )  # fmt: skip
-    finally:
-        checkpoint.close()
-
-
-def resolve_dtype(options: ModelOptions, config: ModelConfig, *, is_quantized: bool) -> str:
-    """Choose the precision: what was asked for, or what suits checkpoint and device.
-
-    Args:
-        options: May name a precision.
-        config: May say the checkpoint's own.
-        is_quantized: Whether the checkpoint holds quantised weights, which say nothing.
-    """
-    if options.dtype != "auto":
-        return options.dtype
-    own = None if is_quantized else config.torch_dtype
-    if jax.default_backend() != "cpu":
-        return own or "bfloat16"
-    if own == "float32" or not _cpu_has_bfloat16():
-        return "float32"
-    return "bfloat16"
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Tell whether the processor multiplies bfloat16; without, XLA emulates it very slowly."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in text or "amx_bf16" in text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _CachePlan:
-    """How the memory of the cache is laid out."""
-
-    max_model_len: int
-    num_pages: int
-    use_pages: bool
-    keep_store: bool
-
-
-def _lora_shape(config: EngineConfig) -> LoraShape | None:
-    options = config.lora
-    if not options.enable_lora:
-        return None
-    return LoraShape(slots=options.max_loras, rank=options.max_lora_rank)
-
-
-def _token_bytes(shape: ModelConfig, dtype: str) -> int:
-    """Bytes of keys and values of one token."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * jnp.dtype(dtype).itemsize
 
 
 def _load_draft(config: EngineConfig, model: LoadedModel, dtype: str) -> LoadedModel | None:
@@ -351,74 +101,6 @@ def _draft_cost(model: LoadedModel, draft: LoadedModel | None, *, on_cpu: bool) 
     return cost + small / large
 
 
-def _plan_cache(
-    config: EngineConfig,
-    model: LoadedModel,
-    dtype: str,
-    max_num_seqs: int,
-    draft: LoadedModel | None,
-) -> _CachePlan:
-    shape, cache = model.config, config.cache
-    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
-    kv_tile = _kv_tile(config, on_cpu=on_cpu)
-    use_pages = _uses_pages(config, on_cpu=on_cpu)
-    per_token = _token_bytes(shape, dtype)
-    if draft is not None:
-        per_token += _token_bytes(draft.config, dtype)
-    # Each group of devices has a cache of its own; what follows is about one of them.
-    budget = cache.kv_cache_memory_bytes or _free_memory(config, model, on_cpu=on_cpu)
-    budget, max_num_seqs = budget // model.groups, -(-max_num_seqs // model.groups)
-    slots_of_adapters = _lora_shape(config)
-    if slots_of_adapters is not None and not cache.kv_cache_memory_bytes:
-        budget -= slots_of_adapters.num_values(shape) * jnp.dtype(dtype).itemsize
-    index = index_bytes(config, shape)
-    if index:  # there is room for the index of what pages and slots hold
-        budget = int(budget * per_token / (per_token + index))
-    longest = config.model.max_model_len
-    if longest is not None and longest > shape.max_position:
-        raise ConfigError(
-            f"max_model_len={longest} exceeds the model's {shape.max_position} positions."
-        )
-    if longest is None:
-        rows = 1 if use_pages else max_num_seqs
-        room = int(budget * (1.0 if use_pages else _SLOT_SHARE)) // (per_token * rows)
-        longest = shape.max_position
-        if room < longest:
-            longest = max(_SHORTEST_AUTO_LEN, 1 << max(0, room.bit_length() - 1))
-            longest = min(longest, shape.max_position)
-            logger.info("max_model_len set to %d, which is what memory allows", longest)
-    slots = 0 if use_pages else max_num_seqs * slot_capacity(longest, _Q_BLOCK, kv_tile) * per_token
-    keep_store = cache.enable_prefix_caching or use_pages
-    num_pages = cache.num_gpu_blocks_override
-    if num_pages is None:
-        wanted = max_num_seqs * -(-longest // cache.block_size)
-        room = (budget - slots) // (per_token * cache.block_size)
-        num_pages = min(wanted, room) if keep_store else wanted
-        least = -(-longest // cache.block_size)
-        if num_pages < least:
-            needed = slots + least * cache.block_size * per_token
-            raise CapacityError(
-                f"the key-value cache has {format_bytes(budget)}, but {max_num_seqs} sequences of "
-                f"{longest} tokens need {format_bytes(needed)}. Lower --max-model-len or "
-                "--max-num-seqs, or raise --kv-cache-memory-bytes."
-            )
-    return _CachePlan(
-        max_model_len=longest, num_pages=num_pages, use_pages=use_pages, keep_store=keep_store
-    )
-
-
-def _uses_pages(config: EngineConfig, *, on_cpu: bool) -> bool:
-    layout, backend = config.cache.kv_layout, config.runner.attention_backend
-    if backend not in PAGED_BACKENDS:
-        return layout == "pages" or (layout == "auto" and not on_cpu)
-    if layout == "slots":
-        raise ConfigError(
-            f"attention_backend={backend!r} reads pages, but kv_layout is 'slots'; "
-            "use kv_layout='pages' or 'auto'."
-        )
-    return True
-
-
 def _fit_length(model: LoadedModel, max_model_len: int) -> LoadedModel:
     """Settle what depends on the longest context: the frequencies of longrope."""
     config = model.config.for_length(max_model_len)
@@ -427,29 +109,6 @@ def _fit_length(model: LoadedModel, max_model_len: int) -> LoadedModel:
     module = nnx.merge(model.graph, model.state)
     module.config = config
     return dataclasses.replace(model, config=config, graph=nnx.split(module)[0])
-
-
-def _kv_tile(config: EngineConfig, *, on_cpu: bool) -> int:
-    """Choose keys per tile: what fits a core's cache, or fills a GPU; a multiple of the page."""
-    wanted, page = (_CPU_KV_TILE if on_cpu else _GPU_KV_TILE), config.cache.block_size
-    return -(-wanted // page) * page
-
-
-def _free_memory(config: EngineConfig, model: LoadedModel, *, on_cpu: bool) -> int:
-    if on_cpu:
-        return min(int(psutil.virtual_memory().available * _CPU_CACHE_SHARE), _CPU_CACHE_BYTES)
-    stats = model.mesh.devices.flat[0].memory_stats() or {}
-    limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
-    share = config.cache.gpu_memory_utilization
-    # Activations, logits and the program itself live beside weights and cache.
-    parts = model.groups * num_cache_parts(model.mesh, model.config.num_kv_heads)
-    budget = int((limit * share - used) * 0.9) * parts
-    if budget <= 0:
-        raise CapacityError(
-            f"the device has {format_bytes(limit)} of which {format_bytes(used)} are in use; "
-            f"gpu_memory_utilization={share} leaves nothing for the key-value cache."
-        )
-    return budget
 
 
 @dataclass(slots=True, kw_only=True)
@@ -480,7 +139,7 @@ def _kernel_plans(
     config: EngineConfig,
     model: LoadedModel,
     dtype: str,
-    plan: _CachePlan,
+    plan: CachePlan,
     attention: CustomAttention | None,
     *,
     has_sparse: bool,
@@ -585,9 +244,9 @@ def assemble(
     check_speculation(config, budget)
     num_draft = 0 if speculation is None else speculation.num_speculative_tokens
     draft = _load_draft(config, model, dtype)
-    plan = _plan_cache(config, model, dtype, max_num_seqs, draft)
+    plan = plan_cache(config, model, dtype, max_num_seqs, draft)
     channel, agreed = agree(hosts, config, dataclasses.asdict(plan))
-    plan = _CachePlan(**cast(Any, agreed))
+    plan = CachePlan(**cast(Any, agreed))
     model = _fit_length(model, plan.max_model_len)
     runner_options = config.runner
     kernels: KernelPlans | None = None
@@ -629,8 +288,8 @@ def assemble(
         max_model_len=plan.max_model_len,
         page_size=config.cache.block_size,
         use_pages=plan.use_pages,
-        q_block=_Q_BLOCK,
-        kv_tile=_kv_tile(config, on_cpu=on_cpu),
+        q_block=Q_BLOCK,
+        kv_tile=kv_tile(config, on_cpu=on_cpu),
         batch_invariant=runner_options.batch_invariant,
         min_rows=4 if on_cpu and dtype == "bfloat16" else 1,
         num_draft=num_draft,
@@ -656,7 +315,7 @@ def assemble(
         logprobs_mode=runner_options.logprobs_mode,
         num_candidates=vocab if max_logprobs < 0 else max(1, min(max_logprobs, vocab)),
         matmul_precision="highest" if dtype == "float32" else "default",
-        lora=_lora_shape(config),
+        lora=lora_shape(config),
         sparse=sparse,
         sharding=model.sharding,
     )
@@ -669,19 +328,19 @@ def assemble(
     places: dict[str, Any] = {
         "mesh": model.mesh,
         "on_compile": metrics.compiled,
-        "cache_dir": runner_options.compilation_cache_dir or _default_compile_cache(),
+        "cache_dir": runner_options.compilation_cache_dir or default_compile_cache(),
         "forbid_late": runner_options.enforce_no_recompile,
         "frees": isinstance(source, str | Path),
     }
     if tokenizer is None:
-        tokenizer = _find_tokenizer(config.model, model.path)
+        tokenizer = find_tokenizer(config.model, model.path)
     leads = hosts is not None and hosts.leads
     if draft is None:
         runner = (LeadingRunner if leads else Runner)(spec, model.graph, model.state, **places)
     else:
         check_draft_model(draft.config, model.config, plan.max_model_len)
         own = dataclasses.replace(config.model, tokenizer=None)
-        check_same_tokens(_find_tokenizer(own, draft.path), tokenizer, vocab)
+        check_same_tokens(find_tokenizer(own, draft.path), tokenizer, vocab)
         draft = _fit_length(draft, plan.max_model_len)
         small = DraftModel(config=draft.config, graph=draft.graph, state=draft.state, dtype=dtype)
         kind = LeadingDraftedRunner if leads else DraftedRunner
@@ -760,7 +419,8 @@ def _tell_quantization(scheme: str, arrays: Mapping[str, jax.Array], dtype: str)
     )
 
 
-def _default_compile_cache() -> str | None:
+def default_compile_cache() -> str | None:
+    """Return where compiled programs are kept; None if nothing can be written there."""
     directory = cache_dir() / "compile"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -770,7 +430,16 @@ def _default_compile_cache() -> str | None:
     return str(directory) if os.access(directory, os.W_OK) else None
 
 
-def _find_tokenizer(options: ModelOptions, path: Path | None) -> Tokenizer | None:
+def find_tokenizer(options: ModelOptions, path: Path | None) -> Tokenizer | None:
+    """Read the tokenizer that was asked for, or that came with a model.
+
+    Args:
+        options: May name another one, and a chat template.
+        path: The model's folder or file; None for live parameters.
+
+    Returns:
+        None if there is none, or weights are drawn.
+    """
     if options.tokenizer is not None:
         place = resolve_model(options.tokenizer, revision=options.revision)
         return Tokenizer.from_path(place, chat_template=options.chat_template)
