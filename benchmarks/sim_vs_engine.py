@@ -3,8 +3,9 @@
 The engine is measured first, and the simulator takes the times of its steps from that, corrected by
 what steps take among requests of a rehearsal that is not compared, and by how much slower than
 then the machine was in the run as a whole. Then a trace of requests goes through both, at rates
-below and above what the planner can keep its promises at, under several policies. Medians of TTFT and TPOT must agree within 15 %, capacities (the rate at
-which 90 % keep their objectives) within 10 %, and policies must rank alike.
+below and above what the planner can keep its promises at, under several policies. Medians of TTFT
+and TPOT must agree within 15 %, capacities (the rate at which 90 % keep their objectives) within
+10 %, and policies must rank alike.
 
     python -m benchmarks.sim_vs_engine                  # SmolLM2-135M, three scenarios; an hour
     python -m benchmarks.sim_vs_engine --scenarios mixed --requests 100 --policies fcfs slo
