@@ -207,7 +207,10 @@ def test_prompts_are_pooled_in_all_groups(folder) -> None:
     np.testing.assert_allclose(embed(**GROUPS), embed(), rtol=0, atol=1e-5)
 
 
-def test_grammars_hold_in_all_groups(folder) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, slow({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}})]
+)
+def test_grammars_hold_in_all_groups(folder, more) -> None:
     """Masks are of places, which are counted through all groups."""
     patterns = ["[ab]{3}x", "(yes|no)!", "[0-9]{2,4}c", "zz+a"] * 3
     params = [
@@ -220,11 +223,10 @@ def test_grammars_hold_in_all_groups(folder) -> None:
     prompts = [_prompt(4 + number) for number in range(len(patterns))]
     settings = {"max_num_seqs": 12}
     wanted = Bench(folder, **settings).generate(prompts, params)
-    for more in ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}):
-        found = Bench(folder, **settings | GROUPS | more).generate(prompts, params)
-        for one, other, pattern in zip(found, wanted, patterns, strict=True):
-            assert one.outputs[0].token_ids == other.outputs[0].token_ids
-            assert re.fullmatch(pattern, one.outputs[0].text) or pattern == "zz+a"
+    found = Bench(folder, **settings | GROUPS | more).generate(prompts, params)
+    for one, other, pattern in zip(found, wanted, patterns, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert re.fullmatch(pattern, one.outputs[0].text) or pattern == "zz+a"
 
 
 def test_times_are_measured_of_all_groups_together(folder) -> None:
