@@ -275,7 +275,9 @@ def _take_tokens(
     """Make each row's latest token what has been drawn for it, and count what has been kept."""
     size = is_drawn.shape[0]
     drawn = token[:size]
-    last = rows.last_token.at[:size].set(jnp.where(is_drawn, drawn, rows.last_token[:size]))
+    # Not `.at[:size].set`, at which XLA of JAX 0.11.2 crashes where groups have one row each.
+    latest = jnp.where(is_drawn, drawn, rows.last_token[:size])
+    last = jnp.concatenate([latest, rows.last_token[size:]])
     counts = rows.counts.at[jnp.arange(size), drawn].add(is_drawn.astype(jnp.int32))
     if drafts is not None:
         accepted, is_last = accept(token, drafts)
