@@ -4,7 +4,6 @@ Rows are numbered through all groups, pages within each. A call that concerns on
 others as they are.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxserve.cache import buffers
 from jaxserve.cache.buffers import KvBuffers
 from jaxserve.engine.pooled import Pooled, pool_chunks
 from jaxserve.engine.sampler import RowState, Sampled
@@ -123,39 +121,29 @@ def move_row_in_group(
     return call(slots, rows, source, target, length)
 
 
-def save_pages_in_group(
-    mesh: Mesh, cache: PartitionSpec, store: KvBuffers, slots: KvBuffers, count: Array, row: Array,
-    block: Array, page: Array,
-) -> KvBuffers:  # fmt: skip
-    """Copy pages of one row out of its slot, as `buffers.save_pages`. Donates `store`."""
-    body = functools.partial(_move_pages, buffers.save_pages, False)  # noqa: FBT003  slots come second
-    call = _in_groups(body, mesh, (cache, cache, *(_ALL,) * 4), cache)
-    return call(store, slots, count, row, block, page)
-
-
-def load_pages_in_group(
-    mesh: Mesh, cache: PartitionSpec, slots: KvBuffers, store: KvBuffers, count: Array, row: Array,
-    block: Array, page: Array,
-) -> KvBuffers:  # fmt: skip
-    """Copy pages into the slot of one row, as `buffers.load_pages`. Donates `slots`."""
-    body = functools.partial(_move_pages, buffers.load_pages, True)  # noqa: FBT003  slots come first
-    call = _in_groups(body, mesh, (cache, cache, *(_ALL,) * 4), cache)
-    return call(slots, store, count, row, block, page)
-
-
-def _move_pages(
+def move_pages_in_group(
     move: Callable[..., KvBuffers],
-    is_slots_first: bool,  # noqa: FBT001
-    first: KvBuffers,
-    second: KvBuffers,
-    count: Array,
-    row: Array,
-    block: Array,
-    page: Array,
+    slots_at: int,
+    mesh: Mesh,
+    cache: PartitionSpec,
+    *arrays: Any,  # noqa: ANN401  two caches, then numbers
 ) -> KvBuffers:
-    slots = first if is_slots_first else second
-    local, is_here = _local(row[0], slots[0][0].shape[0])
-    return move(first, second, jnp.where(is_here, count, 0), jnp.full_like(row, local), block, page)
+    """Copy pages of one row out of its slot or into it.
+
+    Args:
+        move: `buffers.save_pages` or `buffers.load_pages`.
+        slots_at: Which of its two caches are the slots, 0 or 1.
+        mesh: The devices.
+        cache: How caches are split.
+        *arrays: What it takes; the first cache is donated.
+    """
+
+    def body(*arrays: Any) -> KvBuffers:  # noqa: ANN401
+        *caches, count, row, block, page = arrays
+        local, is_here = _local(row[0], caches[slots_at][0][0].shape[0])
+        return move(*caches, jnp.where(is_here, count, 0), jnp.full_like(row, local), block, page)
+
+    return _in_groups(body, mesh, (cache, cache, *(_ALL,) * 4), cache)(*arrays)
 
 
 def _local(row: Array, per_group: int) -> tuple[Array, Array]:

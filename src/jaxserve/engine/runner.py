@@ -336,7 +336,10 @@ class Runner:
     def _save_program(self) -> Callable[..., Any]:
         return self.programs.get(
             "save",
-            self._moving(groups.save_pages_in_group, buffers.save_pages),
+            self._moving(
+                functools.partial(groups.move_pages_in_group, buffers.save_pages, 1),
+                buffers.save_pages,
+            ),
             (0,),
             self._page_specs,
             self._slot_specs,
@@ -346,7 +349,10 @@ class Runner:
     def _load_program(self) -> Callable[..., Any]:
         return self.programs.get(
             "load",
-            self._moving(groups.load_pages_in_group, buffers.load_pages),
+            self._moving(
+                functools.partial(groups.move_pages_in_group, buffers.load_pages, 0),
+                buffers.load_pages,
+            ),
             (0,),
             self._slot_specs,
             self._page_specs,
