@@ -47,7 +47,7 @@ from jaxserve.sim.capacity import Capacity, CapacitySearch, geometric_mean
 from jaxserve.sim.loop import simulate
 from jaxserve.sim.replica import Replica
 from jaxserve.sim.report import READINGS, Reading, is_attained
-from jaxserve.sim.request import Completion
+from jaxserve.sim.request import Completion, SimRequest
 from jaxserve.sim.workload import Workload
 
 LEVEL = 0.9
@@ -57,6 +57,8 @@ MAX_OUTPUT = 4096
 """Most output tokens that clients ask for, which is all that policies know about lengths."""
 BUDGETS = (256, 512, 1024, 2048, 4096)
 PLANNER = "slos_serve"
+TOLD = "slos_serve_told"
+"""The planner, told how long each output will be."""
 RIVALS = ("fcfs", "sarathi_tuned", "deadline_hybrid")
 _TRIES = 3
 TARGETS = {
@@ -82,12 +84,14 @@ class Policy:
         make: Makes the policy for a server and a reading.
         budgets: Token budgets of a step; several are tuned by taking the best.
         knows_reading: Whether it behaves differently for each reading.
+        knows_outputs: Whether it is told how long outputs will be.
     """
 
     name: str
     make: Callable[[CostModel, Reading], Scheduler]
     budgets: tuple[int, ...] = (8192,)
     knows_reading: bool = False
+    knows_outputs: bool = False
 
 
 def policies(cost: CostModel, workload: Workload) -> list[Policy]:
@@ -114,6 +118,12 @@ def policies(cost: CostModel, workload: Workload) -> list[Policy]:
         Policy(
             name=PLANNER, knows_reading=True,
             make=lambda c, r: SlosServeScheduler(c, SlosServeConfig(pace=r)),
+        ),
+        Policy(
+            name=TOLD, knows_reading=True, knows_outputs=True,
+            make=lambda c, r: SlosServeScheduler(
+                c, SlosServeConfig(pace=r, initial_output=1 << 20)
+            ),
         ),
     ]  # fmt: skip
 
@@ -173,9 +183,10 @@ def _runner(
     def run(rate: float) -> dict[str, np.ndarray]:
         parts: dict[str, list[np.ndarray]] = {reading: [] for reading in task.readings}
         for seed in range(task.seeds):
-            requests = workload.offer(
-                rate, task.count, server.cost, seed=seed, max_output=MAX_OUTPUT
-            )
+            most = None if policy.knows_outputs else MAX_OUTPUT
+            requests = workload.offer(rate, task.count, server.cost, seed=seed, max_output=most)
+            if policy.knows_outputs:
+                requests = _in_tiers_of_one(requests)
             scheduler = policy.make(server.cost, task.readings[0])
             replica = Replica(server.spec, scheduler, server.cost, seed=seed)
             kept = {reading: np.zeros(task.count - skip) for reading in task.readings}
@@ -199,6 +210,14 @@ def _runner(
         return {reading: np.concatenate(flags) for reading, flags in parts.items()}
 
     return run
+
+
+def _in_tiers_of_one(requests: Sequence[SimRequest]) -> list[SimRequest]:
+    """Name tiers so that nobody learns lengths from others."""
+    return [
+        replace(one, slo=replace(one.slo, tier=f"r{one.request_id}"))
+        for one in requests if one.slo is not None
+    ]  # fmt: skip
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
@@ -241,8 +260,8 @@ def _work(cost: CostModel, workload: Workload) -> float:
 type Found = dict[tuple[str, str, str, Reading], Capacity]
 
 
-def record(result: Result, recorder: Recorder, bounds: dict[tuple[str, str], float]) -> None:
-    """Write the capacities of one task, each beside the clairvoyant bound at its rate."""
+def record(result: Result, recorder: Recorder) -> None:
+    """Write the capacities of one task."""
     task = result.task
     for reading, (budget, capacity) in result.found.items():
         recorder.write(
@@ -250,7 +269,7 @@ def record(result: Result, recorder: Recorder, bounds: dict[tuple[str, str], flo
             policy=task.policy, reading=reading, level=LEVEL, requests_per_second=capacity.rate,
             interval_95=[capacity.low, capacity.high], budget=budget, seeds=task.seeds,
             requests=task.count, is_monotone=capacity.is_monotone, tried=capacity.tried,
-            seconds=result.seconds, bound=bounds.get((task.machine, task.scenario)),
+            seconds=result.seconds,
         )  # fmt: skip
 
 
@@ -269,7 +288,7 @@ def recorded(path: Path) -> Found:
     return found
 
 
-def clairvoyant(task: Task) -> float | None:
+def clairvoyant(task: Task, *, knows_outputs: bool = True) -> float | None:
     """Return an upper bound of the capacity of any policy; None where costs do not add up."""
     server = machine(task.machine, task.traces)
     if not isinstance(server.cost, LinearCost):
@@ -280,10 +299,26 @@ def clairvoyant(task: Task) -> float | None:
         middle = math.sqrt(low * high)
         requests = workload.offer(middle, task.count, cost)
         share = clairvoyant_share(
-            requests, cost, capacity=spec.num_pages * spec.page_size, seats=spec.max_num_seqs
-        )
+            requests, cost, capacity=spec.num_pages * spec.page_size, seats=spec.max_num_seqs,
+            knows_outputs=knows_outputs,
+        )  # fmt: skip
         low, high = (middle, high) if share >= LEVEL else (low, middle)
     return math.sqrt(low * high)
+
+
+def _bounds(todo: Sequence[Task], recorder: Recorder) -> None:
+    """Tell what nobody can exceed, with and without knowledge of the lengths of outputs."""
+    for task in {(one.machine, one.scenario): one for one in todo}.values():
+        for knows_outputs in (True, False):
+            bound = clairvoyant(task, knows_outputs=knows_outputs)
+            if bound is None:
+                continue
+            who = "nobody" if knows_outputs else "nobody without knowledge of outputs"
+            print(f"{task.machine} {task.scenario}: {who} can do more than {bound:.2f}", flush=True)
+            recorder.write(
+                "bound", machine_model=task.machine, scenario=task.scenario, level=LEVEL,
+                knows_outputs=knows_outputs, requests_per_second=bound, requests=task.count,
+            )  # fmt: skip
 
 
 def report(found: Found, recorder: Recorder) -> None:
@@ -426,7 +461,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print what has been recorded")
     parser.add_argument("--plot", action="store_true", help="draw it into docs/images")
     parser.add_argument("--overhead", action="store_true", help="time decisions of the planner")
-    parser.add_argument("--bounds", action="store_true", help="compute clairvoyant bounds as well")
+    parser.add_argument("--bounds", action="store_true", help="compute clairvoyant bounds only")
     parser.add_argument("--machines", nargs="+", default=["a100", "h100"], choices=["a100", "h100"])
     parser.add_argument("--scenarios", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--policies", nargs="+", default=[], help="only these")
@@ -453,17 +488,13 @@ def main() -> None:
         report(recorded(recorder.path), recorder)
         return
     todo = tasks(args)
-    bounds: dict[tuple[str, str], float] = {}
     if args.bounds:
-        for task in {(one.machine, one.scenario): one for one in todo}.values():
-            bound = clairvoyant(task)
-            if bound is not None:
-                bounds[task.machine, task.scenario] = bound
-                print(f"{task.machine} {task.scenario}: nobody can do more than {bound:.2f}")
+        _bounds(todo, recorder)
+        return
     found: Found = {}
     with ProcessPoolExecutor(args.jobs) as pool:
         for result in pool.map(measure, todo):
-            record(result, recorder, bounds)
+            record(result, recorder)
             for reading, (_, capacity) in result.found.items():
                 key = (result.task.machine, result.task.scenario, result.task.policy, reading)
                 found[key] = capacity

@@ -61,6 +61,20 @@ def test_tokens_are_due_one_by_one():
     assert clairvoyant_share(requests, cost) == pytest.approx(0.5)
 
 
+def test_without_knowledge_of_outputs_long_ones_cannot_be_avoided():
+    # Every other request generates 30 tokens, which take 6 s together with the prompt; the others
+    # one, which takes 0.2 s. Until the last token is due there are 39 s.
+    cost = LinearCost(Plane(token=0.2))
+    slo = Slo(ttft_ms=10_000, tpot_ms=1000)
+    requests = [
+        SimRequest(request_id=i, arrival=0.0, prompt_len=1, output_len=30 if i % 2 else 1, slo=slo)
+        for i in range(20)
+    ]
+    assert clairvoyant_share(requests, cost) == pytest.approx((10 + 37 / 6) / 20)
+    blind = clairvoyant_share(requests, cost, knows_outputs=False)
+    assert blind == pytest.approx(39 / 3.1 / 20)
+
+
 def test_steps_cost_what_they_cost_whoever_is_in_them():
     # Two sequences at a time, or 100 tokens of context: two times 0.5 s for every four tokens.
     cost = LinearCost(Plane(token=1e-6, base=0.5))

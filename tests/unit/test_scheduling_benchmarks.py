@@ -78,7 +78,7 @@ def test_tables_are_made_of_what_was_recorded(tmp_path, capsys):
             rate=rate, low=0.9 * rate, high=1.1 * rate, tried=((rate, 0.9),), is_monotone=True
         )
         result = slos_serve.Result(task=task, found={"tpot": (512, capacity)}, seconds=1.0)
-        slos_serve.record(result, recorder, {("a100", "chatbot"): 9.0})
+        slos_serve.record(result, recorder)
     found = slos_serve.recorded(recorder.path)
     slos_serve.report(found, recorder)
     shown = capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_the_scenarios_are_those_of_the_traces(shared_data):
     )  # fmt: skip
     tasks = slos_serve.tasks(args)
     names = {task.policy for task in tasks}
-    assert len(names) == 9
+    assert len(names) == 10
     assert len([task for task in tasks if task.policy == slos_serve.PLANNER]) == 3
     assert 2 < tasks[0].guess < 20
     assert slos_serve.clairvoyant(tasks[0]) > 1

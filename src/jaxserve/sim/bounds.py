@@ -17,7 +17,11 @@ _PER_SECOND = 1000
 _SLACK = 1e-9
 _WHOLE = 200
 """Stretches from the beginning that are looked at."""
-_WINDOWS_S = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
+_LIKE = 4
+"""Parts by length of prompt, and parts of each of them, in which requests count as alike."""
+_WINDOWS_S = np.geomspace(0.1, 100.0, 28)
+_APART = 8
+"""Stretches of a length of which one begins before another has passed by that part of it."""
 
 
 def least_work(cost: LinearCost, request: SimRequest, *, count: int | None = None) -> float:
@@ -53,6 +57,7 @@ def clairvoyant_share(
     *,
     capacity: int | None = None,
     seats: int | None = None,
+    knows_outputs: bool = True,
 ) -> float:
     """Return an upper bound of the share of requests that can keep their objectives.
 
@@ -68,6 +73,10 @@ def clairvoyant_share(
             many steps there are at least, and what these take whoever is in them. None forgets
             what a step takes by itself.
         seats: Most sequences of a step, likewise.
+        knows_outputs: Whether the lengths of outputs are known as well. Without them whoever is
+            chosen asks for what requests with like prompts and the same target per token do in the
+            mean, which bounds every policy that sees lengths only as tokens come and gives up
+            nobody whom it has begun to serve.
 
     Returns:
         The bound, between 0 and 1.
@@ -77,25 +86,29 @@ def clairvoyant_share(
 
     Source: ours; a relaxation of preemptive earliest-deadline scheduling.
     """
-    known = _Demands(requests, cost, capacity=capacity, seats=seats)
+    known = _Demands(requests, cost, capacity=capacity, seats=seats, knows_outputs=knows_outputs)
     rows: list[np.ndarray] = []
     columns: list[np.ndarray] = []
     values: list[np.ndarray] = []
     limits: list[float] = []
 
     def constrain(start: float, end: float) -> None:
-        for amounts in known.due(start, end):
+        first, amounts_of = known.due(start, end)
+        for amounts in amounts_of:
             if float(amounts.sum()) > end - start:
                 places = np.flatnonzero(amounts)
                 rows.append(np.full(len(places), len(limits)))
-                columns.append(places)
+                columns.append(first + places)
                 values.append(amounts[places])
                 limits.append(end - start)
 
     begin, end = float(known.arrivals[0]), float(known.lasts.max())
     for window in _WINDOWS_S:
-        for start in np.arange(begin, float(known.arrivals[-1]), window / 2):
-            constrain(start, start + window)
+        start = -np.inf
+        for arrival in known.arrivals:
+            if arrival >= start + window / _APART:
+                start = float(arrival)
+                constrain(start, start + window)
     for due in np.linspace(begin, end, _WHOLE)[1:]:
         constrain(begin, float(due))
     for due in np.unique(np.quantile(known.firsts, np.linspace(0, 1, _WHOLE))):
@@ -125,6 +138,7 @@ class _Demands:
         *,
         capacity: int | None,
         seats: int | None,
+        knows_outputs: bool,
     ) -> None:
         for request in requests:
             slo = request.slo
@@ -141,7 +155,11 @@ class _Demands:
         self._pace = slos[:, 1] / _PER_SECOND
         self._prompts = np.array([r.prompt_len for r in requests], np.float64)
         self._further = np.array([r.output_len - 1 for r in requests], np.float64)
-        self.lasts = self.firsts + self._further * self._pace
+        self._outputs = (
+            None if knows_outputs else _Outputs(self._further, self._prompts, slos[:, 1])
+        )
+        longest = self._further if self._outputs is None else self._further.max()
+        self.lasts = self.firsts + longest * self._pace
         plane = cost.planes[0]
         per_token, per_context = plane.token + plane.request, plane.context
         self._prices = [
@@ -150,14 +168,57 @@ class _Demands:
         ]
         """Per token and per token of context: steps are as many as sequences ask for, or memory."""
 
-    def due(self, start: float, end: float) -> list[np.ndarray]:
-        """Return the seconds of each request that arrives and is due within a stretch of time."""
-        arrived = self.arrivals >= start
-        count = np.floor((end - self.firsts) / self._pace + _SLACK)
-        count = np.where(arrived, np.clip(count, 0.0, self._further), 0.0)
-        first = np.where(arrived & (self.firsts <= end), self.prefills, 0.0)
-        context = count * self._prompts + count * (count + 1) / 2
-        return [first + per * count + read * context for per, read in self._prices]
+    def due(self, start: float, end: float) -> tuple[int, list[np.ndarray]]:
+        """Return what must be done within a stretch of time.
+
+        Returns:
+            The first request that arrives in it, and seconds of it and of those after it.
+        """
+        first, last = np.searchsorted(self.arrivals, [start, end])
+        here = slice(first, last)
+        due = self.firsts[here]
+        count = np.maximum(np.floor((end - due) / self._pace[here] + _SLACK), 0.0)
+        if self._outputs is None:
+            count = np.minimum(count, self._further[here])
+            grown = count * (count + 1) / 2
+        else:
+            count, grown = self._outputs.until(here, count)
+        prefill = np.where(due <= end, self.prefills[here], 0.0)
+        context = count * self._prompts[here] + grown
+        return first, [prefill + per * count + read * context for per, read in self._prices]
+
+
+class _Outputs:
+    """What is known of the lengths of outputs: those of requests with like prompts.
+
+    Args:
+        further: Tokens behind the first one, `[requests]`.
+        prompts: Tokens of prompts, `[requests]`.
+        targets: What is asked for per token; requests with different ones are not alike.
+    """
+
+    def __init__(self, further: np.ndarray, prompts: np.ndarray, targets: np.ndarray) -> None:
+        label = np.unique(targets, return_inverse=True)[1]
+        self._label = _bucket(label, prompts, prompts, _LIKE)
+        self._spacing = further.max() + 1
+        order = np.lexsort((further, self._label))
+        self._ordered = self._label[order] * self._spacing + further[order]
+        tokens = further[order]
+        self._tokens = np.concatenate([[0.0], np.cumsum(tokens)])
+        self._grown = np.concatenate([[0.0], np.cumsum(tokens * (tokens + 1) / 2)])
+        self._ends = np.cumsum(np.bincount(self._label))
+        self._sizes = np.bincount(self._label)
+
+    def until(self, here: slice, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return means of min(tokens, count), and of the sum of 1 to that, both `[here]`."""
+        label = self._label[here]
+        count = np.minimum(count, self._spacing - 1)
+        end, size = self._ends[label], self._sizes[label]
+        place = np.searchsorted(self._ordered, label * self._spacing + count, side="right")
+        begin, longer = end - size, end - place
+        tokens = self._tokens[place] - self._tokens[begin] + longer * count
+        grown = self._grown[place] - self._grown[begin] + longer * count * (count + 1) / 2
+        return tokens / size, grown / size
 
 
 def class_rate(

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.core.cost import PUBLISHED_COSTS, zero_load_time
+from jaxserve.core.cost import PUBLISHED_COSTS, StepLoad, zero_load_time
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.plan import Route
 from jaxserve.core.request import Slo
 from jaxserve.core.view import FleetView, ReplicaView, SequenceView
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.scheduling.slos_serve import HandOffRouter, SlosServeConfig, SlosServeScheduler
+from jaxserve.scheduling.slos_serve.forward import Decodes, Prefill, certify, form
 from jaxserve.scheduling.slos_serve.handoff import RoundRobinRouter
 from jaxserve.scheduling.slos_serve.promise import OutputLengths, Standing
 from jaxserve.sim.loop import simulate
@@ -265,6 +266,94 @@ def test_a_router_can_ask_without_leaving_a_trace():
     assert scheduler.would_admit(view_of(running), waiting(9, 100, ttft_ms=2000)) is None
     assert scheduler.would_admit(view_of(running), dataclasses.replace(asked, slo=None)) is None
     assert scheduler._records == before
+
+
+def test_a_prompt_may_go_before_decodes_that_can_wait_for_it():
+    count = 60
+    decodes = Decodes(
+        np.full(count, 0.1), np.full(count, 0.1), np.full(count, 2000.0), np.full(count, 50.0)
+    )
+    together = COST.step_time(StepLoad(decodes=count, context=count * 2001).with_chunk(300))
+    alone = COST.step_time(StepLoad().with_chunk(300))
+    rule = {"max_step_s": 0.1, "max_tokens": 8192}
+    for deadline, is_alone in ((together + 1e-3, False), (together - 1e-3, True)):
+        prompt = Prefill(deadline, 300, 0, 0.1, 10)
+        batch = form(0.0, decodes, [prompt], COST, pace_s=0.1, **rule)
+        assert batch.chunks == (300,)
+        assert COST.step_time(batch.load) <= deadline
+        assert batch.is_in.all() != is_alone
+        assert certify(0.0, decodes, [prompt], COST, pace="tpot_gap", **rule) is None
+    # Not if the decodes would be late after it, nor for a prompt that is late by itself.
+    hurried = decodes._replace(due=np.full(count, together - 1e-3))
+    assert form(0.0, hurried, [prompt], COST, pace_s=0.1, **rule).is_in.all()
+    hopeless = Prefill(0.9 * alone, 300, 0, 0.1, 10)
+    assert form(0.0, decodes, [hopeless], COST, pace_s=0.1, **rule).is_in.all()
+
+
+def sequence_of(seq_id, prompt, slo, *, arrival=0.0, made=None):
+    """A sequence that waits or, with tokens of its own, decodes."""
+    return SequenceView(
+        seq_id=seq_id, arrival=arrival, priority=0, prompt_len=prompt,
+        num_tokens=prompt + (made or 0), num_computed=prompt + made - 1 if made else 0,
+        max_total_len=prompt + 200, num_pages=-(-(prompt + (made or 0)) // 16) if made else 0,
+        is_running=bool(made), is_decoding=bool(made), slo=slo,
+        first_token_time=arrival + 0.01 if made else None,
+    )  # fmt: skip
+
+
+def state_of(now, running, waiting=(), num_pages=6000):
+    used = sum(one.num_pages for one in running)
+    return ReplicaView(
+        now=now, running=tuple(running), waiting=tuple(waiting), num_free_pages=num_pages - used,
+        num_pages=num_pages, page_size=16, max_num_seqs=256, max_num_batched_tokens=8192,
+    )  # fmt: skip
+
+
+EASY = Slo(ttft_ms=400, tpot_ms=100)
+
+
+def test_while_promises_are_short_others_make_steps_only_modestly_longer():
+    scheduler = SlosServeScheduler(COST, SlosServeConfig(shortage_s=5.0, price_gain=0.0))
+    others = [sequence_of(100 + i, 6000, None, made=2) for i in range(150)]
+
+    def state(now, waiting=()):
+        promised = [sequence_of(i, 500, EASY, made=1 + round(10 * now)) for i in range(8)]
+        return state_of(now, [*promised, *others], waiting, num_pages=80_000)
+
+    def step(now, waiting=()):
+        work = [item.seq_id for item in scheduler.plan(state(now, waiting)).work]
+        assert set(range(8)) <= set(work)
+        return len(work) - 8
+
+    scheduler.adopt(state(0.05))
+    full = step(0.1)
+    assert full > 100
+    step(0.2, [sequence_of(500 + i, 8000, EASY, arrival=0.2) for i in range(4)])
+    assert scheduler.declined
+    modest = step(0.3)
+    load = StepLoad(decodes=8 + modest, context=8 * 500 + modest * 6000)
+    assert 0.04 < COST.step_time(load) <= 0.05
+    assert step(5.1) == modest
+    assert step(5.3) == full
+
+
+def test_those_who_ask_for_much_are_not_promised_anything_while_promises_are_short():
+    scheduler = SlosServeScheduler(COST, SlosServeConfig(shortage_s=5.0))
+    wide = Slo(ttft_ms=5000, tpot_ms=100)
+
+    def is_promised(seq_id, now, prompt, slo=wide):
+        scheduler.plan(state_of(now, [], [sequence_of(seq_id, prompt, slo, arrival=now)]))
+        return scheduler._records[seq_id].standing is Standing.PROMISED
+
+    for i in range(200):
+        assert is_promised(i, 0.01 * i, 100)
+    assert is_promised(1000, 2.1, 8000)  # there is room
+    tight = Slo(ttft_ms=10, tpot_ms=100)
+    for i in range(300, 400):
+        assert not is_promised(i, 2.2 + 0.001 * i, 100, tight)
+    assert not is_promised(1001, 3.0, 8000)
+    assert is_promised(1002, 3.1, 100)
+    assert is_promised(1003, 9.0, 8000)
 
 
 def test_speculation_is_faster_where_drafts_are_good():

@@ -15,6 +15,10 @@ from jaxserve.scheduling.slos_serve.speculation import clamp, expected_tokens
 
 _WINDOW_S = 10.0
 _HOLDS_S = 1.0
+_AHEAD_S = 2.0
+"""How far ahead of their deadlines all decodes are when others fill up steps in any case."""
+_MODEST = 0.5
+"""Share of the tightest target per token that steps may take for others in any case."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -115,10 +119,15 @@ class Composer:
         prefills: list[Prefill],
         *,
         max_step_s: float,
+        is_short: bool,
         reject: list[Rejection],
         unpromised: list[Rejection],
     ) -> StepPlan:
         """Form the next batch, fill it up with those without a promise, and find pages for it.
+
+        Whoever fills up a step makes it longer: promised requests stay on time, but end later, and
+        keep their places from others who might be promised something. So where promises are short,
+        steps with promised requests are filled up to a modest length only.
 
         Args:
             view: The engine.
@@ -126,6 +135,7 @@ class Composer:
             decodes: Of `found`, those that are promised and decode.
             prefills: Of `found`, promised prompts.
             max_step_s: Longest step.
+            is_short: Whether requests have lately been declined.
             reject: Who is refused.
             unpromised: Who is served without a promise from now on.
         """
@@ -153,7 +163,12 @@ class Composer:
             while not opened.give(sequence, tokens):
                 if not self._make_room(opened, found, sequence):
                     break
-        self._fill(view, found, batch, opened)
+        horizon = batch.horizon
+        if batch.is_late:
+            horizon = 0.0
+        elif is_short and self._is_first(view.now, found, batch):
+            horizon = min(horizon, _MODEST * pace_s)
+        self._fill(view, found, batch, opened, horizon)
         if not opened.work and not opened.preempt and (found.others or found.prefills):
             self._force(found, opened)
         work = self._speculate(view, batch, opened)
@@ -196,19 +211,34 @@ class Composer:
         opened.rows += 1
         return True
 
-    def _fill(self, view: ReplicaView, found: Sorted, batch: Batch, opened: _Open) -> None:
-        """Give what is left of the batch to those without a promise, oldest first."""
-        if batch.is_late and not self._is_owed(view.now):
-            self._share(view.now, opened, 0)
+    def _is_first(self, now: float, found: Sorted, batch: Batch) -> bool:
+        """Tell whether a batch serves somebody promised who is not far ahead already."""
+        if not batch.load.tokens:
+            return False
+        return bool(found.prefills) or min(found.dues) - now < _AHEAD_S
+
+    def _fill(
+        self,
+        view: ReplicaView,
+        found: Sorted,
+        batch: Batch,
+        opened: _Open,
+        horizon: float,
+    ) -> None:
+        """Give what is left of some time to those without a promise, oldest first.
+
+        If they have not had their least share, what is left of the batch's.
+        """
+        if not found.others:
             return
-        load, horizon = batch.load, batch.horizon
+        if self._is_owed(view.now):
+            horizon = batch.horizon
+        load = batch.load
         room = view.max_num_batched_tokens - load.tokens
         before = load.tokens
-        for sequence, _ in found.others:
+        for sequence in [s for s, _ in found.others if s.seq_id not in opened.preempt]:
             if room <= 0:
                 break
-            if sequence.seq_id in opened.preempt:
-                continue
             if sequence.is_decoding:
                 new = load._replace(
                     decodes=load.decodes + 1, context=load.context + sequence.num_tokens

@@ -33,7 +33,13 @@ class SlosServeConfig:
         initial_output: Output tokens to reckon with before lengths have been seen.
         watermark: Share of the pages that promises leave free.
         best_effort_share: Least share of tokens that those without a promise get over 10 seconds.
-        price_gain: How fast the price of server time follows demand; 0 admits whatever fits.
+        price_gain: How fast the price of server time follows demand; 0 admits whatever fits. While
+            requests find no room, those that ask for many times the mean work are not promised
+            anything, because each would cost several others their promise.
+        price_floor: Least multiple of the mean work that this comes to.
+        shortage_s: How long after a request has found no room promises count as short, in seconds:
+            the price holds, and those without a promise do not make the steps of promised requests
+            much longer, so that these end sooner; 0 leaves both out.
         revises: Whether the promise of a request that waits may pass to one with less work, unless
             the first asked to be refused rather than to go without.
 
@@ -45,7 +51,7 @@ class SlosServeConfig:
     margin: float = 0.05
     overhead_s: float = 0.0
     max_step_s: float | None = None
-    step_share: float = 0.5
+    step_share: float = 0.75
     horizon_s: float = 1.0
     max_candidates: int = 16
     max_tiers: int = 3
@@ -55,7 +61,9 @@ class SlosServeConfig:
     initial_output: int = 256
     watermark: float = 0.02
     best_effort_share: float = 0.02
-    price_gain: float = 0.0
+    price_gain: float = 0.02
+    price_floor: float = 4.0
+    shortage_s: float = 60.0
     revises: bool = True
 
     def __post_init__(self) -> None:
@@ -74,6 +82,8 @@ class SlosServeConfig:
             ("watermark", 0.0, 0.5),
             ("best_effort_share", 0.0, 0.5),
             ("price_gain", 0.0, 1.0),
+            ("price_floor", 1.0, 1e6),
+            ("shortage_s", 0.0, 1e6),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

@@ -116,8 +116,16 @@ def form(
     if prefills:
         first = prefills[0]
         limit = first.deadline - now - _TINY
-        if limit < horizon and cost.step_time(load.with_chunk(first.left, first.past)) <= limit:
-            horizon = limit  # it can be done in time by this batch, if nobody makes it longer
+        if cost.step_time(load.with_chunk(first.left, first.past)) <= limit:
+            # It can be done in time by this batch, if nobody makes it longer.
+            horizon = min(horizon, limit)
+        elif count:
+            # Perhaps before decodes, if these can still be on time in the batch after that.
+            before = float(decodes.due.min()) - now - _TINY - cost.step_time(load)
+            before = min(before, limit, max_step_s)
+            if cost.step_time(StepLoad().with_chunk(first.left, first.past)) <= before:
+                is_in, load = np.zeros(len(is_in), bool), StepLoad()
+                horizon, room = before, max_tokens
         for one in prefills:
             tokens = one.left
             if tokens > room or cost.step_time(load.with_chunk(tokens, one.past)) > horizon:

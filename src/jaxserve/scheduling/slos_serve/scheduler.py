@@ -89,6 +89,7 @@ class SlosServeScheduler:
         self._rows = 0
         self._dearest = math.inf
         self._mean_work = 0.0
+        self._short_until = -math.inf
 
     def plan(self, view: ReplicaView) -> StepPlan:
         """Answer one snapshot with one plan."""
@@ -105,6 +106,7 @@ class SlosServeScheduler:
             self._decodes(found, with_left=False),
             [self._prefill(one) for one in found.prefills],
             max_step_s=self._longest_step_s,
+            is_short=view.now < self._short_until,
             reject=rejections,
             unpromised=self._unpromised,
         )
@@ -277,7 +279,8 @@ class SlosServeScheduler:
                 if one[1].standing is Standing.NEW:
                     change = self._work(one[0]) - self._mean_work
                     self._mean_work += change * (0.01 if self._mean_work else 1.0)
-            candidates = [one for one in candidates if self._is_worth(one)]
+            if view.now < self._short_until:
+                candidates = [one for one in candidates if self._is_worth(one)]
         fresh = [one for one in candidates if one[1].standing is Standing.NEW]
         chosen = self._chosen(view, found, candidates) if len(candidates) > 1 else set()
         # Whom the programme wants comes first, then the others, those with little work before.
@@ -303,18 +306,32 @@ class SlosServeScheduler:
             else:
                 self.declined[one[0].seq_id] = reason
         if self.config.revises:
-            for one in [one for one in ordered if one[0].seq_id not in promised][:_EXCHANGES]:
-                other = self._exchange(view, found, one)
-                if other is None:
-                    continue
-                promised.add(one[0].seq_id)
-                if other[0].seq_id in promised:
-                    promised.remove(other[0].seq_id)
-                    self.declined[other[0].seq_id] = "compute"
-                else:
-                    self._withdraw(found, other)
-        self._price(len(fresh), sum(one[0].seq_id not in promised for one in fresh))
+            out = [one for one in ordered if one[0].seq_id not in promised]
+            self._revise(view, found, out[:_EXCHANGES], promised)
+        refused = sum(one[0].seq_id not in promised for one in fresh)
+        if refused:
+            self._short_until = view.now + self.config.shortage_s
+        self._price(len(fresh), refused)
         return promised
+
+    def _revise(
+        self,
+        view: ReplicaView,
+        found: Sorted,
+        out: list[tuple[SequenceView, Record]],
+        promised: set[int],
+    ) -> None:
+        """Let promises pass from requests that wait to others with less work, if there are any."""
+        for one in out:
+            other = self._exchange(view, found, one)
+            if other is None:
+                continue
+            promised.add(one[0].seq_id)
+            if other[0].seq_id in promised:
+                promised.remove(other[0].seq_id)
+                self.declined[other[0].seq_id] = "compute"
+            else:
+                self._withdraw(found, other)
 
     def _exchange(
         self, view: ReplicaView, found: Sorted, one: tuple[SequenceView, Record]
@@ -474,7 +491,7 @@ class SlosServeScheduler:
         if refused:
             self._dearest = min(self._dearest, _DEAREST * self._mean_work)
         self._dearest *= math.exp(gain * (_SPARED * fresh - refused))
-        self._dearest = max(self._dearest, self._mean_work)
+        self._dearest = max(self._dearest, self.config.price_floor * self._mean_work)
 
     def _output(self, sequence: SequenceView, record: Record) -> int:
         limit = sequence.max_total_len - sequence.prompt_len
