@@ -51,7 +51,7 @@ class SlosServeConfig:
     margin: float = 0.05
     overhead_s: float = 0.0
     max_step_s: float | None = None
-    step_share: float = 0.75
+    step_share: float = 0.6
     horizon_s: float = 1.0
     max_candidates: int = 16
     max_tiers: int = 3
