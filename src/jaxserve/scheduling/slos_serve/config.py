@@ -22,8 +22,8 @@ class SlosServeConfig:
         max_step_s: Longest step in seconds; whoever arrives waits for the step under way. None
             follows the targets of the first token.
         step_share: Without `max_step_s`: longest step as a share of a short target of the first
-            token, that of the shortest fifth of the latest requests; twice that where every gap
-            counts.
+            token, that of the shortest fifth of the latest requests, and twice that where every gap
+            counts. What a step takes with next to nothing in it comes on top.
         horizon_s: How long decodes alone must be sustainable, in the programme (the paper's H).
         max_candidates: New requests up to which the programme chooses; beyond, fast admission.
         max_tiers: Distinct targets per token up to which the programme chooses.
@@ -51,7 +51,7 @@ class SlosServeConfig:
     margin: float = 0.05
     overhead_s: float = 0.0
     max_step_s: float | None = None
-    step_share: float = 0.6
+    step_share: float = 0.5
     horizon_s: float = 1.0
     max_candidates: int = 16
     max_tiers: int = 3

@@ -37,6 +37,8 @@ _DEAREST = 8.0
 """Multiple of the mean work at which prices begin to matter."""
 _SPARED = 0.03
 """Share of the requests worth their work that find no room, where prices are at rest."""
+_WORTHWHILE = 1.0
+"""How many steps with next to nothing in them come on top of the longest step."""
 _DEFAULT_STEP_S = 0.1
 _TARGETS = 64
 """Latest targets of the first token that are remembered."""
@@ -407,8 +409,8 @@ class SlosServeScheduler:
         # Where every gap counts, decodes end steps early enough, and short ones waste time.
         share = self.config.step_share * (2 if self.config.pace == "tpot_gap" else 1)
         # A step that is mostly the cost of any step, however little it holds, serves nobody.
-        worthwhile = 2 * self._cost.step_time(StepLoad(decodes=1, context=1))
-        longest = max(worthwhile, share * short)
+        idle = self._cost.step_time(StepLoad(decodes=1, context=1))
+        longest = share * short + _WORTHWHILE * idle
         # The first few targets say little about those to come.
         is_known = len(targets) >= _TARGETS // 4
         self._longest_step_s = longest if is_known else min(longest, self._default_step_s)
