@@ -31,7 +31,8 @@ def draw(path: Path, machine: str = "a100") -> None:
         raise SystemExit(f"nothing has been recorded for {machine}; measure it first")
     figure, axes = plt.subplots(len(READINGS), 1, figsize=(9, 7), sharex=True)
     for axis, reading in zip(axes, READINGS, strict=True):
-        _bars(axis, {key[0::2]: line for key, line in lines.items() if key[1] == reading})
+        own = {key[0::2]: line for key, line in lines.items() if key[1] == reading}
+        _bars(axis, own, _bounds(path, machine))
         axis.set_ylabel(f"{reading}\nrequests/s", fontsize=8)
     axes[0].legend(
         fontsize=7, ncols=len(_SHOWN) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0)
@@ -57,7 +58,11 @@ def draw(path: Path, machine: str = "a100") -> None:
     save(figure, "slos_serve_attainment.png")
 
 
-def _bars(axis: Any, lines: dict[tuple[str, str], dict[str, Any]]) -> None:  # noqa: ANN401  axes
+def _bars(
+    axis: Any,  # noqa: ANN401  axes
+    lines: dict[tuple[str, str], dict[str, Any]],
+    bounds: list[float],
+) -> None:
     width = 0.8 / len(_SHOWN)
     for place, policy in enumerate(_SHOWN):
         own = [lines.get((scenario, policy)) for scenario in NAMES]
@@ -67,18 +72,22 @@ def _bars(axis: Any, lines: dict[tuple[str, str], dict[str, Any]]) -> None:  # n
             np.arange(len(NAMES)) + (place + 0.5) * width, np.maximum(rates, _LEAST), width,
             yerr=np.abs(ends - rates), error_kw={"lw": 0.8}, label=policy,
         )  # fmt: skip
-    bounds = [
-        next(
-            (row["bound"] for (s, _), row in lines.items() if s == name and row.get("bound")),
-            np.nan,
-        )
-        for name in NAMES
-    ]
     axis.plot(
         np.arange(len(NAMES)) + 0.4, bounds, "k_", ms=30, label="nobody can do more"
     )  # fmt: skip
     axis.set_yscale("log")
     axis.grid(visible=True, axis="y", lw=0.3)
+
+
+def _bounds(path: Path, machine: str) -> list[float]:
+    """Return the last bound of each scenario that is recorded, or else NaN."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    found = {
+        row["scenario"]: row["requests_per_second"]
+        for row in rows
+        if row["what"] == "bound" and row["machine_model"] == machine and row["knows_outputs"]
+    }
+    return [found.get(name, np.nan) for name in NAMES]
 
 
 def _lines(path: Path, machine: str) -> dict[tuple[str, str, str], dict[str, Any]]:
