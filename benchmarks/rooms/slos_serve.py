@@ -2,11 +2,12 @@
 
 Capacity is the rate at which 90 % of the requests keep every objective; those refused, and those
 still waiting at the end, did not. The target per token is read in three ways (as deadlines, for
-every gap, for the mean gap). Output lengths are not known to any policy.
+every gap, for the mean gap). Output lengths are known to no policy but `slos_serve_told`.
 
     python -m benchmarks.rooms.slos_serve            # everything; hours
     python -m benchmarks.rooms.slos_serve --quick    # two scenarios, few requests; minutes
     python -m benchmarks.rooms.slos_serve --tables   # of what has been recorded before
+    python -m benchmarks.rooms.slos_serve --bounds   # what no policy can exceed; minutes
     python -m benchmarks.rooms.slos_serve --plot     # pictures of it, for the docs
     python -m benchmarks.rooms.slos_serve --overhead # thread time of one decision of the planner
 """
