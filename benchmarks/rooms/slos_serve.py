@@ -231,7 +231,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
             for policy in policies(cost, workload):
                 if args.policies and policy.name not in args.policies:
                     continue
-                guess = 1 / _work(cost, workload)
+                guess = 1 / work(cost, workload)
                 wanted = tuple(args.readings)
                 groups = [(r,) for r in wanted] if policy.knows_reading else [wanted]
                 for readings in groups:
@@ -245,7 +245,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     return found
 
 
-def _work(cost: CostModel, workload: Workload) -> float:
+def work(cost: CostModel, workload: Workload) -> float:
     """Return the seconds of server time of a mean request, decoding among 32."""
     base = cost.step_time(StepLoad())
     total = 0.0

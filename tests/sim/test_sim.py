@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.core.cost import PUBLISHED_COSTS, LinearCost, Plane, StepLoad, zero_load_time
+from jaxserve.core.cost_drift import LearnedCost
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.plan import Route, StepPlan, Work
 from jaxserve.core.request import Slo
 from jaxserve.engine.slo import SloTracker
 from jaxserve.scheduling.fcfs import FcfsScheduler
 from jaxserve.sim.capacity import CapacitySearch
+from jaxserve.sim.learning import CostLearner
 from jaxserve.sim.loop import StalledError, simulate
 from jaxserve.sim.replica import PlanError, Replica, ReplicaSpec
 from jaxserve.sim.report import READINGS, attainment, digest, is_attained, latencies, log_lines
@@ -86,11 +88,15 @@ def test_every_token_is_made_once_and_all_pages_come_back(requests):
         assert times[0] - one.request.arrival >= zero_load_time(COST, 1)
 
 
-@given(streams(), st.sampled_from([0.0, 0.1]), st.booleans())
+@given(
+    streams(),
+    st.sampled_from([{}, {"noise": 0.1}, {"deviations": (0.9, 1.0, 1.3, 1.1, 0.95)}]),
+    st.booleans(),
+)
 @settings(max_examples=60)
 def test_jumps_and_live_views_change_nothing(requests, noise, frozen):
     spec = ReplicaSpec(
-        num_pages=60, page_size=4, max_num_seqs=5, max_num_batched_tokens=50, noise=noise
+        num_pages=60, page_size=4, max_num_seqs=5, max_num_batched_tokens=50, **noise
     )
     plain, a = serve(requests, spec, jump=False)
     other, b = serve(requests, spec, jump=True, frozen_views=frozen)
@@ -121,6 +127,31 @@ def test_who_arrives_during_a_step_waits_for_the_next_one_if_that_is_planned(jum
         by_id = {one.request.request_id: one for one in done}
         assert by_id[1].first_token == expected
         assert by_id[0].token_times == tuple(float(i) for i in range(1, 9))
+
+
+@pytest.mark.parametrize("jump", [True, False])
+def test_recorded_deviations_are_gone_through_in_turn(jump):
+    cost = LinearCost(Plane(base=1.0))
+    request = SimRequest(request_id=0, arrival=0.0, prompt_len=4, output_len=9)
+    recorded = (1.0, 2.0, 4.0)
+    spec = ReplicaSpec(num_pages=60, page_size=4, deviations=recorded)
+    starts = set()
+    for seed in range(20):
+        done, _ = serve([request], spec, cost=cost, jump=jump, seed=seed)
+        took = tuple(np.diff(done[0].token_times, prepend=0.0))
+        assert took[0] in recorded
+        first = recorded.index(took[0])
+        assert took == tuple(recorded[(first + i) % 3] for i in range(9))
+        starts.add(first)
+    assert starts == {0, 1, 2}
+
+
+@given(streams())
+def test_a_wrong_cost_model_learns_what_steps_take(requests):
+    wrong = LearnedCost(COST.scaled(0.8, 0.0))
+    serve(requests, ReplicaSpec(num_pages=60, page_size=4), observer=CostLearner(wrong))
+    for ratio in wrong.drift().buckets.values():
+        assert ratio == pytest.approx(1.25)
 
 
 @given(streams())
@@ -261,6 +292,8 @@ def test_a_policy_that_does_nothing_is_noticed():
     [
         (lambda: ReplicaSpec(num_pages=0), "num_pages must be at least 1"),
         (lambda: ReplicaSpec(num_pages=1, noise=-1), "noise must be zero or more"),
+        (lambda: ReplicaSpec(num_pages=1, deviations=(1.0, 0.0)), "above zero and without noise"),
+        (lambda: ReplicaSpec(num_pages=1, noise=0.1, deviations=(1.0,)), "got noise=0.1 as well"),
         (lambda: serve([SimRequest(**{**_fields(REQUEST), "prompt_len": 999})]), "needs more than"),
         (
             lambda: serve([REQUEST, SimRequest(**{**_fields(REQUEST), "arrival": -1.0})]),

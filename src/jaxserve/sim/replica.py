@@ -42,6 +42,9 @@ class ReplicaSpec:
         max_num_batched_tokens: Most tokens in one step.
         overhead: Seconds of the host per step.
         noise: Standard deviation of the logarithm of a step's time over its prediction.
+        deviations: What steps took over their predictions, one after the other, as recorded
+            somewhere; they are gone through again and again, from a random one on, in place of
+            `noise`. So steps are held up as often, and as long, as they were there.
         max_draft: Draft tokens offered per sequence and step.
         overlap: Whether a step is planned when the one before begins, as engines do that prepare
             steps while the device computes. Whoever arrives during a step then waits for the next
@@ -57,6 +60,7 @@ class ReplicaSpec:
     max_num_batched_tokens: int = 8192
     overhead: float = 0.0
     noise: float = 0.0
+    deviations: tuple[float, ...] = ()
     max_draft: int = 0
     overlap: bool = False
 
@@ -68,6 +72,15 @@ class ReplicaSpec:
         for name in ("overhead", "noise", "max_draft"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be zero or more, got {getattr(self, name)}.")
+        bad = [value for value in self.deviations if not 0 < value < math.inf]
+        if bad or (self.noise and self.deviations):
+            found = f"{bad[0]} among them" if bad else f"noise={self.noise} as well"
+            raise ConfigError(f"deviations must be above zero and without noise, got {found}.")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether steps take other times than predicted."""
+        return bool(self.noise or self.deviations)
 
 
 class LiveSequence:
@@ -209,6 +222,7 @@ class Replica:
         self._observer = observer
         self._noise = random.Random(f"noise {seed} {index}")
         self._noises: list[float] = []
+        self._first = self._noise.randrange(len(spec.deviations)) if spec.deviations else 0
         self._drafts = random.Random(f"drafts {seed} {index}")
         self._live = _LiveView()
         self._ahead: list[float] = []
@@ -356,10 +370,13 @@ class Replica:
 
     def _time(self, load: StepLoad) -> float:
         seconds = self._cost.step_time(load) + self.spec.overhead
-        return seconds * self._noise_of(self.num_steps) if self.spec.noise else seconds
+        return seconds * self._noise_of(self.num_steps) if self.spec.is_noisy else seconds
 
     def _noise_of(self, step: int) -> float:
         """Return the factor of a step, the same however many steps are done at once."""
+        known = self.spec.deviations
+        if known:
+            return known[(self._first + step) % len(known)]
         while len(self._noises) <= step:
             self._noises.append(self._noise.lognormvariate(0.0, self.spec.noise))
         return self._noises[step]
@@ -369,7 +386,7 @@ class Replica:
         count = min(s.output_len - len(s.token_times) for s in sequences)
         while count > 1 and self._pages_for(sequences, count) > self.free_pages:
             count = (count + 1) // 2
-        overhead, noise = self.spec.overhead, self.spec.noise
+        overhead, is_noisy = self.spec.overhead, self.spec.is_noisy
         ends: list[float] = []
         begin, step, decodes = self.now, self.num_steps, load.decodes
         while count and begin < horizon:
@@ -378,7 +395,7 @@ class Replica:
                 guess = (horizon - begin) / (self._cost.step_time(load) + overhead)
                 some = max(1, min(some, int(guess) + 1))
             times = [time + overhead for time in self._cost.decode_times(load, some)]
-            if noise:
+            if is_noisy:
                 times = [t * self._noise_of(step + i) for i, t in enumerate(times)]
             new = list(accumulate(times, initial=begin))[1:]
             begun = bisect_left(new, horizon) + 1
